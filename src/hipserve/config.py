@@ -1,0 +1,265 @@
+"""What a user may choose: one frozen, validated record, read from and written to TOML or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from hipserve.errors import ConfigError
+
+Selector = Literal["tree", "bound", "tree+bound"]
+Representative = Literal["middle", "first", "last", "random"]
+
+
+@dataclass(frozen=True, slots=True)
+class HiPConfig:
+    """How attention is pruned. The defaults are what `docs/quality.md` measured.
+
+    Attributes:
+        budget: keys that a query block reads between the sinks and its window.
+        selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
+            ranges, each seen through one representative block. `bound` descends boxes around runs
+            of keys, which cannot overlook a needle. `tree+bound` splits the budget between both.
+        representative: block of a range that stands for it in the tree.
+        query_block_size: query rows that share one selection.
+        key_block_size: keys that are chosen together.
+        query_stride: every how many rows of a query block take part in the search, counted back
+            from its last row.
+        bound_block_size: keys in the finest run that carries bounds.
+        rerank: the bound selector keeps this many times its budget and orders it by exact scores;
+            0 trusts the bounds alone.
+        bound_share: part of the budget that bounds choose under `tree+bound`.
+        share_group: one selection for all query heads of a KV head (GQA group), or one for each.
+        num_sink_tokens: first keys of a sequence, always read.
+        sliding_window: most recent keys of every row, itself included, always read.
+        dense_layers: layers that are never pruned; a number n means the first n.
+        dense_below: query blocks that end before this position read everything: the measured
+            length under which searching costs more than it saves.
+        refresh_interval: decode steps that share one selection.
+        seed: of the `random` representative.
+
+    Raises:
+        ConfigError: for any value out of range, naming the field.
+    """
+
+    budget: int = 1024
+    selector: Selector = "bound"
+    representative: Representative = "middle"
+    query_block_size: int = 64
+    key_block_size: int = 16
+    query_stride: int = 2
+    bound_block_size: int = 16
+    rerank: int = 2
+    bound_share: float = 0.5
+    share_group: bool = True
+    num_sink_tokens: int = 64
+    sliding_window: int = 512
+    dense_layers: tuple[int, ...] = ()
+    dense_below: int = 2048
+    refresh_interval: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
+        for name, low in _LEAST.items():
+            _check_int(name, getattr(self, name), low)
+        for name, kind in (("selector", Selector), ("representative", Representative)):
+            _check_choice(name, getattr(self, name), get_args(kind))
+        if not isinstance(self.share_group, bool):
+            raise _wrong("share_group", "true or false", self.share_group, "pass a bool")
+        _check_fraction("bound_share", self.bound_share)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if self.budget < self.granularity:
+            raise _wrong(
+                "budget",
+                f"at least one block ({self.granularity} keys)",
+                self.budget,
+                "raise budget or lower key_block_size",
+            )
+        for name in ("budget", "num_sink_tokens"):
+            value = getattr(self, name)
+            if value % self.granularity:
+                nearest = round(value / self.granularity) * self.granularity
+                raise _wrong(
+                    name,
+                    f"a multiple of {self.granularity} (the largest block size)",
+                    value,
+                    f"use {nearest} for example",
+                )
+        if self.query_stride > self.query_block_size:
+            raise _wrong(
+                "query_stride",
+                f"at most query_block_size ({self.query_block_size})",
+                self.query_stride,
+                "lower query_stride",
+            )
+        if self.uses_bounds and self.bound_block_size % self.key_block_size:
+            raise _wrong(
+                "bound_block_size",
+                f"a multiple of key_block_size ({self.key_block_size})",
+                self.bound_block_size,
+                "choose sizes that divide each other",
+            )
+
+    @property
+    def uses_tree(self) -> bool:
+        return self.selector != "bound"
+
+    @property
+    def uses_bounds(self) -> bool:
+        return self.selector != "tree"
+
+    @property
+    def granularity(self) -> int:
+        """Keys that sinks, budget and window start are aligned to."""
+        return self.bound_block_size if self.uses_bounds else self.key_block_size
+
+    @property
+    def max_selected(self) -> int:
+        """Key blocks that one query block may choose."""
+        return self.budget // self.key_block_size
+
+    @property
+    def bound_budget(self) -> int:
+        """Keys of the budget that bounds choose."""
+        if self.selector != "tree+bound":
+            return self.budget if self.uses_bounds else 0
+        share = round(self.budget * self.bound_share / self.granularity)
+        return share * self.granularity
+
+    def window_start(self, position: int, num_rows: int) -> int:
+        """First key of the window of the query block whose first row is at `position`.
+
+        The window is the block's: it reaches back `sliding_window` keys from the first row, so that
+        the searched middle [num_sink_tokens, window_start) lies in the past of every row. Where
+        everything between fits the budget, or the block ends below `dense_below`, the window
+        reaches back to the sinks and the block is dense.
+        """
+        start = position - self.sliding_window + 1
+        start -= start % self.granularity
+        sparse = start - self.num_sink_tokens > self.budget
+        long = position + num_rows > self.dense_below
+        return start if sparse and long else self.num_sink_tokens
+
+    def replace(self, **changes: Any) -> HiPConfig:
+        """A copy with some fields changed; unknown names are errors."""
+        return HiPConfig.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as TOML and JSON hold them."""
+        values = dataclasses.asdict(self)
+        return {**values, "dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HiPConfig:
+        """Builds a configuration; the key `preset` names a set of values to start from.
+
+        Raises:
+            ConfigError: for an unknown key or preset, or a value out of range.
+        """
+        values = dict(values)
+        name = values.pop("preset", "default")
+        _check_choice("preset", name, tuple(PRESETS))
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(key, f"one of {', '.join(known)}", "an unknown key", "fix it")
+        return cls(**{**PRESETS[name], **values})
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> HiPConfig:
+        """`default`, or `paper`: the settings of arXiv 2406.09827 (its appendix)."""
+        return cls.from_dict({"preset": name, **changes})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HiPConfig:
+        """Reads a `.toml` or `.json` file."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("config", "a readable file", f"{path} ({error})", "check it") from error
+        try:
+            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError("config", "TOML or JSON", f"{path}: {error}", "correct it") from error
+        if not isinstance(values, dict):
+            raise ConfigError("config", "a table of keys", type(values).__name__, "correct it")
+        return cls.from_dict(cast("dict[str, Any]", values))
+
+    def dumps(self, form: Literal["toml", "json"] = "toml") -> str:
+        """The text that `load` reads back."""
+        if form == "json":
+            return json.dumps(self.to_dict(), indent=2) + "\n"
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "budget": 512,
+        "selector": "tree",
+        "key_block_size": 2,
+        "query_block_size": 64,
+        "query_stride": 2,
+        "share_group": False,
+        "num_sink_tokens": 16,
+        "sliding_window": 256,
+        "dense_layers": 3,
+        "dense_below": 0,
+        "refresh_interval": 8,
+    },
+}
+
+_LEAST = {
+    "budget": 1,
+    "query_block_size": 1,
+    "key_block_size": 1,
+    "query_stride": 1,
+    "bound_block_size": 1,
+    "rerank": 0,
+    "num_sink_tokens": 0,
+    "sliding_window": 1,
+    "dense_below": 0,
+    "refresh_interval": 1,
+    "seed": 0,
+}
+_INT32_MAX = 2**31 - 1
+
+
+def _wrong(name: str, expected: str, got: object, hint: str) -> ConfigError:
+    return ConfigError(name, expected, repr(got), hint)
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not low <= cast("int", value) <= _INT32_MAX:
+        raise _wrong(name, f"a whole number, {low} or more", value, f"set {name} accordingly")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise _wrong(name, f"one of {', '.join(choices)}", value, "choose one of them")
+
+
+def _check_fraction(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(cast("float", value)) or not 0 < cast("float", value) < 1:
+        raise _wrong(name, "a fraction between 0 and 1", value, "use 0.5 for half")
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return tuple(range(value))
+    if isinstance(value, list | tuple):
+        layers = cast("tuple[object, ...]", tuple(value))
+        if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
+            return tuple(sorted(set(cast("tuple[int, ...]", layers))))
+    raise _wrong("dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]")

@@ -1,0 +1,1 @@
+"""Exact softmax attention over sinks, chosen blocks and window."""

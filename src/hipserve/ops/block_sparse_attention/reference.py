@@ -1,0 +1,93 @@
+"""The definition of block-sparse attention: eager torch, one query block at a time, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.types import PagedKV
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    indices: Tensor | None,
+    window_start: Tensor | None,
+    *,
+    num_sink_tokens: int,
+    key_block_size: int,
+    sliding_window: int,
+    sm_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
+    kv = PagedKV(k_cache, v_cache)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
+    for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
+        last = position + num_rows
+        if indices is None or window_start is None:
+            keys = torch.arange(last, device=q.device)[None]
+        else:
+            window = int(window_start[i])
+            keys = read_keys(indices[i], key_block_size, num_sink_tokens, window, last)
+        rows = q[row : row + num_rows]
+        positions = torch.arange(position, last, device=q.device)
+        part = attend(
+            rows, positions, keys, kv, block_table[seq].long(), sliding_window, sm_scale, softcap
+        )
+        out[row : row + num_rows], lse[row : row + num_rows] = part
+    return out, lse
+
+
+def read_keys(indices: Tensor, size: int, num_sink_tokens: int, window: int, last: int) -> Tensor:
+    """`[heads, keys]`: positions of SINK, chosen blocks and WINDOW; -1 where a head has fewer."""
+    device = indices.device
+    sink = torch.arange(min(num_sink_tokens, last), device=device)
+    recent = torch.arange(window, last, device=device)
+    chosen = indices.long()[..., None] * size + torch.arange(size, device=device)
+    chosen = chosen.masked_fill(indices[..., None] < 0, -1).flatten(1)
+    heads = indices.shape[0]
+    return torch.cat([sink.expand(heads, -1), chosen, recent.expand(heads, -1)], dim=1)
+
+
+def attend(
+    rows: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    kv: PagedKV,
+    pages: Tensor,
+    sliding_window: int,
+    sm_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `rows` `[rows, num_q_heads, head_dim]` over `keys` `[heads or 1, keys]`."""
+    dtype = accumulator(rows.dtype)
+    num_q_heads = rows.shape[1]
+    q_heads = torch.arange(num_q_heads, device=rows.device)
+    keys = keys[q_heads * keys.shape[0] // num_q_heads]
+    kv_heads = (q_heads * kv.num_kv_heads // num_q_heads)[:, None]
+    page, slot = pages[keys.clamp(min=0) // kv.page_size], keys.clamp(min=0) % kv.page_size
+    k, v = kv.k_cache[page, slot, kv_heads].to(dtype), kv.v_cache[page, slot, kv_heads].to(dtype)
+
+    scores = rows.transpose(0, 1).to(dtype) @ k.mT * sm_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    keys = keys[:, None]
+    hidden = (keys < 0) | (keys > positions[:, None])
+    if sliding_window:
+        hidden = hidden | (keys <= positions[:, None] - sliding_window)
+    scores = scores.masked_fill(hidden, -torch.inf)
+
+    lse = torch.logsumexp(scores, dim=-1)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    weights = torch.exp(scores - shift[..., None])
+    return (weights @ v).transpose(0, 1).to(rows.dtype), lse.T
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Scores and sums are kept in float32, or in float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

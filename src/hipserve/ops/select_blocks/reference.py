@@ -1,0 +1,192 @@
+"""The definition of block selection: eager torch, one query block at a time, any device.
+
+The tree is section 3 of arXiv 2406.09827; the bounds are boxes around runs of keys. Every key of
+the searched middle is visible to every row of the block, so no score is ever masked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.types import bound_levels, bound_offsets
+
+COARSE_KEEP = 8
+"""Coarse bound levels keep this many times the keys that the finest level is to keep."""
+
+
+def select_blocks(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: HiPConfig,
+) -> tuple[Tensor, Tensor]:
+    """See `hipserve.ops.select_blocks`; returns `indices` and `window_start`."""
+    heads = k_cache.shape[2] if config.share_group else q.shape[1]
+    shape = (query_blocks.shape[0], heads, config.max_selected)
+    indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+    starts: list[int] = []
+    for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
+        starts.append(config.window_start(position, num_rows))
+        if starts[i] > config.num_sink_tokens:
+            rows = sample_rows(q[row : row + num_rows], heads, config.query_stride)
+            search = Search(rows, k_cache, k_bounds, block_table[seq].long(), starts[i], config)
+            chosen = search.select()
+            indices[i, :, : chosen.shape[1]] = chosen.int()
+    return indices, torch.tensor(starts, dtype=torch.int32, device=q.device)
+
+
+def sample_rows(q: Tensor, heads: int, stride: int) -> Tensor:
+    """`[rows, num_q_heads, head_dim]` to `[heads, sampled rows x group, head_dim]`."""
+    rows = q.flip(0)[::stride].flip(0)
+    return rows.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+class Search:
+    """The search of one query block, all heads at once.
+
+    `rows` is `[heads, rows, head_dim]`; block and run sets are `[heads, count]` index tensors.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        k_cache: Tensor,
+        k_bounds: Tensor | None,
+        pages: Tensor,
+        window_start: int,
+        config: HiPConfig,
+    ) -> None:
+        self.rows = rows if rows.dtype == torch.float64 else rows.float()
+        self.k_cache, self.k_bounds, self.pages = k_cache, k_bounds, pages
+        self.begin, self.end = config.num_sink_tokens, window_start
+        self.config = config
+        group = rows.shape[0] // k_cache.shape[2]
+        self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
+
+    def select(self) -> Tensor:
+        """The chosen key blocks, `[heads, count]` ascending, -1 behind the last."""
+        config = self.config
+        chosen: list[Tensor] = []
+        if config.uses_bounds:
+            chosen.append(self.by_bounds(config.bound_budget))
+        if config.uses_tree:
+            chosen.append(self.by_tree(config.budget - config.bound_budget))
+        return unite(torch.cat(chosen, dim=1))
+
+    # The paper's tree: a beam over a binary tree of key-block ranges.
+
+    def by_tree(self, budget: int) -> Tensor:
+        beam = budget // self.config.key_block_size
+        first = self.begin // self.config.key_block_size
+        count = self.end // self.config.key_block_size - first
+        edges = first + torch.arange(beam + 1, device=self.rows.device) * count // beam
+        edges = edges.expand(self.rows.shape[0], -1)
+        left, right = edges[:, :-1], edges[:, 1:]
+        while bool((right - left > 1).any()):
+            middle = (left + right) // 2
+            left, right = interleave(left, middle), interleave(middle, right)
+            scores = self.block_scores(self.representative(left, right))
+            kept = top(scores.masked_fill(left == right, -torch.inf), beam)
+            left, right = left.gather(1, kept), right.gather(1, kept)
+        return torch.where(left < right, left, -1)
+
+    def representative(self, left: Tensor, right: Tensor) -> Tensor:
+        match self.config.representative:
+            case "first":
+                return left
+            case "last":
+                return right - 1
+            case "random":
+                return left + mix(left, right, self.config.seed) % (right - left).clamp(min=1)
+            case _:
+                return (left + right) // 2
+
+    def block_scores(self, blocks: Tensor) -> Tensor:
+        """`[heads, count]`: the greatest score of any row and any key of each block."""
+        size = self.config.key_block_size
+        blocks = blocks.clamp(self.begin // size, self.end // size - 1)
+        keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
+        page, slot = self.locate(keys.flatten(1), self.k_cache.shape[1])
+        k = self.k_cache[page, slot, self.kv_heads].to(self.rows.dtype)
+        return (self.rows @ k.mT).unflatten(2, (-1, size)).amax(dim=(1, 3))
+
+    # Bounds: boxes around runs of keys, coarse levels first.
+
+    def by_bounds(self, budget: int) -> Tensor:
+        config = self.config
+        lengths = bound_levels(self.k_cache.shape[1], config.bound_block_size)
+        finest_keys = budget * max(config.rerank, 1)
+        runs, parent = None, None
+        for level in reversed(range(len(lengths))):
+            length = lengths[level]
+            candidates = self.candidates(runs, parent, length)
+            keys = finest_keys if level == 0 else finest_keys * COARSE_KEEP
+            runs = candidates.gather(1, top(self.run_scores(candidates, level), keys // length))
+            parent = length
+        assert runs is not None
+        per_run = config.bound_block_size // config.key_block_size
+        inside = torch.arange(per_run, device=runs.device)
+        blocks = (runs[..., None] * per_run + inside).flatten(1)
+        if config.rerank:
+            best = top(self.block_scores(blocks), budget // config.key_block_size)
+            blocks = blocks.gather(1, best)
+        return blocks
+
+    def candidates(self, kept: Tensor | None, parent: int | None, length: int) -> Tensor:
+        """Runs of `length` keys to score: children of the kept runs, and those whose parent run
+        sticks out of the middle."""
+        begin, end = -(-self.begin // length), self.end // length
+        every = torch.arange(begin, end, device=self.rows.device).expand(self.rows.shape[0], -1)
+        if kept is None or parent is None:
+            return every
+        ratio = parent // length
+        low, high = -(-self.begin // parent) * ratio, self.end // parent * ratio
+        edge = every[:, (every[0] < low) | (every[0] >= high)]
+        children = kept[..., None] * ratio + torch.arange(ratio, device=kept.device)
+        return torch.cat([children.flatten(1), edge], dim=1).sort(dim=1).values
+
+    def run_scores(self, runs: Tensor, level: int) -> Tensor:
+        """`[heads, count]`: an upper bound of every score in each run, max over the rows."""
+        assert self.k_bounds is not None
+        page_size, size = self.k_cache.shape[1], self.config.bound_block_size
+        length = bound_levels(page_size, size)[level]
+        page, slot = self.locate(runs * length, page_size)
+        place = bound_offsets(page_size, size)[level] + slot // length
+        low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
+        scores = self.rows.clamp(min=0) @ high.mT + self.rows.clamp(max=0) @ low.mT
+        return scores.amax(dim=1)
+
+    def locate(self, keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+        return self.pages[keys // page_size], keys % page_size
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` greatest along axis 1, ascending; ties go to the lower index."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values
+
+
+def interleave(a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([a, b], dim=2).flatten(1)
+
+
+def unite(blocks: Tensor) -> Tensor:
+    """Sorts each row of block indices and moves repeated and empty (-1) ones behind the rest."""
+    last = torch.iinfo(blocks.dtype).max
+    ordered = blocks.masked_fill(blocks < 0, last).sort(dim=1).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    ordered = ordered.masked_fill(repeated, last).sort(dim=1).values
+    return ordered.masked_fill(ordered == last, -1)
+
+
+def mix(left: Tensor, right: Tensor, seed: int) -> Tensor:
+    """A 31-bit hash of a range: the random representative needs no state and no order."""
+    x = (left * 0x9E3779B1 + right * 0x85EBCA77 + seed * 0xC2B2AE3D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+    return (x ^ (x >> 15)) & 0x7FFFFFFF

@@ -1,0 +1,1 @@
+"""Appends keys and values to pages and keeps the bounds of their runs."""

@@ -1,0 +1,76 @@
+"""What this machine can do: the only place that asks torch.cuda, Triton or the CPU's ISA."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from hipserve.errors import ArgumentError, BackendError
+
+logger = logging.getLogger("hipserve")
+
+Backend = Literal["auto", "reference", "cpu"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLibrary:
+    """State of the native CPU kernels: the ISA tier they run, or why they do not run."""
+
+    tier: str | None
+    reason: str = ""
+
+
+@functools.cache
+def native_library() -> NativeLibrary:
+    """Loads the native CPU kernels once."""
+    paths = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not paths:
+        return NativeLibrary(None, "hipserve was installed without its native kernels (no compiler)")
+    try:
+        torch.ops.load_library(str(paths[0]))
+        tier = NATIVE_TIERS[torch.ops.hipserve_cpu.isa()]
+    except (OSError, RuntimeError) as error:
+        return NativeLibrary(None, f"the native kernels do not load: {str(error).splitlines()[0]}")
+    return NativeLibrary(tier)
+
+
+def cpu_refusal(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the native CPU backend cannot run these tensors; empty if it can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    return native_library().reason
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the one asked for, or with `auto` the fastest that can.
+
+    Raises:
+        ArgumentError: unknown name.
+        BackendError: the named backend cannot run these tensors.
+    """
+    if backend not in get_args(Backend):
+        raise ArgumentError(
+            "backend", f"one of {', '.join(get_args(Backend))}", repr(backend), "choose one of them"
+        )
+    if backend == "reference":
+        return backend
+    refusal = cpu_refusal(device, dtype)
+    if backend == "cpu" and refusal:
+        raise BackendError(f'backend="cpu" cannot run: {refusal}; use backend="auto"')
+    return _announce("reference" if refusal else "cpu", refusal)
+
+
+@functools.cache
+def _announce(backend: str, refusal: str) -> str:
+    reason = f" ({refusal})" if refusal else f" ({native_library().tier})"
+    logger.info("attention backend: %s%s", backend, reason)
+    return backend

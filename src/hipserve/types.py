@@ -1,0 +1,121 @@
+"""Small frozen records that cross rooms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LEVEL_RATIO = 4
+"""A run of one bound level holds this many runs of the level below."""
+
+NUM_BOUND_LEVELS = 3
+"""Bound levels kept in a page: 16, 64 and 256 keys with the default `bound_block_size`."""
+
+
+def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
+    """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries."""
+    lengths = [bound_block_size * LEVEL_RATIO**level for level in range(NUM_BOUND_LEVELS)]
+    return tuple(length for length in lengths if length <= max(page_size, bound_block_size))
+
+
+def bound_offsets(page_size: int, bound_block_size: int) -> tuple[int, ...]:
+    """Where each level starts in the run axis of `k_bounds`; the last entry is the axis length."""
+    offsets = [0]
+    for length in bound_levels(page_size, bound_block_size):
+        offsets.append(offsets[-1] + -(-page_size // length))
+    return tuple(offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """Keys and values of one layer, in pages.
+
+    Attributes:
+        k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`; any strides with a
+            contiguous last axis.
+        k_bounds: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of `k_cache`:
+            elementwise minimum and maximum of the keys of each run (`bound_offsets` gives the
+            places of the levels), or None where no bound selector is used.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_bounds: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        return self.k_cache.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k_cache.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k_cache.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """Which rows of a packed batch belong to which sequence, and where its pages are.
+
+    Attributes:
+        block_table: `[num_seqs, max_pages]` int32, page ids of each sequence in order.
+        seq_lens: `[num_seqs]` int32, keys of each sequence including those of this call.
+        cu_seqlens_q: `[num_seqs + 1]` int32, where each sequence's query rows start. The rows are
+            the last positions of their sequence.
+    """
+
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    _query_blocks: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seq_lens.shape[0]
+
+    def query_blocks(self, query_block_size: int) -> Tensor:
+        """`[num_query_blocks, 4]` int32: sequence, first row, number of rows, first position.
+
+        Blocks are aligned on absolute positions, so that a prompt cut into chunks at multiples of
+        `query_block_size` has the same blocks as the whole.
+        """
+        if query_block_size not in self._query_blocks:
+            rows = _split_rows(self.seq_lens, self.cu_seqlens_q, query_block_size)
+            blocks = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+            self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
+        return self._query_blocks[query_block_size]
+
+
+def _split_rows(seq_lens: Tensor, cu_seqlens_q: Tensor, size: int) -> list[list[int]]:
+    blocks: list[list[int]] = []
+    starts = cu_seqlens_q.tolist()
+    for seq, (seq_len, begin, end) in enumerate(
+        zip(seq_lens.tolist(), starts[:-1], starts[1:], strict=True)
+    ):
+        first = seq_len - (end - begin)
+        position = first
+        while position < seq_len:
+            stop = min((position // size + 1) * size, seq_len)
+            blocks.append([seq, begin + position - first, stop - position, position])
+            position = stop
+    return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSelection:
+    """What each query block reads between the sinks and its window.
+
+    Attributes:
+        indices: `[num_query_blocks, heads, max_selected]` int32, key-block indices ascending, then
+            -1 to the end; `heads` is `num_kv_heads`, or `num_q_heads` without `share_group`.
+        window_start: `[num_query_blocks]` int32, first key of the contiguous window. It belongs to
+            the selection: reused in later decode steps, the window grows from here, so that no key
+            falls between selection and window.
+    """
+
+    indices: Tensor
+    window_start: Tensor
