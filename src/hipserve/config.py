@@ -14,6 +14,7 @@ from hipserve.errors import ConfigError
 
 Selector = Literal["tree", "bound", "tree+bound"]
 Representative = Literal["middle", "first", "last", "random"]
+Form = Literal["toml", "json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +187,20 @@ class HiPConfig:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("config", "a readable file", f"{path} ({error})", "check it") from error
+        return cls.loads(text, "toml" if path.suffix == ".toml" else "json", source=str(path))
+
+    @classmethod
+    def loads(cls, text: str, form: Form = "json", *, source: str = "text") -> HiPConfig:
+        """Reads TOML or JSON text; `source` names it in errors."""
         try:
-            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+            values = tomllib.loads(text) if form == "toml" else json.loads(text)
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError("config", "TOML or JSON", f"{path}: {error}", "correct it") from error
+            raise ConfigError("config", f"valid {form}", f"{source}: {error}", "correct it") from error
         if not isinstance(values, dict):
             raise ConfigError("config", "a table of keys", type(values).__name__, "correct it")
         return cls.from_dict(cast("dict[str, Any]", values))
 
-    def dumps(self, form: Literal["toml", "json"] = "toml") -> str:
+    def dumps(self, form: Form = "toml") -> str:
         """The text that `load` reads back."""
         if form == "json":
             return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -1,0 +1,129 @@
+"""`hip_attention`: HiP attention of whole, contiguous sequences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hipserve.attention.layer import attend
+from hipserve.config import HiPConfig
+from hipserve.ops import checks, compute_bounds
+from hipserve.types import BatchLayout, PagedKV, bound_offsets
+
+_Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
+_KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
+
+
+def hip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: HiPConfig | None = None,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Hierarchically pruned attention (arXiv 2406.09827), in the layout of `flash_attn_func`.
+
+    >>> import torch, hipserve
+    >>> q = torch.randn(1, 4096, 8, 64, dtype=torch.bfloat16)
+    >>> k, v = torch.randn(2, 1, 4096, 2, 64, dtype=torch.bfloat16)
+    >>> hipserve.hip_attention(q, k, v).shape
+    torch.Size([1, 4096, 8, 64])
+
+    Args:
+        q: `[batch, query_len, num_q_heads, head_dim]`; the rows are the last positions.
+        k, v: `[batch, kv_len, num_kv_heads, head_dim]`, query_len <= kv_len; q's dtype (bfloat16,
+            float16, float32, and float64 with the reference) and device.
+        config: what is kept; the measured defaults if None.
+        causal: must be True: HiP prunes causal attention.
+        sm_scale: factor of q.k; `head_dim ** -0.5` if None.
+        softcap: c > 0 turns a scaled score s into c * tanh(s / c).
+        backend: `auto`, `cpu` or `reference`.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out like q; with `return_lse` also lse `[batch, query_len, num_q_heads]` float32.
+
+    Raises:
+        ArgumentError: an argument does not fit; the message names it.
+        BackendError: the backend asked for cannot run.
+    """
+    config = config or HiPConfig()
+    _check(q, k, v, config, causal, sm_scale, softcap)
+    batch, query_len, num_q_heads, head_dim = q.shape
+    if q.numel() == 0:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
+    kv = PagedKV(k, v, _bounds(k, query_len, config, backend))
+    out, lse = attend(
+        q.reshape(batch * query_len, num_q_heads, head_dim),
+        kv,
+        whole_sequences(batch, query_len, k.shape[1], q.device),
+        config=config,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        backend=backend,
+        check=False,
+    )
+    out, lse = out.view(q.shape), lse.view(q.shape[:3])
+    return (out, lse) if return_lse else out
+
+
+def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
+    """The layout of a batch of equally long sequences, each of them one page."""
+    ints = {"dtype": torch.int32, "device": device}
+    return BatchLayout(
+        torch.arange(batch, **ints)[:, None],
+        torch.full((batch,), kv_len, **ints),
+        torch.arange(batch + 1, **ints) * query_len,
+    )
+
+
+def _bounds(k: Tensor, query_len: int, config: HiPConfig, backend: str) -> Tensor | None:
+    """Bounds of whole sequences, where a query block is long enough to be pruned by them."""
+    if not config.uses_bounds:
+        return None
+    first = max(k.shape[1] - query_len, (k.shape[1] - 1) // config.query_block_size * config.query_block_size)
+    pruned = config.window_start(first, k.shape[1] - first) > config.num_sink_tokens
+    if pruned:
+        return compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
+    runs = bound_offsets(k.shape[1], config.bound_block_size)[-1]
+    return k.new_empty((1,)).expand(k.shape[0], runs, k.shape[2], 2, k.shape[3])
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: HiPConfig,
+    causal: bool,
+    sm_scale: float | None,
+    softcap: float,
+) -> None:
+    checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
+    kind = isinstance(config, HiPConfig)
+    checks.require(kind, "config", "a HiPConfig", type(config).__name__, "build one")
+    checks.check_floats("q", q, _Q_DIMS)
+    for argument, x in (("k", k), ("v", v)):
+        checks.check_floats(argument, x, _KV_DIMS)
+        checks.check_same(argument, x, q)
+    same = v.shape == k.shape
+    checks.require(same, "v", f"shape {list(k.shape)} as k", list(v.shape), "match them")
+    checks.require(k.shape[0] == q.shape[0], "k", f"batch {q.shape[0]} as q", k.shape[0], "match")
+    checks.check_heads(q, k.shape[2], k.shape[3], "k")
+    checks.require(
+        k.shape[1] >= q.shape[1],
+        "k",
+        f"at least the {q.shape[1]} keys of q's own rows",
+        k.shape[1],
+        "pass the keys of the whole sequence",
+    )
+    if sm_scale is not None:
+        checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "fix it")
+    checks.check_softcap(softcap)

@@ -1,0 +1,138 @@
+"""`block_sparse_attention`: checks and dispatch."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.ops import checks
+from hipserve.ops.block_sparse_attention import operator
+from hipserve.platform import resolve_backend
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+
+
+def block_sparse_attention(
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    selection: BlockSelection | None = None,
+    *,
+    config: HiPConfig | None = None,
+    sliding_window: int = 0,
+    sm_scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+    check: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention of every row over SINK + its chosen blocks + WINDOW.
+
+    Args:
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        kv: the pages, keys and values of this call already written.
+        layout: lengths and page ids of the batch.
+        selection: from `select_blocks` with the same `config`; None for dense causal attention.
+        config: the block sizes and sinks that the selection was made with.
+        sliding_window: of a model's own windowed layer: row p reads (p - sliding_window, p]. Only
+            without a selection; 0 for none.
+        sm_scale: factor of q.k, applied once; `head_dim ** -0.5` if None.
+        softcap: c > 0 turns a scaled score s into c * tanh(s / c).
+        backend: `auto`, `cpu` or `reference`.
+        check: False skips the checks, for callers that have made them.
+
+    Returns:
+        out like q, and lse `[num_tokens, num_q_heads]` float32, natural logarithm. A row without
+        keys gives zeros and -inf.
+
+    Raises:
+        ArgumentError: a tensor or number does not fit the others.
+        BackendError: the backend asked for cannot run.
+    """
+    config = config or HiPConfig()
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    if check:
+        _check(q, kv, layout, selection, config, sliding_window, scale, softcap)
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    return operator.run(
+        q,
+        kv.k_cache,
+        kv.v_cache,
+        layout.block_table,
+        layout.query_blocks(config.query_block_size),
+        selection.indices if selection else None,
+        selection.window_start if selection else None,
+        config.num_sink_tokens,
+        config.key_block_size,
+        sliding_window,
+        scale,
+        softcap,
+        chosen,
+    )
+
+
+def _check(
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    selection: BlockSelection | None,
+    config: HiPConfig,
+    sliding_window: int,
+    sm_scale: float,
+    softcap: float,
+) -> None:
+    checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
+    checks.check_kv(q, kv, None)
+    checks.check_layout(q, kv, layout)
+    checks.require(
+        math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "leave it out"
+    )
+    checks.check_softcap(softcap)
+    checks.require(
+        sliding_window >= 0 and (selection is None or sliding_window == 0),
+        "sliding_window",
+        "0, or a model's window of 1 or more keys without a selection",
+        sliding_window,
+        "leave it out, or pass selection=None",
+    )
+    if selection is not None:
+        _check_selection(q, kv, layout, selection, config)
+
+
+def _check_selection(
+    q: Tensor, kv: PagedKV, layout: BatchLayout, selection: BlockSelection, config: HiPConfig
+) -> None:
+    blocks = layout.query_blocks(config.query_block_size).shape[0]
+    dims = "[num_query_blocks, heads, max_selected]"
+    checks.check_ints("selection.indices", selection.indices, dims, q.device)
+    checks.check_ints(
+        "selection.window_start", selection.window_start, "[num_query_blocks]", q.device
+    )
+    for argument, x in (
+        ("selection.indices", selection.indices),
+        ("selection.window_start", selection.window_start),
+    ):
+        checks.require(
+            x.shape[0] == blocks,
+            argument,
+            f"{blocks} query blocks, as the layout has",
+            x.shape[0],
+            "select again for this batch",
+        )
+    heads = selection.indices.shape[1]
+    checks.require(
+        heads in (kv.num_kv_heads, q.shape[1]),
+        "selection.indices",
+        f"{kv.num_kv_heads} or {q.shape[1]} heads",
+        heads,
+        "select with the same heads",
+    )
+    longest = int(layout.seq_lens.max()) if layout.num_seqs else 0
+    inside = bool((selection.indices < max(-(-longest // config.key_block_size), 1)).all())
+    checks.require(
+        inside,
+        "selection.indices",
+        f"blocks of {config.key_block_size} keys inside sequences of at most {longest} keys",
+        int(selection.indices.max()) if selection.indices.numel() else -1,
+        "pass the config that the selection was made with",
+    )

@@ -1,0 +1,43 @@
+"""Block-sparse attention by the native CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    indices: Tensor | None,
+    window_start: Tensor | None,
+    *,
+    num_sink_tokens: int,
+    key_block_size: int,
+    sliding_window: int,
+    sm_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    torch.ops.hipserve_cpu.block_sparse_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        query_blocks,
+        indices,
+        window_start,
+        num_sink_tokens,
+        key_block_size,
+        sliding_window,
+        sm_scale,
+        softcap,
+        out,
+        lse,
+    )
+    return out, lse

@@ -1,0 +1,175 @@
+"""Checks shared by the operations; every refusal is an `ArgumentError` that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hipserve.errors import ArgumentError
+from hipserve.types import BatchLayout, PagedKV, bound_levels, bound_offsets
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require(condition: bool, argument: str, expected: str, got: object, hint: str) -> None:
+    if not condition:
+        raise ArgumentError(argument, expected, str(got), hint)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(argument: str, x: object, dims: str) -> None:
+    """`x` is a strided tensor with the axes named in `dims`, the last one contiguous."""
+    require(isinstance(x, Tensor), argument, f"a tensor {dims}", type(x).__name__, "pass a tensor")
+    assert isinstance(x, Tensor)
+    rank = len(dims.strip("[]").split(","))
+    require(x.dim() == rank, argument, dims, f"shape {list(x.shape)}", "reshape it")
+    contiguous = x.shape[-1] <= 1 or x.stride(-1) == 1
+    require(
+        contiguous,
+        argument,
+        "a contiguous last axis",
+        f"strides {list(x.stride())}",
+        f"call {argument}.contiguous()",
+    )
+
+
+def check_floats(argument: str, x: object, dims: str) -> None:
+    check_tensor(argument, x, dims)
+    assert isinstance(x, Tensor)
+    allowed = ", ".join(map(name, DTYPES))
+    require(x.dtype in DTYPES, argument, f"dtype {allowed}", name(x.dtype), "convert it")
+
+
+def check_same(argument: str, x: Tensor, q: Tensor) -> None:
+    require(x.dtype == q.dtype, argument, f"dtype {name(q.dtype)} as q", name(x.dtype), "convert it")
+    require(x.device == q.device, argument, f"device {q.device} as q", x.device, "move it")
+
+
+def check_ints(argument: str, x: object, dims: str, device: torch.device) -> None:
+    check_tensor(argument, x, dims)
+    assert isinstance(x, Tensor)
+    require(x.dtype == torch.int32, argument, "dtype int32", name(x.dtype), "convert it")
+    require(x.device == device, argument, f"device {device} as q", x.device, "move it")
+
+
+def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, kv: str) -> None:
+    require(
+        num_kv_heads > 0 and q.shape[-2] % num_kv_heads == 0,
+        "q",
+        f"a number of heads divisible by the {num_kv_heads} of {kv}",
+        q.shape[-2],
+        "check num_q_heads",
+    )
+    require(q.shape[-1] == head_dim, "q", f"head_dim {head_dim} as {kv}", q.shape[-1], "check it")
+
+
+def check_positive(argument: str, value: float) -> None:
+    good = math.isfinite(value) and value > 0
+    require(good, argument, "a finite number above 0", value, "leave it out for the default")
+
+
+def check_softcap(value: float) -> None:
+    good = math.isfinite(value) and value >= 0
+    require(good, "softcap", "a finite number, 0 for none", value, "leave it out for none")
+
+
+def check_kv(q: Tensor, kv: PagedKV, bound_block_size: int | None) -> None:
+    """Pages agree with q and with each other; `bound_block_size` is None where bounds are unused."""
+    dims = "[num_pages, page_size, num_kv_heads, head_dim]"
+    for argument, x in (("k_cache", kv.k_cache), ("v_cache", kv.v_cache)):
+        check_floats(argument, x, dims)
+        check_same(argument, x, q)
+    shape = list(kv.k_cache.shape)
+    same = list(kv.v_cache.shape) == shape
+    require(same, "v_cache", f"shape {shape} as k_cache", list(kv.v_cache.shape), "match them")
+    check_heads(q, kv.num_kv_heads, kv.head_dim, "k_cache")
+    if bound_block_size is not None:
+        check_bounds(q, kv, bound_block_size)
+
+
+def check_bounds(q: Tensor, kv: PagedKV, size: int) -> None:
+    dims = "[num_pages, runs_per_page, num_kv_heads, 2, head_dim]"
+    hint = "allocate it as hipserve.ops.compute_bounds does and fill it with write_kv"
+    require(kv.k_bounds is not None, "k_bounds", f"a tensor {dims}", None, hint)
+    assert kv.k_bounds is not None
+    check_floats("k_bounds", kv.k_bounds, dims)
+    check_same("k_bounds", kv.k_bounds, q)
+    runs = bound_offsets(kv.page_size, size)[-1]
+    shape = [kv.k_cache.shape[0], runs, kv.num_kv_heads, 2, kv.head_dim]
+    require(list(kv.k_bounds.shape) == shape, "k_bounds", shape, list(kv.k_bounds.shape), hint)
+
+
+def check_page_size(page_size: int, size: int) -> None:
+    """Runs of keys do not straddle the pages of a sequence that has several."""
+    longest = bound_levels(page_size, size)[-1]
+    require(
+        page_size % longest == 0,
+        "page_size",
+        f"a multiple of {longest} (runs of {size} keys and their parents)",
+        page_size,
+        "choose a power of two or another bound_block_size",
+    )
+
+
+def check_layout(q: Tensor, kv: PagedKV, layout: BatchLayout) -> None:
+    """Lengths and page ids are consistent, so that no kernel reads outside the pages."""
+    device = q.device
+    check_ints("block_table", layout.block_table, "[num_seqs, max_pages]", device)
+    check_ints("seq_lens", layout.seq_lens, "[num_seqs]", device)
+    check_ints("cu_seqlens_q", layout.cu_seqlens_q, "[num_seqs + 1]", device)
+    seqs = layout.num_seqs
+    for argument, x, count in (
+        ("cu_seqlens_q", layout.cu_seqlens_q, seqs + 1),
+        ("block_table", layout.block_table, seqs),
+    ):
+        require(x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0], "fix")
+    check_lengths(q, layout)
+    check_pages(kv, layout)
+
+
+def check_lengths(q: Tensor, layout: BatchLayout) -> None:
+    starts = layout.cu_seqlens_q.tolist()
+    ordered = starts[0] == 0 and all(a <= b for a, b in zip(starts, starts[1:], strict=False))
+    require(
+        ordered and starts[-1] == q.shape[0],
+        "cu_seqlens_q",
+        f"ascending from 0 to the {q.shape[0]} rows of q",
+        starts if len(starts) < 9 else f"{starts[:8]}...",
+        "pass cumulative query lengths",
+    )
+    for seq, seq_len in enumerate(layout.seq_lens.tolist()):
+        query_len = starts[seq + 1] - starts[seq]
+        require(
+            seq_len >= query_len,
+            "seq_lens",
+            f"at least the {query_len} query rows of sequence {seq}",
+            seq_len,
+            "count the keys of this call too",
+        )
+
+
+def check_pages(kv: PagedKV, layout: BatchLayout) -> None:
+    num_pages, page_size = kv.k_cache.shape[:2]
+    for seq, seq_len in enumerate(layout.seq_lens.tolist()):
+        used = -(-seq_len // page_size)
+        require(
+            used <= layout.block_table.shape[1],
+            "block_table",
+            f"{used} pages of {page_size} keys for sequence {seq} of {seq_len} keys",
+            f"{layout.block_table.shape[1]} columns",
+            "add pages",
+        )
+        pages = layout.block_table[seq, :used]
+        inside = used == 0 or bool(((pages >= 0) & (pages < num_pages)).all())
+        require(
+            inside,
+            "block_table",
+            f"page ids from 0 to {num_pages - 1}",
+            f"{pages.tolist()[:8]} in sequence {seq}",
+            "check the page table",
+        )

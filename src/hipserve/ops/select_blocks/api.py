@@ -1,0 +1,53 @@
+"""`select_blocks`: checks and dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.ops import checks
+from hipserve.ops.select_blocks import operator
+from hipserve.platform import resolve_backend
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+
+
+def select_blocks(
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    *,
+    config: HiPConfig | None = None,
+    backend: str = "auto",
+    check: bool = True,
+) -> BlockSelection:
+    """Chooses, for every query block and head, the key blocks that attention will read.
+
+    Section 3 of arXiv 2406.09827 for the tree; `HiPConfig` tells the selectors apart. Selections
+    lie inside [num_sink_tokens, window_start), ascend and hold no duplicate.
+
+    Args:
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        kv: the pages, keys of this call already written; bounds too where the selector uses them.
+        layout: lengths and page ids of the batch.
+        config: what to keep; the defaults if None.
+        backend: `auto`, `cpu` or `reference`.
+        check: False skips the checks, for callers that have made them.
+
+    Returns:
+        indices `[num_query_blocks, num_kv_heads, max_selected]` and window_start
+        `[num_query_blocks]`, both int32.
+
+    Raises:
+        ArgumentError: a tensor does not fit the others.
+        BackendError: the backend asked for cannot run.
+    """
+    config = config or HiPConfig()
+    if check:
+        checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
+        checks.check_kv(q, kv, config.bound_block_size if config.uses_bounds else None)
+        checks.check_layout(q, kv, layout)
+        if config.uses_bounds and layout.block_table.shape[1] > 1:
+            checks.check_page_size(kv.page_size, config.bound_block_size)
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    query_blocks = layout.query_blocks(config.query_block_size)
+    return BlockSelection(*operator.run(q, kv, layout.block_table, query_blocks, config, chosen))

@@ -1,0 +1,59 @@
+"""`hipserve::select_blocks` as a custom operator, so that torch.compile sees it whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.ops.select_blocks import cpu, reference
+from hipserve.types import PagedKV
+
+_BACKENDS = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
+
+
+def run(
+    q: Tensor,
+    kv: PagedKV,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: HiPConfig,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Calls the backend, through the custom operator while torch.compile traces."""
+    k_bounds = kv.k_bounds if config.uses_bounds else None
+    if torch.compiler.is_compiling():
+        text = config.dumps("json")
+        return _operator(q, kv.k_cache, k_bounds, block_table, query_blocks, text, backend)
+    return _BACKENDS[backend](q, kv.k_cache, k_bounds, block_table, query_blocks, config)
+
+
+@torch.library.custom_op("hipserve::select_blocks", mutates_args=())
+def _operator(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    parsed = HiPConfig.loads(config)
+    return _BACKENDS[backend](q, k_cache, k_bounds, block_table, query_blocks, parsed)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    parsed = HiPConfig.loads(config)
+    heads = k_cache.shape[2] if parsed.share_group else q.shape[1]
+    blocks = query_blocks.shape[0]
+    shape = (blocks, heads, parsed.max_selected)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(blocks, dtype=torch.int32)
