@@ -47,7 +47,7 @@ def read_keys(indices: Tensor, size: int, num_sink_tokens: int, window: int, las
     """`[heads, keys]`: positions of SINK, chosen blocks and WINDOW; -1 where a head has fewer."""
     device = indices.device
     sink = torch.arange(min(num_sink_tokens, last), device=device)
-    recent = torch.arange(window, last, device=device)
+    recent = torch.arange(min(window, last), last, device=device)
     chosen = indices.long()[..., None] * size + torch.arange(size, device=device)
     chosen = chosen.masked_fill(indices[..., None] < 0, -1).flatten(1)
     heads = indices.shape[0]

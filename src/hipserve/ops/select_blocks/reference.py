@@ -139,7 +139,8 @@ class Search:
     def candidates(self, kept: Tensor | None, parent: int | None, length: int) -> Tensor:
         """Runs of `length` keys to score: children of the kept runs, and those whose parent run
         sticks out of the middle."""
-        begin, end = -(-self.begin // length), self.end // length
+        begin = -(-self.begin // length)
+        end = max(begin, self.end // length)
         every = torch.arange(begin, end, device=self.rows.device).expand(self.rows.shape[0], -1)
         if kept is None or parent is None:
             return every

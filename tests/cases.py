@@ -1,0 +1,167 @@
+"""Random batches in pages, with poison in every place that no kernel may read."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hipserve import HiPConfig
+from hipserve.ops import write_kv
+from hipserve.types import BatchLayout, PagedKV, bound_offsets
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything that decides a case; printed by a failing test, it reproduces it."""
+
+    seq_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    num_kv_heads: int = 2
+    group_size: int = 2
+    head_dim: int = 64
+    page_size: int = 64
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+    kind: str = "normal"
+    softcap: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Case:
+    """A batch: packed q, pages (poisoned outside the sequences) and the plain k, v behind them."""
+
+    shape: Shape
+    q: Tensor
+    ks: list[Tensor]
+    vs: list[Tensor]
+    kv: PagedKV
+    layout: BatchLayout
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another precision."""
+        bounds = self.kv.k_bounds
+        kv = PagedKV(
+            self.kv.k_cache.to(dtype),
+            self.kv.v_cache.to(dtype),
+            None if bounds is None else bounds.to(dtype),
+        )
+        return replace(
+            self,
+            q=self.q.to(dtype),
+            ks=[k.to(dtype) for k in self.ks],
+            vs=[v.to(dtype) for v in self.vs],
+            kv=kv,
+        )
+
+
+def random_values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=g)
+    match kind:
+        case "equal":
+            x = torch.ones(shape)
+        case "large":
+            x = x.sign() * 100
+        case "small":
+            x = x * 1e-4
+        case _:
+            pass
+    return x.to(dtype)
+
+
+def make_case(shape: Shape, bound_block_size: int = 16, backend: str = "reference") -> Case:
+    g = torch.Generator().manual_seed(shape.seed)
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    ks = [random_values(shape.kind, (n, heads, dim), shape.dtype, g) for n in shape.seq_lens]
+    vs = [random_values("normal", (n, heads, dim), shape.dtype, g) for n in shape.seq_lens]
+    tokens = sum(shape.query_lens)
+    q = random_values(shape.kind, (tokens, heads * shape.group_size, dim), shape.dtype, g)
+    if shape.strided:
+        wide = torch.full((tokens, heads * shape.group_size + 3, dim), torch.nan, dtype=shape.dtype)
+        wide[:, 2:-1] = q
+        q = wide[:, 2:-1]
+    kv, layout = in_pages(ks, vs, shape, bound_block_size, backend)
+    return Case(shape, q, ks, vs, kv, layout)
+
+
+def in_pages(
+    ks: list[Tensor],
+    vs: list[Tensor],
+    shape: Shape,
+    bound_block_size: int = 16,
+    backend: str = "reference",
+    page_seed: int | None = None,
+) -> tuple[PagedKV, BatchLayout]:
+    """Writes the sequences into shuffled pages of a NaN-filled pool."""
+    size, seed = shape.page_size, shape.seed if page_seed is None else page_seed
+    counts = [-(-k.shape[0] // size) for k in ks]
+    pool = sum(counts) + 2
+    ids = list(range(pool))
+    random.Random(seed).shuffle(ids)
+    table = torch.full((len(ks), max([*counts, 1])), 2**30, dtype=torch.int32)
+    kv = empty_pages(pool, shape, bound_block_size)
+    for i, (k, v, count) in enumerate(zip(ks, vs, counts, strict=True)):
+        own, ids = ids[:count], ids[count:]
+        table[i, :count] = torch.tensor(own, dtype=torch.int32)
+        positions = torch.arange(k.shape[0])
+        slots = table[i, positions // size].long() * size + positions % size
+        write_kv(k, v, kv, slots, bound_block_size=bound_block_size, backend=backend)
+    starts = torch.tensor([0, *shape.query_lens]).cumsum(0).int()
+    return kv, BatchLayout(table, torch.tensor(shape.seq_lens, dtype=torch.int32), starts)
+
+
+def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> PagedKV:
+    dims = (pool, shape.page_size, shape.num_kv_heads, shape.head_dim)
+    runs = bound_offsets(shape.page_size, bound_block_size)[-1]
+    bounds = (pool, runs, shape.num_kv_heads, 2, shape.head_dim)
+    return PagedKV(*(torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds)))
+
+
+def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:
+    """An awkward batch: lengths around pages and blocks, empty queries, one long among short."""
+    page_size = rng.choice([16, 64, 256])
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, page_size - 1, page_size, page_size + 1, 97, 131, 509]
+    seq_lens = [rng.choice(lengths) for _ in range(rng.randint(1, 3))]
+    if rng.random() < 0.5:
+        seq_lens[rng.randrange(len(seq_lens))] = rng.randint(600, 1400)
+    query_lens = [rng.choice([n, 1, 0, min(n, 70), rng.randint(1, n)]) for n in seq_lens]
+    if sum(query_lens) == 0:
+        query_lens[0] = 1
+    return Shape(
+        tuple(seq_lens),
+        tuple(query_lens),
+        num_kv_heads=rng.choice([1, 2, 3]),
+        group_size=rng.choice([1, 2, 3, 4, 8]),
+        head_dim=rng.choice([64, 80, 96, 128, 192, 256]),
+        page_size=page_size,
+        dtype=rng.choice(dtypes),
+        strided=rng.random() < 0.3,
+        kind=rng.choice(["normal", "normal", "normal", "equal", "large", "small"]),
+        softcap=rng.choice([0.0, 0.0, 30.0]),
+        seed=rng.randrange(2**31),
+    )
+
+
+def random_config(rng: random.Random, page_size: int) -> HiPConfig:
+    """A valid configuration small enough that the cases above are pruned."""
+    bound = rng.choice([16, 16, 32]) if page_size > 16 else 16
+    key = rng.choice([2, 8, 16])
+    query = rng.choice([1, 16, 64, 48])
+    return HiPConfig(
+        budget=bound * rng.choice([1, 2, 4, 8]) * 2,
+        selector=rng.choice(["tree", "bound", "tree+bound"]),
+        representative=rng.choice(["middle", "first", "last", "random"]),
+        query_block_size=query,
+        key_block_size=key,
+        query_stride=rng.choice([1, 2, 16]) if query > 1 else 1,
+        bound_block_size=bound,
+        rerank=rng.choice([0, 1, 2, 4]),
+        share_group=rng.random() < 0.8,
+        num_sink_tokens=bound * rng.choice([0, 1, 4]),
+        sliding_window=rng.choice([1, 16, 33, 100]),
+        dense_below=rng.choice([0, 0, 200]),
+        seed=rng.randrange(1000),
+    )

@@ -1,0 +1,183 @@
+"""Which blocks: laws of a selection, the native search against the definition, and statistics."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import every_backend, native, using, TIERS
+from cases import Case, Shape, make_case, random_config, random_shape
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipserve import HiPConfig
+from hipserve.ops import select_blocks
+from hipserve.ops.select_blocks.reference import Search, sample_rows
+from hipserve.types import BlockSelection
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def assert_lawful(selection: BlockSelection, case: Case, config: HiPConfig) -> None:
+    """Inside the middle, ascending, without duplicates, empty places at the end."""
+    size = config.key_block_size
+    blocks = case.layout.query_blocks(config.query_block_size).tolist()
+    for i, (_, _, rows, position) in enumerate(blocks):
+        start = int(selection.window_start[i])
+        assert start == config.window_start(position, rows)
+        assert start <= max(config.num_sink_tokens, position - config.sliding_window + 1)
+        for row in selection.indices[i].tolist():
+            chosen = [b for b in row if b >= 0]
+            assert row == chosen + [-1] * (len(row) - len(chosen))
+            assert chosen == sorted(set(chosen))
+            if chosen:
+                assert chosen[0] * size >= config.num_sink_tokens
+                assert (chosen[-1] + 1) * size <= start
+
+
+@every_backend
+@given(seed=SEEDS)
+def test_selections_are_lawful(backend: str, seed: int) -> None:
+    rng = random.Random(seed)
+    shape = random_shape(rng, (torch.float32, torch.bfloat16))
+    config = random_config(rng, shape.page_size)
+    case = make_case(shape, config.bound_block_size)
+    with using(backend) as name:
+        selection = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+    assert_lawful(selection, case, config)
+
+
+@native
+@pytest.mark.parametrize("tier", TIERS)
+@given(seed=SEEDS)
+def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
+    """Index for index: values on a coarse grid make every dot product exact in any order."""
+    rng = random.Random(seed)
+    shape = random_shape(rng, (torch.float32, torch.bfloat16))
+    config = random_config(rng, shape.page_size)
+    case = on_grid(replace(shape, kind="normal"), config)
+    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    with using(f"cpu:{tier}") as name:
+        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+    assert torch.equal(got.window_start, expected.window_start)
+    assert torch.equal(got.indices, expected.indices)
+
+
+def on_grid(shape: Shape, config: HiPConfig) -> Case:
+    """A case whose q and k are multiples of 1/4 below 4, so that sums of products are exact."""
+    case = make_case(shape, config.bound_block_size)
+    for x in (case.q, case.kv.k_cache, case.kv.k_bounds):
+        x.copy_((x.float() * 4).round().clamp(-15, 15) / 4)
+    return case
+
+
+@every_backend
+def test_a_budget_of_everything_selects_nothing_and_reads_all(backend: str) -> None:
+    case = make_case(Shape((700,), (700,)))
+    config = HiPConfig(budget=704, sliding_window=16, num_sink_tokens=16, dense_below=0)
+    with using(backend) as name:
+        selection = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+    assert bool((selection.window_start == 16).all())
+    assert bool((selection.indices == -1).all())
+
+
+@every_backend
+@pytest.mark.parametrize("selector", ["tree", "bound", "tree+bound"])
+def test_future_keys_change_no_earlier_block(backend: str, selector: str) -> None:
+    config = HiPConfig(
+        selector=selector, budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0
+    )
+    long = make_case(Shape((1500,), (1500,), page_size=256))
+    short = Shape((1024,), (1024,), page_size=256)
+    from cases import in_pages
+
+    kv, layout = in_pages([long.ks[0][:1024]], [long.vs[0][:1024]], short)
+    with using(backend) as name:
+        whole = select_blocks(long.q, long.kv, long.layout, config=config, backend=name)
+        part = select_blocks(long.q[:1024], kv, layout, config=config, backend=name)
+    assert torch.equal(whole.indices[:16], part.indices)
+    assert torch.equal(whole.window_start[:16], part.window_start)
+
+
+@every_backend
+@pytest.mark.parametrize("selector", ["bound", "tree+bound"])
+def test_bounds_find_every_needle(backend: str, selector: str) -> None:
+    """A single key that every sampled row points at is read, wherever it lies."""
+    config = HiPConfig(
+        selector=selector, budget=128, sliding_window=64, num_sink_tokens=16, dense_below=0
+    )
+    for place in range(20, 1900, 131):
+        case = make_case(Shape((2048,), (64,), page_size=256, seed=place))
+        needle = case.q[:, :2].mean(dim=(0, 1)) * 0 + 1.5
+        case.q += needle
+        case.ks[0][place] = needle * 4
+        from cases import in_pages
+
+        kv, layout = in_pages(case.ks, case.vs, case.shape)
+        with using(backend) as name:
+            selection = select_blocks(case.q, kv, layout, config=config, backend=name)
+        found = (selection.indices == place // config.key_block_size).any(dim=2)
+        assert bool(found.all()), place
+
+
+STATISTICS = {"middle": 0.823, "random": 0.782, "first": 0.698, "last": 0.710}
+
+
+@pytest.mark.parametrize("representative", STATISTICS)
+def test_one_split_keeps_the_maximum_as_often_as_theory_says(representative: str) -> None:
+    """Random-walk scores: the share of splits whose better representative's half holds the best."""
+    draws, length = 4000, 1024
+    g = torch.Generator().manual_seed(7)
+    walk = torch.randn(draws, length, generator=g).cumsum(1)
+    kept = single_split(walk, representative)
+    half = walk.argmax(1) // (length // 2)
+    share = (kept == half).float().mean().item()
+    assert abs(share - STATISTICS[representative]) < 0.03
+
+
+def test_one_split_of_independent_scores_is_a_coin() -> None:
+    scores = torch.randn(4000, 1024, generator=torch.Generator().manual_seed(8))
+    share = (single_split(scores, "middle") == scores.argmax(1) // 512).float().mean().item()
+    assert abs(share - 0.5) < 0.03
+
+
+def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
+    """Which half the search's first decision prefers; keys are the scores, q is one."""
+    draws, length = scores.shape
+    k = scores.T[None, :, :, None].contiguous()
+    config = HiPConfig(
+        selector="tree", key_block_size=1, budget=1, num_sink_tokens=0, representative=representative
+    )
+    search = Search(torch.ones(draws, 1, 1), k, None, torch.zeros(1).long(), length, config)
+    left = torch.tensor([[0, length // 2]]).expand(draws, 2)
+    right = torch.tensor([[length // 2, length]]).expand(draws, 2)
+    return search.block_scores(search.representative(left, right)).argmax(1)
+
+
+def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
+    """With true maxima as scores the beam search returns the top blocks (no luck involved)."""
+    config = HiPConfig(selector="tree", key_block_size=2, budget=32, num_sink_tokens=0)
+    k = torch.randn(1, 1024, 1, 1)
+    search = Search(torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, config)
+    blocks = k.view(512, 2).amax(1)
+    search.representative = lambda left, right: torch.stack([left, right], -1)
+    search.block_scores = lambda ranges: torch.tensor(
+        [[blocks[a:b].max().item() if a < b else -1e9 for a, b in ranges[0].tolist()]]
+    )
+    assert search.by_tree(32)[0].tolist() == blocks.topk(16).indices.sort().values.tolist()
+
+
+def test_sampled_rows_count_back_from_the_last() -> None:
+    q = torch.arange(10.0)[:, None, None].expand(10, 2, 1)
+    assert sample_rows(q, 1, 4)[0, :, 0].tolist() == [1, 1, 5, 5, 9, 9]
+    assert sample_rows(q[:1], 1, 4)[0, :, 0].tolist() == [0, 0]
+
+
+def test_scaling_q_keeps_the_selection() -> None:
+    case = make_case(Shape((1200,), (200,)))
+    config = HiPConfig(budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0)
+    one = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    two = select_blocks(case.q * 4, case.kv, case.layout, config=config, backend="reference")
+    assert torch.equal(one.indices, two.indices)

@@ -1,0 +1,95 @@
+"""Pages hold what was written, and bounds box exactly the keys that are there."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from backends import every_backend, using
+from cases import Shape, empty_pages
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipserve.ops import compute_bounds, write_kv
+from hipserve.types import PagedKV, bound_levels, bound_offsets
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def assert_bounds(kv: PagedKV, page: int, keys: torch.Tensor, size: int) -> None:
+    """`keys` `[n, heads, head_dim]` is what the page holds from its start."""
+    assert kv.k_bounds is not None
+    offsets = bound_offsets(kv.page_size, size)
+    for level, length in enumerate(bound_levels(kv.page_size, size)):
+        for run, inside in enumerate(keys.split(length)):
+            low, high = kv.k_bounds[page, offsets[level] + run].unbind(1)
+            assert torch.equal(low, inside.amin(0))
+            assert torch.equal(high, inside.amax(0))
+
+
+@every_backend
+@given(seed=SEEDS)
+def test_appending_truncating_and_rewriting(backend: str, seed: int) -> None:
+    rng = random.Random(seed)
+    shape = Shape(
+        (1,),
+        (1,),
+        head_dim=rng.choice([64, 80]),
+        page_size=rng.choice([16, 64, 256]),
+        dtype=rng.choice([torch.float32, torch.bfloat16, torch.float16]),
+    )
+    kv, length = empty_pages(3, shape, 16), 0
+    truth = torch.full((2 * shape.page_size, 2, shape.head_dim), torch.nan, dtype=shape.dtype)
+    table = torch.tensor(rng.sample(range(3), 2))
+    with using(backend) as name:
+        for _ in range(12):
+            if rng.random() < 0.3:
+                length = rng.randint(0, length)
+            count = min(rng.choice([1, 1, 5, 40, 100]), len(truth) - length)
+            k = torch.randn(count, 2, shape.head_dim).to(shape.dtype)
+            positions = torch.arange(length, length + count)
+            slots = table[positions // shape.page_size] * shape.page_size + positions % shape.page_size
+            order = torch.randperm(count) if rng.random() < 0.3 else torch.arange(count)
+            write_kv(k[order], k[order] * 2, kv, slots[order], backend=name)
+            truth[length : length + count] = k
+            length += count
+            for i in range(2):
+                held = truth[i * shape.page_size : min(length, (i + 1) * shape.page_size)]
+                if len(held):
+                    page = int(table[i])
+                    assert torch.equal(kv.k_cache[page, : len(held)], held)
+                    assert torch.equal(kv.v_cache[page, : len(held)], held * 2)
+                    assert_bounds(kv, page, held, 16)
+
+
+@every_backend
+def test_skipped_tokens_leave_no_trace(backend: str) -> None:
+    kv = empty_pages(2, Shape((1,), (1,)), 16)
+    k = torch.randn(3, 2, 64)
+    with using(backend) as name:
+        write_kv(k, k, kv, torch.tensor([-1, 64, -1]), backend=name)
+    assert bool(kv.k_cache[0].isnan().all())
+    assert torch.equal(kv.k_cache[1, 0], k[1])
+    assert bool(kv.k_cache[1, 1:].isnan().all())
+    assert_bounds(kv, 1, k[1:2], 16)
+
+
+@every_backend
+def test_strided_keys(backend: str) -> None:
+    kv = empty_pages(1, Shape((1,), (1,)), 16)
+    fused = torch.randn(20, 8, 64)
+    with using(backend) as name:
+        write_kv(fused[:, 4:6], fused[:, 6:8], kv, torch.arange(20), backend=name)
+    assert torch.equal(kv.k_cache[0, :20], fused[:, 4:6])
+    assert torch.equal(kv.v_cache[0, :20], fused[:, 6:8])
+
+
+@every_backend
+@given(seed=SEEDS)
+def test_bounds_of_whole_sequences(backend: str, seed: int) -> None:
+    rng = random.Random(seed)
+    k = torch.randn(2, rng.choice([1, 15, 16, 17, 255, 256, 300, 1000]), 2, 64)
+    with using(backend) as name:
+        kv = PagedKV(k, k, compute_bounds(k, backend=name))
+    for page in range(2):
+        assert_bounds(kv, page, k[page], 16)
