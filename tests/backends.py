@@ -11,7 +11,9 @@ import torch
 from hipserve.platform import NATIVE_TIERS, native_library
 
 NATIVE = native_library().tier is not None
-TIERS = NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier or "baseline") + 1] if NATIVE else ()
+TIERS = (
+    NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier or "baseline") + 1] if NATIVE else ()
+)
 NAMES = ("reference", *(f"cpu:{tier}" for tier in TIERS))
 
 every_backend = pytest.mark.parametrize("backend", NAMES)

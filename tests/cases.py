@@ -58,7 +58,9 @@ class Case:
         )
 
 
-def random_values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
+def random_values(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator
+) -> Tensor:
     x = torch.randn(shape, generator=g)
     match kind:
         case "equal":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cases import Case
 from torch import Tensor
 
+from cases import Case
 from hipserve import HiPConfig
 from hipserve.types import BlockSelection
 

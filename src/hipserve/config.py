@@ -77,6 +77,13 @@ class HiPConfig:
         self._check_sizes()
 
     def _check_sizes(self) -> None:
+        if self.uses_bounds and self.bound_block_size % self.key_block_size:
+            raise _wrong(
+                "bound_block_size",
+                f"a multiple of key_block_size ({self.key_block_size})",
+                self.bound_block_size,
+                "choose sizes that divide each other",
+            )
         if self.budget < self.granularity:
             raise _wrong(
                 "budget",
@@ -100,13 +107,6 @@ class HiPConfig:
                 f"at most query_block_size ({self.query_block_size})",
                 self.query_stride,
                 "lower query_stride",
-            )
-        if self.uses_bounds and self.bound_block_size % self.key_block_size:
-            raise _wrong(
-                "bound_block_size",
-                f"a multiple of key_block_size ({self.key_block_size})",
-                self.bound_block_size,
-                "choose sizes that divide each other",
             )
 
     @property
@@ -186,7 +186,9 @@ class HiPConfig:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("config", "a readable file", f"{path} ({error})", "check it") from error
+            raise ConfigError(
+                "config", "a readable file", f"{path} ({error})", "check it"
+            ) from error
         return cls.loads(text, "toml" if path.suffix == ".toml" else "json", source=str(path))
 
     @classmethod
@@ -195,7 +197,9 @@ class HiPConfig:
         try:
             values = tomllib.loads(text) if form == "toml" else json.loads(text)
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError("config", f"valid {form}", f"{source}: {error}", "correct it") from error
+            raise ConfigError(
+                "config", f"valid {form}", f"{source}: {error}", "correct it"
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError("config", "a table of keys", type(values).__name__, "correct it")
         return cls.from_dict(cast("dict[str, Any]", values))
@@ -268,4 +272,6 @@ def _layers(value: object) -> tuple[int, ...]:
         layers = cast("tuple[object, ...]", tuple(value))
         if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
             return tuple(sorted(set(cast("tuple[int, ...]", layers))))
-    raise _wrong("dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]")
+    raise _wrong(
+        "dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]"
+    )

@@ -32,7 +32,9 @@ def native_library() -> NativeLibrary:
     """Loads the native CPU kernels once."""
     paths = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not paths:
-        return NativeLibrary(None, "hipserve was installed without its native kernels (no compiler)")
+        return NativeLibrary(
+            None, "hipserve was installed without its native kernels (no compiler)"
+        )
     try:
         torch.ops.load_library(str(paths[0]))
         tier = NATIVE_TIERS[torch.ops.hipserve_cpu.isa()]
@@ -46,7 +48,9 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         return f"the tensors are on {device}"
     if dtype not in DTYPES:
-        return f"it computes in bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+        return (
+            f"it computes in bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+        )
     return native_library().reason
 
 

@@ -6,15 +6,15 @@ import random
 
 import pytest
 import torch
-from backends import every_backend, using
-from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_as_exact, readable
 
+from backends import every_backend, using
+from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.types import BlockSelection
+from oracle import assert_as_exact, readable
 
 SEEDS = st.integers(0, 2**31 - 1)
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +28,9 @@ def random_selection(case: Case, config: HiPConfig, rng: random.Random) -> Block
     starts = torch.empty(blocks.shape[0], dtype=torch.int32)
     for i, (_, _, rows, position) in enumerate(blocks.tolist()):
         starts[i] = config.window_start(position, rows)
-        middle = range(config.num_sink_tokens // config.key_block_size, int(starts[i]) // config.key_block_size)
+        middle = range(
+            config.num_sink_tokens // config.key_block_size, int(starts[i]) // config.key_block_size
+        )
         for head in range(heads):
             count = rng.randint(0, min(len(middle), config.max_selected))
             chosen = sorted(rng.sample(middle, count))
@@ -46,7 +48,13 @@ def test_sparse_is_exact(backend: str, seed: int) -> None:
     selection = random_selection(case, config, rng)
     with using(backend) as name:
         out, lse = block_sparse_attention(
-            case.q, case.kv, case.layout, selection, config=config, softcap=shape.softcap, backend=name
+            case.q,
+            case.kv,
+            case.layout,
+            selection,
+            config=config,
+            softcap=shape.softcap,
+            backend=name,
         )
     assert_as_exact(out, lse, case, readable(case, selection, config))
 

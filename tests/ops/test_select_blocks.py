@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends import every_backend, native, using, TIERS
-from cases import Case, Shape, make_case, random_config, random_shape
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends import TIERS, every_backend, native, using
+from cases import Case, Shape, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
 from hipserve.ops.select_blocks.reference import Search, sample_rows
@@ -148,7 +148,11 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
     draws, length = scores.shape
     k = scores.T[None, :, :, None].contiguous()
     config = HiPConfig(
-        selector="tree", key_block_size=1, budget=1, num_sink_tokens=0, representative=representative
+        selector="tree",
+        key_block_size=1,
+        budget=1,
+        num_sink_tokens=0,
+        representative=representative,
     )
     search = Search(torch.ones(draws, 1, 1), k, None, torch.zeros(1).long(), length, config)
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)

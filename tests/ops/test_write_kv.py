@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
-from backends import every_backend, using
-from cases import Shape, empty_pages
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends import every_backend, using
+from cases import Shape, empty_pages
 from hipserve.ops import compute_bounds, write_kv
 from hipserve.types import PagedKV, bound_levels, bound_offsets
 
@@ -48,7 +48,9 @@ def test_appending_truncating_and_rewriting(backend: str, seed: int) -> None:
             count = min(rng.choice([1, 1, 5, 40, 100]), len(truth) - length)
             k = torch.randn(count, 2, shape.head_dim).to(shape.dtype)
             positions = torch.arange(length, length + count)
-            slots = table[positions // shape.page_size] * shape.page_size + positions % shape.page_size
+            slots = (
+                table[positions // shape.page_size] * shape.page_size + positions % shape.page_size
+            )
             order = torch.randperm(count) if rng.random() < 0.3 else torch.arange(count)
             write_kv(k[order], k[order] * 2, kv, slots[order], backend=name)
             truth[length : length + count] = k

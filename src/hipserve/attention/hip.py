@@ -10,6 +10,7 @@ from torch import Tensor
 from hipserve.attention.layer import attend
 from hipserve.config import HiPConfig
 from hipserve.ops import checks, compute_bounds
+from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, PagedKV, bound_offsets
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
@@ -56,6 +57,7 @@ def hip_attention(
     """
     config = config or HiPConfig()
     _check(q, k, v, config, causal, sm_scale, softcap)
+    resolve_backend(backend, q.device, q.dtype)
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -89,7 +91,10 @@ def _bounds(k: Tensor, query_len: int, config: HiPConfig, backend: str) -> Tenso
     """Bounds of whole sequences, where a query block is long enough to be pruned by them."""
     if not config.uses_bounds:
         return None
-    first = max(k.shape[1] - query_len, (k.shape[1] - 1) // config.query_block_size * config.query_block_size)
+    first = max(
+        k.shape[1] - query_len,
+        (k.shape[1] - 1) // config.query_block_size * config.query_block_size,
+    )
     pruned = config.window_start(first, k.shape[1] - first) > config.num_sink_tokens
     if pruned:
         return compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)

@@ -46,7 +46,9 @@ def check_floats(argument: str, x: object, dims: str) -> None:
 
 
 def check_same(argument: str, x: Tensor, q: Tensor) -> None:
-    require(x.dtype == q.dtype, argument, f"dtype {name(q.dtype)} as q", name(x.dtype), "convert it")
+    require(
+        x.dtype == q.dtype, argument, f"dtype {name(q.dtype)} as q", name(x.dtype), "convert it"
+    )
     require(x.device == q.device, argument, f"device {q.device} as q", x.device, "move it")
 
 
@@ -127,7 +129,9 @@ def check_layout(q: Tensor, kv: PagedKV, layout: BatchLayout) -> None:
         ("cu_seqlens_q", layout.cu_seqlens_q, seqs + 1),
         ("block_table", layout.block_table, seqs),
     ):
-        require(x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0], "fix")
+        require(
+            x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0], "fix"
+        )
     check_lengths(q, layout)
     check_pages(kv, layout)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from hipserve.config import HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.block_sparse_attention import operator
-from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 
@@ -53,7 +52,6 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if check:
         _check(q, kv, layout, selection, config, sliding_window, scale, softcap)
-    chosen = resolve_backend(backend, q.device, q.dtype)
     return operator.run(
         q,
         kv.k_cache,
@@ -67,7 +65,7 @@ def block_sparse_attention(
         sliding_window,
         scale,
         softcap,
-        chosen,
+        backend,
     )
 
 
@@ -84,9 +82,7 @@ def _check(
     checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     checks.check_kv(q, kv, None)
     checks.check_layout(q, kv, layout)
-    checks.require(
-        math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "leave it out"
-    )
+    checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "leave it out")
     checks.check_softcap(softcap)
     checks.require(
         sliding_window >= 0 and (selection is None or sliding_window == 0),

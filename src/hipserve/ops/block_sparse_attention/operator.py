@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.block_sparse_attention import cpu, reference
+from hipserve.platform import resolve_backend
 
 _BACKENDS = {"reference": reference.block_sparse_attention, "cpu": cpu.block_sparse_attention}
 
 
-def run(
+def _run(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -25,8 +26,8 @@ def run(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Calls the backend; the signature is the operator's."""
-    return _BACKENDS[backend](
+    """The operator's schema is this signature."""
+    return _BACKENDS[resolve_backend(backend, q.device, q.dtype)](
         q,
         k_cache,
         v_cache,
@@ -42,11 +43,16 @@ def run(
     )
 
 
-_eager = run
-_operator = torch.library.custom_op("hipserve::block_sparse_attention", _eager, mutates_args=())
+_operator = torch.library.custom_op("hipserve::block_sparse_attention", _run, mutates_args=())
 
 
 @_operator.register_fake
 def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=dtype)
+
+
+def run(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Calls the backend, through the custom operator while torch.compile traces."""
+    call = _operator if torch.compiler.is_compiling() else _run
+    return call(*arguments)  # type: ignore[arg-type]

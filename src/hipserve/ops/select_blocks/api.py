@@ -7,7 +7,6 @@ from torch import Tensor
 from hipserve.config import HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.select_blocks import operator
-from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 
@@ -48,6 +47,5 @@ def select_blocks(
         checks.check_layout(q, kv, layout)
         if config.uses_bounds and layout.block_table.shape[1] > 1:
             checks.check_page_size(kv.page_size, config.bound_block_size)
-    chosen = resolve_backend(backend, q.device, q.dtype)
     query_blocks = layout.query_blocks(config.query_block_size)
-    return BlockSelection(*operator.run(q, kv, layout.block_table, query_blocks, config, chosen))
+    return BlockSelection(*operator.run(q, kv, layout.block_table, query_blocks, config, backend))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.ops.select_blocks import cpu, reference
+from hipserve.platform import resolve_backend
 from hipserve.types import PagedKV
 
 _BACKENDS = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
@@ -22,10 +23,16 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Calls the backend, through the custom operator while torch.compile traces."""
     k_bounds = kv.k_bounds if config.uses_bounds else None
+    tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
     if torch.compiler.is_compiling():
-        text = config.dumps("json")
-        return _operator(q, kv.k_cache, k_bounds, block_table, query_blocks, text, backend)
-    return _BACKENDS[backend](q, kv.k_cache, k_bounds, block_table, query_blocks, config)
+        return _operator(*tensors, _text(config), backend)
+    return _BACKENDS[resolve_backend(backend, q.device, q.dtype)](*tensors, config)
+
+
+@torch.compiler.assume_constant_result
+def _text(config: HiPConfig) -> str:
+    """A configuration as an operator takes it; written while torch.compile traces."""
+    return config.dumps("json")
 
 
 @torch.library.custom_op("hipserve::select_blocks", mutates_args=())
@@ -38,8 +45,8 @@ def _operator(
     config: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    parsed = HiPConfig.loads(config)
-    return _BACKENDS[backend](q, k_cache, k_bounds, block_table, query_blocks, parsed)
+    chosen = _BACKENDS[resolve_backend(backend, q.device, q.dtype)]
+    return chosen(q, k_cache, k_bounds, block_table, query_blocks, HiPConfig.loads(config))
 
 
 @_operator.register_fake

@@ -42,9 +42,8 @@ def write_kv(
     """
     if check:
         _check(k, v, kv, slot_mapping, bound_block_size)
-    chosen = resolve_backend(backend, k.device, k.dtype)
     run = _operator if torch.compiler.is_compiling() else _run
-    run(k, v, kv.k_cache, kv.v_cache, kv.k_bounds, slot_mapping, bound_block_size, chosen)
+    run(k, v, kv.k_cache, kv.v_cache, kv.k_bounds, slot_mapping, bound_block_size, backend)
 
 
 def compute_bounds(k: Tensor, *, bound_block_size: int = 16, backend: str = "auto") -> Tensor:
@@ -78,7 +77,7 @@ def _check(k: Tensor, v: Tensor, kv: PagedKV, slot_mapping: Tensor, bound_block_
         same = x.shape[0] == k.shape[0]
         checks.require(same, argument, f"{k.shape[0]} tokens as k", x.shape[0], "match them")
     slots = kv.k_cache.shape[0] * kv.page_size
-    inside = slot_mapping.numel() == 0 or -1 <= int(slot_mapping.min())
+    inside = slot_mapping.numel() == 0 or int(slot_mapping.min()) >= -1
     inside = inside and (slot_mapping.numel() == 0 or int(slot_mapping.max()) < slots)
     checks.require(
         inside, "slot_mapping", f"slots from -1 to {slots - 1}", slot_mapping.tolist()[:8], "check"
@@ -95,7 +94,8 @@ def _run(
     bound_block_size: int,
     backend: str,
 ) -> None:
-    _BACKENDS[backend].write_kv(k, v, k_cache, v_cache, k_bounds, slot_mapping, bound_block_size)
+    chosen = _BACKENDS[resolve_backend(backend, k.device, k.dtype)]
+    chosen.write_kv(k, v, k_cache, v_cache, k_bounds, slot_mapping, bound_block_size)
 
 
 _operator = torch.library.custom_op(
