@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class NativeLibrary:
 @functools.cache
 def native_library() -> NativeLibrary:
     """Loads the native CPU kernels once."""
-    paths = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    places = importlib.import_module("hipserve").__path__  # an editable install has two
+    paths = [path for place in places for path in Path(place).glob("_cpu*.so")]
     if not paths:
         return NativeLibrary(
             None, "hipserve was installed without its native kernels (no compiler)"

@@ -12,8 +12,8 @@ from torch import Tensor
 from hipserve.config import HiPConfig
 from hipserve.types import bound_levels, bound_offsets
 
-COARSE_KEEP = 8
-"""Coarse bound levels keep this many times the keys that the finest level is to keep."""
+COARSE_KEEP = 2
+"""Each bound level keeps this many times the keys of the level below it."""
 
 
 def select_blocks(
@@ -124,7 +124,7 @@ class Search:
         for level in reversed(range(len(lengths))):
             length = lengths[level]
             candidates = self.candidates(runs, parent, length)
-            keys = finest_keys if level == 0 else finest_keys * COARSE_KEEP
+            keys = finest_keys * COARSE_KEEP**level
             runs = candidates.gather(1, top(self.run_scores(candidates, level), keys // length))
             parent = length
         assert runs is not None

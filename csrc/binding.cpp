@@ -1,0 +1,205 @@
+// The operators of the namespace hipserve_cpu, through torch's stable ABI: one build serves every
+// torch from 2.10 on. Python has checked all arguments.
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+
+namespace {
+
+using hipserve::Batch;
+using hipserve::Dtype;
+using hipserve::Kernels;
+using hipserve::Pages;
+using hipserve::Rows;
+using torch::stable::Tensor;
+
+struct Tier {
+  const char* name;
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+#if defined(HIPSERVE_X86)
+const Tier kTiers[] = {
+    {"baseline", &hipserve::kernels_baseline, [] { return true; }},
+    {"avx2", &hipserve::kernels_avx2,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+    {"avx512", &hipserve::kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx512_bf16", &hipserve::kernels_avx512_bf16,
+     [] {
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+};
+#else
+const Tier kTiers[] = {{"baseline", &hipserve::kernels_baseline, [] { return true; }}};
+#endif
+constexpr int64_t kNumTiers = sizeof(kTiers) / sizeof(kTiers[0]);
+
+std::string supported_names() {
+  std::string names;
+  for (const Tier& tier : kTiers)
+    if (tier.supported()) names += (names.empty() ? "" : ", ") + std::string(tier.name);
+  return names;
+}
+
+int64_t first_tier() {
+  const char* forced = std::getenv("HIPSERVE_CPU_ISA");
+  for (int64_t i = kNumTiers - 1; i >= 0; --i) {
+    if (forced && std::strcmp(forced, kTiers[i].name)) continue;
+    if (kTiers[i].supported()) return i;
+  }
+  throw std::runtime_error("HIPSERVE_CPU_ISA: expected one of " + supported_names() + ", got " +
+                           forced + "; unset it to let the machine decide");
+}
+
+int64_t& current() {
+  static int64_t tier = first_tier();
+  return tier;
+}
+const Kernels& kernels() { return *kTiers[current()].kernels; }
+
+int64_t isa() { return current(); }
+void set_isa(int64_t tier) {
+  if (tier < 0 || tier >= kNumTiers || !kTiers[tier].supported())
+    throw std::runtime_error("isa: expected a tier of this machine (" + supported_names() + ")");
+  current() = tier;
+}
+
+Dtype dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Float: return Dtype::f32;
+    default: throw std::runtime_error("dtype: expected bfloat16, float16 or float32");
+  }
+}
+Rows rows_of(const Tensor& x) { return {(char*)x.data_ptr(), x.stride(0), x.stride(1)}; }
+Pages pages_of(const Tensor& x) {
+  return {(char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+Pages pages_of(const std::optional<Tensor>& x) { return x ? pages_of(*x) : Pages{}; }
+template <class A> A* ints(const Tensor& x) { return (A*)x.data_ptr(); }
+
+Batch batch_of(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
+               const Tensor& query_blocks) {
+  return {ints<const int32_t>(block_table), block_table.stride(0),
+          ints<const hipserve::QueryBlock>(query_blocks), query_blocks.size(0), k_cache.size(1),
+          q.size(1), k_cache.size(2), q.size(2), dtype_of(q)};
+}
+
+void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                            Tensor query_blocks, std::optional<Tensor> indices,
+                            std::optional<Tensor> window_start, int64_t num_sink_tokens,
+                            int64_t key_block_size, int64_t sliding_window, double sm_scale,
+                            double softcap, Tensor out, Tensor lse) {
+  hipserve::AttentionCall call{};
+  call.batch = batch_of(q, k_cache, block_table, query_blocks);
+  call.q = rows_of(q);
+  call.out = rows_of(out);
+  call.lse = ints<float>(lse);
+  call.k = pages_of(k_cache);
+  call.v = pages_of(v_cache);
+  if (indices && window_start) {
+    call.indices = ints<const int32_t>(*indices);
+    call.window_start = ints<const int32_t>(*window_start);
+    call.index_heads = indices->size(1);
+    call.max_selected = indices->size(2);
+  }
+  call.num_sink_tokens = num_sink_tokens;
+  call.key_block_size = key_block_size;
+  call.sliding_window = sliding_window;
+  call.sm_scale = (float)sm_scale;
+  call.softcap = (float)softcap;
+  kernels().attention(call);
+}
+
+void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
+                   Tensor query_blocks, int64_t budget, int64_t bound_budget,
+                   int64_t key_block_size, int64_t bound_block_size, int64_t granularity,
+                   int64_t query_stride, int64_t rerank, int64_t representative, int64_t seed,
+                   int64_t num_sink_tokens, int64_t sliding_window, int64_t dense_below,
+                   Tensor indices, Tensor window_start) {
+  hipserve::SelectCall call{};
+  call.batch = batch_of(q, k_cache, block_table, query_blocks);
+  call.q = rows_of(q);
+  call.k = pages_of(k_cache);
+  call.bounds = pages_of(k_bounds);
+  call.heads = indices.size(1);
+  call.max_selected = indices.size(2);
+  call.budget = budget;
+  call.bound_budget = bound_budget;
+  call.key_block_size = key_block_size;
+  call.bound_block_size = bound_block_size;
+  call.granularity = granularity;
+  call.query_stride = query_stride;
+  call.rerank = rerank;
+  call.representative = representative;
+  call.seed = seed;
+  call.num_sink_tokens = num_sink_tokens;
+  call.sliding_window = sliding_window;
+  call.dense_below = dense_below;
+  call.indices = ints<int32_t>(indices);
+  call.window_start = ints<int32_t>(window_start);
+  kernels().select_blocks(call);
+}
+
+void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_bounds,
+              Tensor slot_mapping, int64_t bound_block_size) {
+  kernels().write_kv({rows_of(k), rows_of(v), pages_of(k_cache), pages_of(v_cache),
+                      pages_of(k_bounds), ints<const int64_t>(slot_mapping), k.size(0),
+                      k_cache.size(1), k.size(1), k.size(2), bound_block_size, dtype_of(k)});
+}
+
+void compute_bounds(Tensor k, Tensor bounds, int64_t bound_block_size) {
+  kernels().compute_bounds({pages_of(k), pages_of(bounds), k.size(0), k.size(1), k.size(2),
+                            k.size(3), bound_block_size, dtype_of(k)});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
+  m.def("isa() -> int");
+  m.def("set_isa(int tier) -> ()");
+  m.def(
+      "block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+      "Tensor query_blocks, Tensor? indices, Tensor? window_start, int num_sink_tokens, "
+      "int key_block_size, int sliding_window, float sm_scale, float softcap, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
+  m.def(
+      "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
+      "Tensor query_blocks, int budget, int bound_budget, int key_block_size, "
+      "int bound_block_size, int granularity, int query_stride, int rerank, int representative, "
+      "int seed, int num_sink_tokens, int sliding_window, int dense_below, Tensor(a!) indices, "
+      "Tensor(b!) window_start) -> ()");
+  m.def(
+      "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "
+      "Tensor slot_mapping, int bound_block_size) -> ()");
+  m.def("compute_bounds(Tensor k, Tensor(a!) bounds, int bound_block_size) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+}
+STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CPU, m) {
+  m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));
+  m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("write_kv", TORCH_BOX(&write_kv));
+  m.impl("compute_bounds", TORCH_BOX(&compute_bounds));
+}

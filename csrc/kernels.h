@@ -1,0 +1,81 @@
+// The calls that cross from the binding to the kernels: plain records, no torch, no STL.
+#pragma once
+#include <cstdint>
+
+namespace hipserve {
+
+enum class Dtype : int32_t { bf16, f16, f32 };
+
+// Strides count elements; the last axis is contiguous everywhere.
+
+struct Rows {  // [tokens, heads, head_dim]
+  char* data;
+  int64_t row_stride, head_stride;
+};
+
+struct Pages {  // [pages, slots, heads, head_dim]; bounds: [pages, runs, heads, 2 * head_dim]
+  char* data;
+  int64_t page_stride, slot_stride, head_stride;
+};
+
+struct QueryBlock {
+  int32_t seq, row, num_rows, position;
+};
+
+struct Batch {
+  const int32_t* block_table;
+  int64_t table_stride;
+  const QueryBlock* query_blocks;
+  int64_t num_query_blocks;
+  int64_t page_size, num_q_heads, num_kv_heads, head_dim;
+  Dtype dtype;
+};
+
+struct AttentionCall {
+  Batch batch;
+  Rows q, out;
+  float* lse;  // [tokens, num_q_heads]
+  Pages k, v;
+  const int32_t* indices;  // [query blocks, index_heads, max_selected], or null: dense
+  const int32_t* window_start;
+  int64_t index_heads, max_selected;
+  int64_t num_sink_tokens, key_block_size, sliding_window;
+  float sm_scale, softcap;
+};
+
+struct SelectCall {
+  Batch batch;
+  Rows q;
+  Pages k, bounds;  // bounds.data is null for the tree alone
+  int64_t heads, max_selected;
+  int64_t budget, bound_budget, key_block_size, bound_block_size, granularity, query_stride;
+  int64_t rerank, representative, seed, num_sink_tokens, sliding_window, dense_below;
+  int32_t* indices;
+  int32_t* window_start;
+};
+
+struct WriteCall {
+  Rows k, v;
+  Pages k_cache, v_cache, bounds;  // bounds.data is null where none are kept
+  const int64_t* slot_mapping;
+  int64_t num_tokens, page_size, num_kv_heads, head_dim, bound_block_size;
+  Dtype dtype;
+};
+
+struct BoundsCall {
+  Pages k, bounds;
+  int64_t num_pages, page_size, num_kv_heads, head_dim, bound_block_size;
+  Dtype dtype;
+};
+
+// One ISA tier: the same source compiled with other flags (see CMakeLists.txt).
+struct Kernels {
+  void (*attention)(const AttentionCall&);
+  void (*select_blocks)(const SelectCall&);
+  void (*write_kv)(const WriteCall&);
+  void (*compute_bounds)(const BoundsCall&);
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+}  // namespace hipserve

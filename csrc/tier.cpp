@@ -1,0 +1,13 @@
+// Compiled once for each ISA tier; CMakeLists.txt gives the flags and the name.
+#include "attention.h"
+#include "select_blocks.h"
+#include "write_kv.h"
+
+#define HIPSERVE_JOIN2(a, b) a##b
+#define HIPSERVE_JOIN(a, b) HIPSERVE_JOIN2(a, b)
+
+namespace hipserve {
+const Kernels HIPSERVE_JOIN(kernels_, HIPSERVE_TIER) = {
+    HIPSERVE_TIER::attention, HIPSERVE_TIER::select_blocks, HIPSERVE_TIER::write_kv,
+    HIPSERVE_TIER::compute_bounds};
+}  // namespace hipserve

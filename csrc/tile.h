@@ -1,0 +1,304 @@
+// Tiles of 64 keys and the small matrix products over them, in vector extensions. Everything here
+// is static: each tier compiles its own copy, and no symbol of one ISA can replace another's.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kColumns = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kColumns = 2;
+#else
+constexpr int kLanes = 4, kColumns = 2;
+#endif
+constexpr int kRows = 6;        // rows of a register tile
+constexpr int kKeys = 64;       // keys of a tile
+constexpr int kMaxDim = 256;
+
+typedef float vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+template <class A> static inline A least(A a, A b) { return a < b ? a : b; }
+template <class A> static inline A most(A a, A b) { return a > b ? a : b; }
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vf load(const float* p) { return *(const vf*)p; }
+static inline void store(float* p, vf x) { *(vf*)p = x; }
+static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+static inline float reduce_max(vf x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = most(best, x[i]);
+  return best;
+}
+static inline float reduce_sum(vf x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+#if defined(__AVX512F__)
+static inline float fast_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+static inline float fast_max(vf x) { return reduce_max(x); }
+#endif
+
+// 2^x for x <= 0; a polynomial on [-1/2, 1/2], exact to 1e-7 (degree 6) or 4e-5 (degree 4, enough
+// where the weight is rounded to bfloat16).
+template <int kDegree> static inline vf exp2v(vf x) {
+  x = maximum(x, splat(-126.f));
+  vf whole = (x + 12582912.f) - 12582912.f;
+  vf r = x - whole;
+  vf p = splat(9.6181291e-3f);
+  if (kDegree == 6) {
+    p = splat(1.5403530e-4f);
+    p = p * r + 1.3333558e-3f;
+    p = p * r + 9.6181291e-3f;
+  }
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.f;
+  vi exponent = (__builtin_convertvector(whole, vi) + 127) << 23;
+  return p * (vf)exponent;
+}
+
+// Storage types.
+
+struct bf16 { uint16_t bits; };
+struct f16 { _Float16 value; };
+
+static inline float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+static inline float to_float(f16 x) { return (float)x.value; }
+static inline float to_float(float x) { return x; }
+static inline void from_float(float y, float* x) { *x = y; }
+static inline void from_float(float y, f16* x) { x->value = (_Float16)y; }
+static inline void from_float(float y, bf16* x) {
+  uint32_t bits;
+  memcpy(&bits, &y, 4);
+  bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  x->bits = nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+template <class T> static inline void convert(const T* x, int n, float* y) {
+  for (int i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+
+// A unit is 32 bits wide and holds one or two values along the axis that a product sums over:
+// one float, or a pair of bfloat16 for vdpbf16ps. All tiles are arrays of units.
+
+struct Single {
+  static constexpr int kValues = 1, kDegree = 6;
+  static inline vf madd(vf acc, float a, vf b) { return acc + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pair {
+  static constexpr int kValues = 2, kDegree = 4;
+  static inline vf madd(vf acc, float a, vf b) {
+    __m512bh pair = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(a));
+    return (vf)_mm512_dpbf16_ps((__m512)acc, pair, (__m512bh)b);
+  }
+};
+#endif
+
+// acc[r][c] += sum_k a[r][k] * b[k][c], with kN vectors of columns.
+template <class Unit, int kM, int kN>
+static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+                           vf acc[kM][kN]) {
+  for (int k = 0; k < depth; ++k) {
+    vf column[kN];
+    for (int c = 0; c < kN; ++c) column[c] = load(b + k * ldb + c * kLanes);
+    for (int r = 0; r < kM; ++r)
+      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r * lda + k], column[c]);
+  }
+}
+
+// Queries: one row of units.
+
+template <class Unit, class T> static inline void pack_row(const T* x, int n, float* units) {
+  convert(x, n, units);
+}
+#if defined(__AVX512BF16__)
+template <> inline void pack_row<Pair, bf16>(const bf16* x, int n, float* units) {
+  memcpy(units, x, n * 2);
+}
+#endif
+
+// Keys: 64 rows become columns, units[k][key].
+
+#if defined(__AVX512F__)
+static inline void transpose16(const float* const* rows, int offset, float* out) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + (i)*kKeys, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * kKeys, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(out + (i + 4) * kKeys, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(out + (i + 12) * kKeys, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+static inline void transpose(const float* const* rows, int count, int depth, float* units) {
+  int k = 0;
+  for (; k + 16 <= depth; k += 16)
+    for (int j = 0; j < count; j += 16) transpose16(rows + j, k, units + k * kKeys + j);
+  for (; k < depth; ++k)
+    for (int j = 0; j < count; ++j) units[k * kKeys + j] = rows[j][k];
+}
+#else
+static inline void transpose(const float* const* rows, int count, int depth, float* units) {
+  for (int j = 0; j < count; ++j)
+    for (int k = 0; k < depth; ++k) units[k * kKeys + j] = rows[j][k];
+}
+#endif
+
+// Rows of a tile: `row[j]` for j < count; the rest of the last 16 points at zeros.
+struct TileRows {
+  const void* row[kKeys];
+  int count;
+};
+
+template <class Unit, class T> struct KeyTile {
+  static void pack(const TileRows& tile, int n, float* units, float* scratch) {
+    const float* rows[kKeys];
+    int padded = (tile.count + 15) / 16 * 16;
+    for (int j = 0; j < padded; ++j) {
+      convert((const T*)tile.row[j], n, scratch + j * n);
+      rows[j] = scratch + j * n;
+    }
+    transpose(rows, padded, n, units);
+  }
+};
+template <> struct KeyTile<Single, float> {
+  static void pack(const TileRows& tile, int n, float* units, float*) {
+    transpose((const float* const*)tile.row, (tile.count + 15) / 16 * 16, n, units);
+  }
+};
+#if defined(__AVX512BF16__)
+template <> struct KeyTile<Pair, bf16> {
+  static void pack(const TileRows& tile, int n, float* units, float*) {
+    transpose((const float* const*)tile.row, (tile.count + 15) / 16 * 16, n / 2, units);
+  }
+};
+#endif
+
+// Values: units[key / kValues][column].
+
+template <class Unit, class T> struct ValueTile {
+  static void pack(const TileRows& tile, int n, float* units) {
+    for (int j = 0; j < tile.count; ++j) convert((const T*)tile.row[j], n, units + j * n);
+  }
+};
+#if defined(__AVX512BF16__)
+template <> struct ValueTile<Pair, bf16> {
+  static void pack(const TileRows& tile, int n, float* units) {
+    for (int j = 0; j < tile.count; j += 2) {
+      const uint16_t* even = (const uint16_t*)tile.row[j];
+      const uint16_t* odd = (const uint16_t*)tile.row[j + 1];
+      for (int c = 0; c < n; c += 16) {
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + c)));
+        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + c)));
+        _mm512_storeu_si512(units + (j / 2) * n + c,
+                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+};
+#endif
+
+// Weights of one row, `n` of them (a multiple of kLanes), as units.
+template <class Unit> static inline void pack_weights(const vf* p, int vectors, float* units) {
+  for (int i = 0; i < vectors; ++i) store(units + i * kLanes, p[i]);
+}
+#if defined(__AVX512BF16__)
+template <> inline void pack_weights<Pair>(const vf* p, int vectors, float* units) {
+  for (int i = 0; i < vectors; ++i)
+    _mm256_storeu_si256((__m256i*)(units + i * 8), (__m256i)_mm512_cvtneps_pbh((__m512)p[i]));
+}
+#endif
+
+// The page that holds a position, and the row of a key in it.
+struct Sequence {
+  const int32_t* pages;
+  int64_t page_size;
+  Sequence(const Batch& batch, int32_t seq)
+      : pages(batch.block_table + seq * batch.table_stride), page_size(batch.page_size) {}
+};
+
+template <class T>
+static inline const T* key_row(const Pages& pages, const Sequence& seq, int64_t head, int64_t key) {
+  int64_t page = seq.pages[key / seq.page_size], slot = key % seq.page_size;
+  return (const T*)pages.data + page * pages.page_stride + slot * pages.slot_stride +
+         head * pages.head_stride;
+}
+
+alignas(64) static const float kZeros[2 * kMaxDim] = {};
+
+static inline void pad(TileRows& tile) {
+  for (int j = tile.count; j < (tile.count + 15) / 16 * 16; ++j) tile.row[j] = kZeros;
+}
+
+// Bound levels: runs of bound_block_size * 4^level keys, finest first, as hipserve/types.py lays
+// them out in a page.
+struct BoundLevels {
+  int64_t count = 0, length[3], offset[4];
+  BoundLevels(int64_t page_size, int64_t bound_block_size) {
+    offset[0] = 0;
+    for (int64_t size = bound_block_size; count < 3; size *= 4) {
+      if (count && size > page_size) break;
+      length[count] = size;
+      offset[count + 1] = offset[count] + (page_size + size - 1) / size;
+      ++count;
+    }
+  }
+};
+
+// Scratch of one thread, cut into aligned pieces.
+struct Arena {
+  char *base, *next;
+  explicit Arena(size_t bytes) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, bytes)) abort();
+    base = next = (char*)p;
+  }
+  ~Arena() { free(base); }
+  template <class A> A* take(size_t count) {
+    A* piece = (A*)next;
+    next += (count * sizeof(A) + 63) / 64 * 64;
+    return piece;
+  }
+};
+static inline size_t room(size_t count, size_t size) { return (count * size + 63) / 64 * 64; }
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve

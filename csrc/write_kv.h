@@ -1,0 +1,141 @@
+// Appending keys and values to pages, and the bounds of the runs they touch.
+#pragma once
+#include "tile.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+template <class T> struct Box {
+  float low[kMaxDim], high[kMaxDim];
+  int64_t dim;
+  explicit Box(int64_t dim) : dim(dim) {
+    for (int64_t c = 0; c < dim; ++c) {
+      low[c] = INFINITY;
+      high[c] = -INFINITY;
+    }
+  }
+  void add(const T* low_row, const T* high_row) {
+    for (int64_t c = 0; c < dim; ++c) {
+      low[c] = least(to_float(low_row[c]), low[c]);
+      high[c] = most(to_float(high_row[c]), high[c]);
+    }
+  }
+  void put(T* out) const {
+    for (int64_t c = 0; c < dim; ++c) {
+      from_float(low[c], out + c);
+      from_float(high[c], out + dim + c);
+    }
+  }
+};
+
+// Bounds of one page and head whose first `count` keys are there, from run `first / length` on:
+// the finest level from keys, each coarser one from the level below.
+template <class T>
+static void bound_page(const T* keys, int64_t slot_stride, T* bounds, int64_t run_stride,
+                       const BoundLevels& levels, int64_t first, int64_t count, int64_t dim) {
+  for (int level = 0; level < levels.count; ++level) {
+    const int64_t length = levels.length[level];
+    for (int64_t run = first / length; run * length < count; ++run) {
+      Box<T> box(dim);
+      int64_t end = least(count, (run + 1) * length);
+      if (level == 0)
+        for (int64_t slot = run * length; slot < end; ++slot)
+          box.add(keys + slot * slot_stride, keys + slot * slot_stride);
+      else
+        for (int64_t child = run * 4; child * levels.length[level - 1] < end; ++child) {
+          const T* finer = bounds + (levels.offset[level - 1] + child) * run_stride;
+          box.add(finer, finer + dim);
+        }
+      box.put(bounds + (levels.offset[level] + run) * run_stride);
+    }
+  }
+}
+
+// A stretch of tokens that fills consecutive slots of one page.
+struct Stretch {
+  int64_t page, first, end;
+};
+
+template <class T> static void write_as(const WriteCall& call) {
+  const BoundLevels levels(call.page_size, call.bound_block_size);
+  const int64_t dim = call.head_dim, tokens = call.num_tokens, heads = call.num_kv_heads;
+  Stretch* stretches = (Stretch*)malloc(sizeof(Stretch) * most(tokens, (int64_t)1));
+  int64_t count = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    int64_t slot = call.slot_mapping[t];
+    if (slot < 0) continue;
+    int64_t page = slot / call.page_size, offset = slot % call.page_size;
+    Stretch* last = count ? stretches + count - 1 : nullptr;
+    if (last && last->page == page && last->end == offset) ++last->end;
+    else stretches[count++] = {page, offset, offset + 1};
+  }
+#pragma omp parallel for if (tokens > 64) schedule(static)
+  for (int64_t t = 0; t < tokens; ++t) {
+    int64_t slot = call.slot_mapping[t];
+    if (slot < 0) continue;
+    int64_t page = slot / call.page_size, offset = slot % call.page_size;
+    for (int64_t h = 0; h < heads; ++h) {
+      auto put = [&](const Pages& pages, const Rows& rows) {
+        T* to = (T*)pages.data + page * pages.page_stride + offset * pages.slot_stride + h * pages.head_stride;
+        memcpy(to, (const T*)rows.data + t * rows.row_stride + h * rows.head_stride, dim * sizeof(T));
+      };
+      put(call.k_cache, call.k);
+      put(call.v_cache, call.v);
+    }
+  }
+  if (call.bounds.data) {
+    // Slots out of order within a page cut it into several stretches: its last slot decides, and
+    // its first one says where to begin.
+    bool ordered = true;
+    for (int64_t i = 1; i < count; ++i) ordered &= stretches[i].page != stretches[i - 1].page;
+    for (int64_t i = 0; i < count && !ordered; ++i)
+      for (int64_t j = i + 1; j < count; ++j)
+        if (stretches[j].page == stretches[i].page) {
+          stretches[i].first = least(stretches[i].first, stretches[j].first);
+          stretches[i].end = most(stretches[i].end, stretches[j].end);
+          stretches[j] = stretches[--count];
+          --j;
+        }
+#pragma omp parallel for if (tokens > 64) schedule(dynamic)
+    for (int64_t i = 0; i < count * heads; ++i) {
+      const Stretch& s = stretches[i / heads];
+      int64_t h = i % heads;
+      const T* keys = (const T*)call.k_cache.data + s.page * call.k_cache.page_stride + h * call.k_cache.head_stride;
+      T* bounds = (T*)call.bounds.data + s.page * call.bounds.page_stride + h * call.bounds.head_stride;
+      bound_page<T>(keys, call.k_cache.slot_stride, bounds, call.bounds.slot_stride, levels, s.first, s.end, dim);
+    }
+  }
+  free(stretches);
+}
+
+template <class T> static void bounds_as(const BoundsCall& call) {
+  const BoundLevels levels(call.page_size, call.bound_block_size);
+  const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.count - 1];
+  const int64_t chunks = (call.page_size + chunk - 1) / chunk;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < call.num_pages * heads * chunks; ++i) {
+    int64_t page = i / (heads * chunks), h = i / chunks % heads, first = i % chunks * chunk;
+    const T* keys = (const T*)call.k.data + page * call.k.page_stride + h * call.k.head_stride;
+    T* bounds = (T*)call.bounds.data + page * call.bounds.page_stride + h * call.bounds.head_stride;
+    bound_page<T>(keys, call.k.slot_stride, bounds, call.bounds.slot_stride, levels, first,
+                  least(call.page_size, first + chunk), call.head_dim);
+  }
+}
+
+static void write_kv(const WriteCall& call) {
+  switch (call.dtype) {
+    case Dtype::bf16: return write_as<bf16>(call);
+    case Dtype::f16: return write_as<f16>(call);
+    default: return write_as<float>(call);
+  }
+}
+static void compute_bounds(const BoundsCall& call) {
+  switch (call.dtype) {
+    case Dtype::bf16: return bounds_as<bf16>(call);
+    case Dtype::f16: return bounds_as<f16>(call);
+    default: return bounds_as<float>(call);
+  }
+}
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve
