@@ -1,0 +1,1 @@
+"""Translators into the engines that people run; no mathematics here."""

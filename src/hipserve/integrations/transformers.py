@@ -1,0 +1,389 @@
+"""`attn_implementation="hip"` for unmodified transformers models, and the cache that goes with it.
+
+Importing this module registers the implementation. `HiPCache`, passed as `past_key_values`, keeps
+keys and values in pages, so that a decode step neither copies nor reads the whole cache; without
+it HiP attention runs over the tensors that transformers' own caches hand out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import causal_mask_function
+
+from hipserve.attention import SelectionReuse, attend, hip_attention
+from hipserve.cache import PagedLayer
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+from hipserve.ops import block_sparse_attention
+from hipserve.types import BatchLayout, PagedKV
+
+NAME = "hip"
+_default = HiPConfig()
+
+
+def register(config: HiPConfig | None = None) -> None:
+    """Registers `attn_implementation="hip"`; `config` is for models that carry none.
+
+    A model's own settings, `model.config.hip = {...}` with the keys of `HiPConfig`, come first;
+    `save_pretrained` writes them and `from_pretrained` reads them back.
+    """
+    global _default
+    _default = config or _default
+    AttentionInterface.register(NAME, hip_forward)
+    AttentionMaskInterface.register(NAME, describe_mask)
+
+
+def config_of(model_config: Any) -> HiPConfig:
+    """The HiPConfig of a model: its own, or the registered one."""
+    own = getattr(model_config, NAME, None)
+    return _default if own is None else HiPConfig.from_dict(dict(own))
+
+
+# Masks: a record instead of a matrix, O(1) for any length.
+
+
+@dataclass(eq=False)
+class MaskDescription:
+    """Who may read whom, for a batch: causal, a window, and which keys are padding."""
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    sliding_window: int
+    key_valid: Tensor | None
+
+    ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch_size, 1, self.q_length, self.kv_length)
+
+    def contiguous(self) -> MaskDescription:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> MaskDescription:
+        return self
+
+    def valid_keys(self, kv_length: int) -> Tensor | None:
+        """`[batch, kv_length]` of the keys at hand, or None where all of them count."""
+        if self.key_valid is None or bool(self.key_valid.all()):
+            return None
+        return self.key_valid[:, self.kv_offset : self.kv_offset + kv_length].bool()
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Any = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> MaskDescription:
+    """Called by transformers in place of building a mask.
+
+    Raises:
+        ArgumentError: for a mask that is neither causal nor a sliding window.
+    """
+    if isinstance(attention_mask, MaskDescription):
+        return attention_mask
+    name = getattr(mask_function, "__qualname__", "")
+    windowed = local_size is not None and not use_vmap and name.startswith("and_masks")
+    if mask_function is not causal_mask_function and not windowed:
+        raise ArgumentError(
+            "attention_mask",
+            "a causal or sliding-window mask, padded or not",
+            name or type(mask_function).__name__,
+            'use attn_implementation="sdpa" for packed, bidirectional or custom masks',
+        )
+    # Offsets may be live tensors that a cache changes later: int() takes their value now.
+    return MaskDescription(
+        batch_size,
+        q_length,
+        int(kv_length),
+        int(q_offset),
+        int(kv_offset),
+        local_size or 0,
+        attention_mask,
+    )
+
+
+# The attention function.
+
+
+def hip_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskDescription | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer, as transformers calls it.
+
+    query `[batch, num_q_heads, query_len, head_dim]`, key and value `[batch, num_kv_heads, kv_len,
+    head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
+    """
+    _refuse(module, dropout, s_aux, attention_mask)
+    config = config_of(module.config)
+    if module.layer_idx in config.dense_layers or sliding_window:
+        config = None
+    options = {"sm_scale": scaling, "softcap": softcap or 0.0}
+    if isinstance(key, PagedHandle):
+        return _attend_pages(query, key, attention_mask, config, options), None
+    return _attend_tensors(query, key, value, attention_mask, config, sliding_window or 0, options), None
+
+
+def _refuse(module: nn.Module, dropout: float, s_aux: Tensor | None, mask: object) -> None:
+    if dropout and module.training:
+        raise ArgumentError("dropout", "0", str(dropout), "HiP attention is for inference")
+    if s_aux is not None:
+        hint = 'use attn_implementation="eager" for models with learned sinks'
+        raise ArgumentError("s_aux", "no learned sink logits", "some", hint)
+    if not (mask is None or isinstance(mask, MaskDescription)):
+        hint = "pass a 2-D padding mask, or none"
+        raise ArgumentError("attention_mask", "a 2-D mask or None", type(mask).__name__, hint)
+
+
+def _attend_pages(
+    query: Tensor,
+    key: PagedHandle,
+    mask: MaskDescription | None,
+    config: HiPConfig | None,
+    options: dict[str, Any],
+) -> Tensor:
+    layer, rows = key.layer, query.transpose(1, 2)
+    valid = mask.valid_keys(layer.seen) if mask else None
+    if valid is not None:
+        valid = valid[:, layer.seen - rows.shape[1] :]
+        valid = None if bool(valid.all()) else valid
+    layer.write(valid)
+    batch, query_len = rows.shape[:2]
+    lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
+    layout = layer.pages.layout(lens)
+    q = rows.flatten(0, 1) if valid is None else rows[valid]
+    if config is None:
+        out, _ = block_sparse_attention(q, layer.pages.pages, layout, check=False, **options)
+    else:
+        out, _ = attend(
+            q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
+        )
+    if valid is None:
+        return out.view(rows.shape)
+    padded = rows.new_zeros(rows.shape)
+    padded[valid] = out
+    return padded
+
+
+def _attend_tensors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskDescription | None,
+    config: HiPConfig | None,
+    sliding_window: int,
+    options: dict[str, Any],
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if mask is not None:  # a static cache hands out more rows than are filled
+        filled = mask.q_offset + mask.q_length - mask.kv_offset
+        k, v = k[:, :filled], v[:, :filled]
+    valid = mask.valid_keys(k.shape[1]) if mask else None
+    if valid is None and config is not None:
+        return cast("Tensor", hip_attention(q, k, v, config=config, **options))
+    return _attend_unequal(q, k, v, valid, config, sliding_window, options)
+
+
+def _attend_unequal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    config: HiPConfig | None,
+    sliding_window: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """Sequences without their padding: each is one page of the keys that count, in order."""
+    batch, kv_len = k.shape[:2]
+    device = q.device
+    if valid is None:
+        valid = torch.ones(batch, kv_len, dtype=torch.bool, device=device)
+    else:
+        order = valid.logical_not().sort(dim=1, stable=True).indices[..., None, None].expand_as(k)
+        k, v = k.gather(1, order), v.gather(1, order)
+    rows = valid[:, kv_len - q.shape[1] :]
+    layout = BatchLayout(
+        torch.arange(batch, dtype=torch.int32, device=device)[:, None],
+        valid.sum(1).int(),
+        torch.cat([rows.new_zeros(1, dtype=torch.int32), rows.sum(1).cumsum(0).int()]),
+    )
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if config is None:
+        options = {**options, "sliding_window": sliding_window}
+        part, _ = block_sparse_attention(q[rows], PagedKV(k, v), layout, check=False, **options)
+    else:
+        tree = config if not config.uses_bounds else None
+        kv = PagedKV(k, v) if tree else _with_bounds(k, v, config)
+        part, _ = attend(q[rows], kv, layout, config=config, check=False, **options)
+    out[rows] = part
+    return out
+
+
+def _with_bounds(k: Tensor, v: Tensor, config: HiPConfig) -> PagedKV:
+    from hipserve.ops import compute_bounds
+
+    return PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size))
+
+
+# The cache.
+
+
+class PagedHandle(torch.Tensor):
+    """Keys or values of a `HiPCache` layer on their way to `hip_forward`: a shape without storage."""
+
+    layer: HiPCacheLayer
+
+    @staticmethod
+    def __new__(cls, layer: HiPCacheLayer, fresh: Tensor) -> PagedHandle:
+        batch, heads, _, dim = fresh.shape
+        shape = (batch, heads, layer.seen, dim)
+        handle = torch.Tensor._make_wrapper_subclass(  # pyright: ignore
+            cls, shape, dtype=fresh.dtype, device=fresh.device
+        )
+        handle.layer = layer
+        return handle
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PagedHandle({list(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise ArgumentError(
+            "past_key_values",
+            'a cache that fits the attention: HiPCache goes with attn_implementation="hip"',
+            f"a HiPCache whose keys reached {func}",
+            'call model.set_attn_implementation("hip") or pass another cache',
+        )
+
+
+class HiPCacheLayer(CacheLayerMixin):
+    """One layer of a `HiPCache`: pages, and the selection that decode steps share."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, page_size: int, bound_block_size: int | None) -> None:
+        super().__init__()
+        self.pages = PagedLayer(page_size, bound_block_size)
+        self.reuse = SelectionReuse()
+        self.seen = 0
+        self._fresh: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values; the attention function, which knows the mask, writes."""
+        self.lazy_initialization(key_states, value_states)
+        self._fresh = (key_states, value_states)
+        self.seen += key_states.shape[2]
+        return PagedHandle(self, key_states), PagedHandle(self, value_states)
+
+    def write(self, valid: Tensor | None) -> None:
+        """Appends what `update` took, without the tokens that `valid` leaves out."""
+        if self._fresh is not None:
+            k, v = (x.transpose(1, 2) for x in self._fresh)
+            self._fresh = None
+            self.pages.append(k, v, valid)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Removes -n tokens; a positive number is the length to keep (older transformers)."""
+        count = int(tokens_to_remove)
+        removed = -count if count <= 0 else max(self.seen - count, 0)
+        self.seen -= removed
+        self.pages.truncate(removed)
+        self.reuse.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(torch.arange(len(self.pages.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(torch.arange(len(self.pages.lengths))[indices.cpu()])
+
+    def _take(self, order: Tensor) -> None:
+        if self.pages.lengths:
+            self.pages.reorder(order)
+            self.reuse.reorder(order)
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.pages.clear()
+        self.reuse.clear()
+
+    def offload(self) -> None:
+        """Pages stay where they are."""
+
+    def prefetch(self) -> None:
+        """Pages stay where they are."""
+
+
+class HiPCache(Cache):
+    """Keys and values in pages, with the bounds that selection reads.
+
+    >>> model.generate(ids, past_key_values=HiPCache(model.config))  # doctest: +SKIP
+
+    Args:
+        config: the model's configuration; its sliding-window layers keep transformers' own cache.
+        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves bounds best.
+    """
+
+    def __init__(self, config: Any, page_size: int = 256) -> None:
+        hip = config_of(config)
+        bound = hip.bound_block_size if hip.uses_bounds else None
+        own = DynamicCache(config=config).layers
+        super().__init__(
+            layers=[
+                HiPCacheLayer(page_size, bound) if type(layer) is DynamicLayer else layer
+                for layer in own
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the pages of all layers."""
+        return sum(layer.pages.nbytes for layer in self.layers if isinstance(layer, HiPCacheLayer))
+
+
+register()
