@@ -60,7 +60,7 @@ def test_hip_attention(argument: str, changes: dict[str, Any]) -> None:
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     meta = {name: x.to("meta") for name, x in HIP.items()}
-    with pytest.raises(BackendError, match="cpu.*cannot run: the tensors are on meta"):
+    with pytest.raises(BackendError, match=r"cpu.*cannot run: the tensors are on meta"):
         hipserve.hip_attention(**meta, backend="cpu")
     wide = {name: x.double() for name, x in HIP.items()}
     with pytest.raises(BackendError, match="not float64"):

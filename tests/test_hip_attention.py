@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_chunked_prefill_equals_one_pass(backend: str, selector: str, dtype: tor
         whole = Sequence(1000, config, name, dtype).extend(q, k, v)
         cut = Sequence(1000, config, name, dtype)
         edges = [0, 64, 320, 896, 1000]
-        parts = [cut.extend(q[a:b], k[a:b], v[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [cut.extend(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts), whole)
 
 

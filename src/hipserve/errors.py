@@ -1,4 +1,4 @@
-"""The exception tree: each error names the argument, what was expected, what came and what to do."""
+"""The exception tree: errors name the argument, what was expected, what came and what to do."""
 
 from __future__ import annotations
 

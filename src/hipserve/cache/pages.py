@@ -77,7 +77,7 @@ class PagedLayer:
         self._count_owners()
 
     def reorder(self, order: Tensor) -> None:
-        """Sequence i continues what was sequence `order[i]`; pages become shared, none is copied."""
+        """Sequence i continues what was sequence `order[i]`; pages are shared, not copied."""
         order = order.cpu()
         self._table = self._table[order]
         self.lengths = [self.lengths[i] for i in order.tolist()]
@@ -103,7 +103,7 @@ class PagedLayer:
         writes = [self._pages_to_write(seq, count) for seq, count in enumerate(counts)]
         missing = sum(end - first for first, end in writes)
         free = (self._owners == 0).nonzero()[:missing, 0]
-        if len(free) < missing:
+        if len(free) < missing or self.kv is None:
             self._grow(k, missing - len(free))
             free = (self._owners == 0).nonzero()[:missing, 0]
         self._widen(len(counts), max(end for _, end in writes))
@@ -147,7 +147,8 @@ class PagedLayer:
             shapes.append((pool, runs, heads, 2, dim))
         pages = [torch.empty(shape, dtype=k.dtype, device=k.device) for shape in shapes]
         if self.kv is not None:
-            for new, old in zip(pages, (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds), strict=False):
+            held_pages = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds)
+            for new, old in zip(pages, held_pages, strict=False):
                 if old is not None:
                     new[:held] = old
         self.kv = PagedKV(*pages)

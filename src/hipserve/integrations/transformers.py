@@ -20,7 +20,7 @@ from hipserve.attention import SelectionReuse, attend, hip_attention
 from hipserve.cache import PagedLayer
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.ops import block_sparse_attention
+from hipserve.ops import block_sparse_attention, compute_bounds
 from hipserve.types import BatchLayout, PagedKV
 
 NAME = "hip"
@@ -147,7 +147,9 @@ def hip_forward(
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
     if isinstance(key, PagedHandle):
         return _attend_pages(query, key, attention_mask, config, options), None
-    return _attend_tensors(query, key, value, attention_mask, config, sliding_window or 0, options), None
+    return _attend_tensors(
+        query, key, value, attention_mask, config, sliding_window or 0, options
+    ), None
 
 
 def _refuse(module: nn.Module, dropout: float, s_aux: Tensor | None, mask: object) -> None:
@@ -238,24 +240,19 @@ def _attend_unequal(
         options = {**options, "sliding_window": sliding_window}
         part, _ = block_sparse_attention(q[rows], PagedKV(k, v), layout, check=False, **options)
     else:
-        tree = config if not config.uses_bounds else None
-        kv = PagedKV(k, v) if tree else _with_bounds(k, v, config)
+        size = config.bound_block_size
+        bounds = compute_bounds(k, bound_block_size=size) if config.uses_bounds else None
+        kv = PagedKV(k, v, bounds)
         part, _ = attend(q[rows], kv, layout, config=config, check=False, **options)
     out[rows] = part
     return out
-
-
-def _with_bounds(k: Tensor, v: Tensor, config: HiPConfig) -> PagedKV:
-    from hipserve.ops import compute_bounds
-
-    return PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size))
 
 
 # The cache.
 
 
 class PagedHandle(torch.Tensor):
-    """Keys or values of a `HiPCache` layer on their way to `hip_forward`: a shape without storage."""
+    """Keys or values of a `HiPCache` layer on their way to `hip_forward`: a shape, no storage."""
 
     layer: HiPCacheLayer
 
@@ -273,9 +270,7 @@ class PagedHandle(torch.Tensor):
         return f"PagedHandle({list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise ArgumentError(
             "past_key_values",
             'a cache that fits the attention: HiPCache goes with attn_implementation="hip"',
@@ -297,7 +292,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen = 0
         self._fresh: tuple[Tensor, Tensor] | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, *_: Any) -> None:
         self.is_initialized = True
 
     def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -81,7 +82,7 @@ def check_softcap(value: float) -> None:
 
 
 def check_kv(q: Tensor, kv: PagedKV, bound_block_size: int | None) -> None:
-    """Pages agree with q and with each other; `bound_block_size` is None where bounds are unused."""
+    """Pages agree with q and with each other; `bound_block_size` None: no bounds are used."""
     dims = "[num_pages, page_size, num_kv_heads, head_dim]"
     for argument, x in (("k_cache", kv.k_cache), ("v_cache", kv.v_cache)):
         check_floats(argument, x, dims)
@@ -138,7 +139,7 @@ def check_layout(q: Tensor, kv: PagedKV, layout: BatchLayout) -> None:
 
 def check_lengths(q: Tensor, layout: BatchLayout) -> None:
     starts = layout.cu_seqlens_q.tolist()
-    ordered = starts[0] == 0 and all(a <= b for a, b in zip(starts, starts[1:], strict=False))
+    ordered = starts[0] == 0 and all(a <= b for a, b in itertools.pairwise(starts))
     require(
         ordered and starts[-1] == q.shape[0],
         "cu_seqlens_q",

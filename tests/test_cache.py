@@ -1,0 +1,84 @@
+"""Pages of growing, branching and shrinking sequences hold what a plain list would hold."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipserve.cache import PagedLayer
+from hipserve.types import bound_levels
+
+
+def held(layer: PagedLayer, seq: int) -> torch.Tensor:
+    layout = layer.layout([1] * len(layer.lengths))
+    positions = torch.arange(layer.lengths[seq])
+    pages = layout.block_table[seq, positions // layer.page_size].long()
+    return layer.pages.k_cache[pages, positions % layer.page_size]
+
+
+@given(seed=st.integers(0, 2**31 - 1))
+def test_branches_never_see_each_other(seed: int) -> None:
+    rng = random.Random(seed)
+    layer, batch = PagedLayer(page_size=rng.choice([16, 64])), rng.randint(1, 3)
+    truth = [torch.empty(0, 1, 16) for _ in range(batch)]
+    for _ in range(15):
+        action = rng.random()
+        if action < 0.6:
+            new = rng.choice([1, 1, 1, 7, 40])
+            k = torch.randn(len(truth), new, 1, 16)
+            valid = torch.rand(len(truth), new) < 0.7 if rng.random() < 0.3 else None
+            layer.append(k, k, valid)
+            truth = [
+                torch.cat([t, row if valid is None else row[valid[i]]])
+                for i, (t, row) in enumerate(zip(truth, k, strict=True))
+            ]
+        elif action < 0.85 and layer.lengths:
+            order = torch.tensor([rng.randrange(len(truth)) for _ in range(rng.randint(1, 4))])
+            layer.reorder(order)
+            truth = [truth[i] for i in order.tolist()]
+        elif layer.lengths:
+            count = rng.randint(0, 20)
+            layer.truncate(count)
+            truth = [t[: max(len(t) - count, 0)] for t in truth]
+    for seq, keys in enumerate(truth if layer.lengths else []):
+        assert torch.equal(held(layer, seq), keys)
+        assert_boxed(layer, seq, keys)
+
+
+def assert_boxed(layer: PagedLayer, seq: int, keys: torch.Tensor) -> None:
+    """The finest bounds hold every key, and coarser ones too."""
+    table = layer.layout([1] * len(layer.lengths)).block_table[seq]
+    offset = 0
+    for length in bound_levels(layer.page_size, 16):
+        for run, inside in enumerate(keys.split(length)):
+            page, slot = divmod(run * length, layer.page_size)
+            low, high = layer.pages.k_bounds[table[page], offset + slot // length].unbind(1)
+            assert bool((low <= inside).all())
+            assert bool((inside <= high).all())
+        offset += -(-layer.page_size // length)
+
+
+def test_a_branch_copies_one_page() -> None:
+    layer = PagedLayer(page_size=16)
+    k = torch.randn(1, 100, 1, 16)
+    layer.append(k, k)
+    layer.reorder(torch.tensor([0, 0]))
+    new = torch.randn(2, 1, 1, 16)
+    layer.append(new, new)
+    table = layer.layout([1, 1]).block_table
+    assert torch.equal(table[0, :6], table[1, :6])
+    assert table[0, 6] != table[1, 6]
+
+
+def test_growth_is_rare_and_accounted() -> None:
+    layer, pointers = PagedLayer(), set()
+    for _ in range(300):
+        k = torch.randn(1, 50, 1, 16)
+        layer.append(k, k)
+        pointers.add(layer.pages.k_cache.data_ptr())
+    assert len(pointers) <= 6
+    expected = layer.pages.k_cache.nbytes * 2 + layer.pages.k_bounds.nbytes
+    assert layer.nbytes == expected
