@@ -73,6 +73,17 @@ def test_a_branch_copies_one_page() -> None:
     assert table[0, 6] != table[1, 6]
 
 
+def test_pages_made_in_inference_mode_can_be_written_later() -> None:
+    layer = PagedLayer()
+    with torch.inference_mode():
+        k = torch.randn(1, 300, 1, 16)
+        layer.append(k, k)
+        layer.reorder(torch.tensor([0, 0]))
+    new = torch.randn(2, 900, 1, 16)
+    layer.append(new, new)
+    assert torch.equal(held(layer, 1), torch.cat([k[0], new[1]]))
+
+
 def test_growth_is_rare_and_accounted() -> None:
     layer, pointers = PagedLayer(), set()
     for _ in range(300):

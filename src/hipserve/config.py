@@ -71,7 +71,7 @@ class HiPConfig:
             _check_int(name, getattr(self, name), low)
         for name, kind in (("selector", Selector), ("representative", Representative)):
             _check_choice(name, getattr(self, name), get_args(kind))
-        if not isinstance(self.share_group, bool):
+        if not isinstance(cast("object", self.share_group), bool):
             raise _wrong("share_group", "true or false", self.share_group, "pass a bool")
         _check_fraction("bound_share", self.bound_share)
         self._check_sizes()

@@ -80,3 +80,8 @@ def _announce(backend: str, refusal: str) -> str:
     reason = f" ({refusal})" if refusal else f" ({native_library().tier})"
     logger.info("attention backend: %s%s", backend, reason)
     return backend
+
+
+def default_device() -> str:
+    """The device a command uses unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

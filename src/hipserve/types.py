@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hipserve.config import HiPConfig
+
 LEVEL_RATIO = 4
 """A run of one bound level holds this many runs of the level below."""
 
@@ -119,3 +121,17 @@ class BlockSelection:
 
     indices: Tensor
     window_start: Tensor
+
+    def keys_read(self, layout: BatchLayout, config: HiPConfig) -> tuple[Tensor, Tensor]:
+        """Keys that all rows read, mean over heads, and keys that dense attention would read.
+
+        Both are float64 scalars on the device of `indices`. `layout` is the batch of this call,
+        which may be later than the one that the selection was made for.
+        """
+        _, _, rows, position = layout.query_blocks(config.query_block_size).double().unbind(1)
+        dense = rows * position + rows * (rows + 1) / 2
+        window = self.window_start.double()
+        chosen = (self.indices >= 0).double().sum(2).mean(1) * config.key_block_size
+        sinks = torch.clamp(window, max=config.num_sink_tokens)
+        read = rows * (chosen + sinks - window) + dense
+        return torch.minimum(read, dense).sum(), dense.sum()

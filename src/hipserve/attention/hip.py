@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def hip_attention(
 
 def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
     """The layout of a batch of equally long sequences, each of them one page."""
-    ints = {"dtype": torch.int32, "device": device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     return BatchLayout(
         torch.arange(batch, **ints)[:, None],
         torch.full((batch,), kv_len, **ints),
@@ -112,7 +113,7 @@ def _check(
     softcap: float,
 ) -> None:
     checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
-    kind = isinstance(config, HiPConfig)
+    kind = isinstance(cast("object", config), HiPConfig)
     checks.require(kind, "config", "a HiPConfig", type(config).__name__, "build one")
     checks.check_floats("q", q, _Q_DIMS)
     for argument, x in (("k", k), ("v", v)):

@@ -16,11 +16,13 @@ class SelectionReuse:
     """The last selection of a layer and how many decode steps have used it.
 
     Belongs to one batch of sequences that decode together; `clear` it when a sequence is replaced,
-    truncated or resumed.
+    truncated or resumed. Also counts the keys that rows read and those that they could have read.
     """
 
     selection: BlockSelection | None = None
     uses: int = 0
+    keys_read: Tensor | float = 0.0
+    keys_visible: Tensor | float = 0.0
 
     def clear(self) -> None:
         self.selection, self.uses = None, 0
@@ -30,6 +32,9 @@ class SelectionReuse:
         if self.selection is not None:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
+
+    def count(self, read: Tensor, visible: Tensor) -> None:
+        self.keys_read, self.keys_visible = self.keys_read + read, self.keys_visible + visible
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
         """A decode step of the same sequences may use the selection once more."""
@@ -57,6 +62,8 @@ def attend(
     and leaves nothing behind.
     """
     selection = _select(q, kv, layout, config, reuse, backend, check)
+    if reuse:
+        reuse.count(*selection.keys_read(layout, config))
     return block_sparse_attention(
         q,
         kv,

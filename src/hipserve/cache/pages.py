@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,20 @@ from hipserve.types import BatchLayout, PagedKV, bound_offsets
 
 GROWTH = 0.25
 """A pool that is full grows by this share at least, so that copies stay rare."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
+    """Pages outlive the call that makes them: under `torch.inference_mode` they would be frozen."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **options: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **options)
+
+    return wrapped
 
 
 class PagedLayer:
@@ -43,6 +61,7 @@ class PagedLayer:
         tensors = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds) if self.kv else ()
         return sum(t.nbytes for t in tensors if t is not None)
 
+    @ordinary_tensors
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends keys and values `[batch, new, num_kv_heads, head_dim]`.
 
@@ -76,6 +95,7 @@ class PagedLayer:
         self.lengths = [max(n - count, 0) for n in self.lengths]
         self._count_owners()
 
+    @ordinary_tensors
     def reorder(self, order: Tensor) -> None:
         """Sequence i continues what was sequence `order[i]`; pages are shared, not copied."""
         order = order.cpu()
@@ -141,7 +161,7 @@ class PagedLayer:
         held = self._owners.shape[0]
         pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
         heads, dim = k.shape[2:]
-        shapes = [(pool, self.page_size, heads, dim)] * 2
+        shapes: list[tuple[int, ...]] = [(pool, self.page_size, heads, dim)] * 2
         if self.bound_block_size:
             runs = bound_offsets(self.page_size, self.bound_block_size)[-1]
             shapes.append((pool, runs, heads, 2, dim))

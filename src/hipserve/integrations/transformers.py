@@ -257,7 +257,7 @@ class PagedHandle(torch.Tensor):
     layer: HiPCacheLayer
 
     @staticmethod
-    def __new__(cls, layer: HiPCacheLayer, fresh: Tensor) -> PagedHandle:
+    def __new__(cls: Any, layer: HiPCacheLayer, fresh: Tensor) -> PagedHandle:
         batch, heads, _, dim = fresh.shape
         shape = (batch, heads, layer.seen, dim)
         handle = torch.Tensor._make_wrapper_subclass(  # pyright: ignore
@@ -292,7 +292,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen = 0
         self._fresh: tuple[Tensor, Tensor] | None = None
 
-    def lazy_initialization(self, *_: Any) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         self.is_initialized = True
 
     def update(
@@ -378,7 +378,16 @@ class HiPCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held by the pages of all layers."""
-        return sum(layer.pages.nbytes for layer in self.layers if isinstance(layer, HiPCacheLayer))
+        return sum(layer.pages.nbytes for layer in self._paged())
+
+    def count_keys(self) -> tuple[float, float]:
+        """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""
+        reuses = [layer.reuse for layer in self._paged()]
+        read = sum(float(reuse.keys_read) for reuse in reuses)
+        return read, sum(float(reuse.keys_visible) for reuse in reuses)
+
+    def _paged(self) -> list[HiPCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]
 
 
 register()

@@ -104,7 +104,7 @@ def check_bounds(q: Tensor, kv: PagedKV, size: int) -> None:
     check_same("k_bounds", kv.k_bounds, q)
     runs = bound_offsets(kv.page_size, size)[-1]
     shape = [kv.k_cache.shape[0], runs, kv.num_kv_heads, 2, kv.head_dim]
-    require(list(kv.k_bounds.shape) == shape, "k_bounds", shape, list(kv.k_bounds.shape), hint)
+    require(list(kv.k_bounds.shape) == shape, "k_bounds", str(shape), list(kv.k_bounds.shape), hint)
 
 
 def check_page_size(page_size: int, size: int) -> None:

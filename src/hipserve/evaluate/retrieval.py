@@ -1,0 +1,132 @@
+"""Does pruned attention still find what dense attention finds? Both answer the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hipserve.config import HiPConfig
+from hipserve.evaluate.intervals import Interval, bootstrap, mean, wilson
+from hipserve.evaluate.passes import greedy_hits
+from hipserve.evaluate.tasks import Sample, make_sample
+from hipserve.models import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Mean score of one task under one attention, with its 95 % interval."""
+
+    mean: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """One task: scores of dense and of each pruned attention on the same samples.
+
+    `difference` is pruned minus dense with a paired bootstrap interval.
+    """
+
+    task: str
+    samples: int
+    scores: dict[str, Score]
+    difference: dict[str, Score]
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalReport:
+    """All tasks at one length."""
+
+    model: str
+    length: int
+    seed: int
+    configs: dict[str, dict[str, Any]]
+    results: list[TaskResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_retrieval(
+    loaded: LoadedModel,
+    configs: dict[str, HiPConfig | None],
+    tasks: Sequence[str],
+    text: str,
+    *,
+    length: int,
+    samples: int,
+    seed: int = 0,
+    progress: Callable[[str, str, int], None] | None = None,
+) -> RetrievalReport:
+    """Scores the same seeded samples under every configuration.
+
+    Args:
+        configs: by name; None is dense attention. The first one is what others are compared to.
+        tasks: of `hipserve.evaluate.TASKS`.
+        text: the haystack.
+        length: tokens of prompt and answer.
+        samples: of each task.
+        progress: receives task, configuration and samples done.
+
+    Raises:
+        ArgumentError, FitError: unknown task, or a text or context too short for `length`.
+    """
+    loaded.check_fit(length, 0)
+    results: list[TaskResult] = []
+    for task in tasks:
+        rounds: dict[str, list[float]] = {name: [] for name in configs}
+        exact = True
+        for i in range(samples):
+            sample = make_sample(task, text, length, lambda s: _count(loaded, s), seed + i)
+            exact = sample.exact
+            for name, config in configs.items():
+                rounds[name].append(score(loaded, config, sample))
+                if progress:
+                    progress(task, name, i + 1)
+        results.append(_result(task, rounds, exact))
+    settings = {name: config.to_dict() if config else {} for name, config in configs.items()}
+    return RetrievalReport(loaded.name, length, seed, settings, results)
+
+
+def score(loaded: LoadedModel, config: HiPConfig | None, sample: Sample) -> float:
+    """1 or 0 for an exact task, else the share of answer tokens that greedy decoding gets right."""
+    loaded.use(config)
+    answer = _answer_ids(loaded, sample)
+    hits = greedy_hits(loaded, loaded.encode(_turns(sample)), answer)
+    return float(all(hits)) if sample.exact else mean([float(hit) for hit in hits])
+
+
+def _turns(sample: Sample) -> list[dict[str, str]]:
+    contents = (sample.document, sample.question)
+    return [{"role": "user", "content": content} for content in contents]
+
+
+def _answer_ids(loaded: LoadedModel, sample: Sample) -> Any:
+    ids = loaded.tokenizer(sample.answer, add_special_tokens=False, return_tensors="pt")
+    return ids["input_ids"][0].to(loaded.device)
+
+
+def _count(loaded: LoadedModel, sample: Sample) -> int:
+    return loaded.encode(_turns(sample)).shape[1] + len(_answer_ids(loaded, sample))
+
+
+def _result(task: str, rounds: dict[str, list[float]], exact: bool) -> TaskResult:
+    names = list(rounds)
+    base = rounds[names[0]]
+    difference = {
+        name: Score(*_with_bootstrap([b - a for a, b in zip(base, rounds[name], strict=True)]))
+        for name in names[1:]
+    }
+    scores = {name: Score(*_with_interval(values, exact)) for name, values in rounds.items()}
+    return TaskResult(task, len(base), scores, difference)
+
+
+def _with_interval(values: list[float], exact: bool) -> tuple[float, Interval]:
+    if exact:
+        return mean(values), wilson(round(sum(values)), len(values))
+    return _with_bootstrap(values)
+
+
+def _with_bootstrap(values: list[float]) -> tuple[float, Interval]:
+    return mean(values), bootstrap(values, mean)

@@ -1,0 +1,274 @@
+"""Retrieval tasks: generated, seeded, hidden in any text, in forms that the bundled model knows.
+
+They follow RULER (arXiv 2404.06654): passkey, multi-key needles, key-value pairs, variable
+tracking; `quote` continues a passage of the text word for word. An answer ends with its value: how
+a model closes the sentence does not matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hipserve.errors import ArgumentError, FitError
+
+WORDS = [
+    "anchor",
+    "apron",
+    "badger",
+    "barley",
+    "basket",
+    "beacon",
+    "bishop",
+    "blanket",
+    "bonnet",
+    "bridge",
+    "bronze",
+    "bucket",
+    "candle",
+    "canyon",
+    "carpet",
+    "castle",
+    "cedar",
+    "cellar",
+    "cherry",
+    "chimney",
+    "cobble",
+    "comet",
+    "copper",
+    "coral",
+    "cradle",
+    "cricket",
+    "dagger",
+    "dragon",
+    "ember",
+    "falcon",
+    "feather",
+    "fiddle",
+    "flint",
+    "forest",
+    "garden",
+    "garnet",
+    "ginger",
+    "goblet",
+    "hammer",
+    "harbor",
+    "hazel",
+    "helmet",
+    "heron",
+    "hollow",
+    "island",
+    "ivory",
+    "jacket",
+    "jasper",
+    "kettle",
+    "ladder",
+    "lantern",
+    "lemon",
+    "linen",
+    "lizard",
+    "magnet",
+    "maple",
+    "marble",
+    "meadow",
+    "mirror",
+    "mitten",
+    "monkey",
+    "mortar",
+    "needle",
+    "nutmeg",
+    "oasis",
+    "olive",
+    "orchid",
+    "otter",
+    "paddle",
+    "parrot",
+    "pebble",
+    "pepper",
+    "pickle",
+    "pigeon",
+    "pillow",
+    "pocket",
+    "poplar",
+    "quarry",
+    "quiver",
+    "rabbit",
+    "raven",
+    "ribbon",
+    "river",
+    "rocket",
+    "saddle",
+    "salmon",
+    "shovel",
+    "silver",
+    "spider",
+    "spruce",
+    "sugar",
+    "temple",
+    "thimble",
+    "timber",
+    "trumpet",
+    "tulip",
+    "turnip",
+    "velvet",
+    "violin",
+    "walnut",
+    "weasel",
+    "willow",
+    "window",
+    "yarrow",
+]
+
+READ = "Read the text."
+MEMORIZE = "Some special values are hidden in the following text. Memorize them."
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question about one document.
+
+    Attributes:
+        document: the first user turn, instruction and text.
+        question: the second user turn.
+        answer: what the model should say.
+        exact: scored all or nothing; by the share of right tokens otherwise.
+    """
+
+    document: str
+    question: str
+    answer: str
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Puzzle:
+    """What a task hides in its text, in this order, and what it asks."""
+
+    opening: str
+    facts: list[str]
+    question: str
+    answer: str
+    exact: bool = True
+
+
+def passkey(rng: random.Random) -> Puzzle:
+    value = _digits(rng, 5)
+    fact = f"The pass key is {value}. Remember it. {value} is the pass key."
+    return Puzzle(READ, [fact], "What is the pass key?", f"The pass key is {value}")
+
+
+def niah(rng: random.Random) -> Puzzle:
+    """Eight needles, one asked for."""
+    keys = rng.sample(WORDS, 8)
+    values = {key: _digits(rng, 7) for key in keys}
+    facts = [f"One of the special magic numbers for {k} is: {v}." for k, v in values.items()]
+    key = rng.choice(keys)
+    return Puzzle(
+        MEMORIZE,
+        facts,
+        f"What is the special magic number for {key} mentioned in the provided text?",
+        f"The special magic number for {key} mentioned in the provided text is {values[key]}",
+    )
+
+
+def kv(rng: random.Random) -> Puzzle:
+    """32 pairs of hexadecimal keys and values, one asked for."""
+    pairs = {_hex(rng): _hex(rng) for _ in range(32)}
+    facts = [f'"{key}": "{value}",' for key, value in pairs.items()]
+    key = rng.choice(list(pairs))
+    question = f'Which value is stored under the key "{key}"?'
+    return Puzzle(READ, facts, question, f'"{key}": "{pairs[key]}')
+
+
+def variables(rng: random.Random) -> Puzzle:
+    """A chain of four assignments; the answer names every variable in it."""
+    names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(5)]
+    value = _digits(rng, 5)
+    facts = [f"VAR {names[0]} = {value}"]
+    facts += [f"VAR {name} = VAR {source}" for source, name in itertools.pairwise(names)]
+    question = f"Find all variables that are assigned the value {value} in the text above."
+    return Puzzle(READ, facts, question, " ".join(names), exact=False)
+
+
+PUZZLES: dict[str, Callable[[random.Random], Puzzle]] = {
+    "passkey": passkey,
+    "niah": niah,
+    "kv": kv,
+    "variables": variables,
+}
+TASKS = (*PUZZLES, "quote")
+GIVEN, ASKED = 16, 32
+"""Words of a passage that `quote` gives and asks for."""
+
+
+def make_sample(
+    task: str, text: str, length: int, count: Callable[[Sample], int], seed: int
+) -> Sample:
+    """A sample whose prompt and answer take at most `length` tokens, and at least 97 % of them.
+
+    Args:
+        task: one of `TASKS`.
+        text: the haystack; a random stretch of it is used.
+        length: in tokens.
+        count: tokens of the whole sample under the model's tokenizer and chat template.
+        seed: the same seed, text and tokenizer give the same sample.
+
+    Raises:
+        ArgumentError: unknown task.
+        FitError: the text is too short for `length`.
+    """
+    if task not in TASKS:
+        raise ArgumentError("task", f"one of {', '.join(TASKS)}", repr(task), "choose one of them")
+    size, most = length * 3, None
+    for _ in range(24):
+        if size > len(text):
+            raise FitError(
+                f"the haystack is too short for {length:,} tokens: it has {len(text):,} characters "
+                f"and {size:,} are needed; give more text"
+            )
+        sample = _hide(task, text, size, random.Random(f"{task} {seed}"))
+        tokens = count(sample)
+        if 0.97 * length <= tokens <= length:
+            return sample
+        most = size if tokens > length else most
+        size = int(size * 0.985 * length / tokens)
+        size = min(size, most - 1) if most else size
+    raise FitError(f"no stretch of the haystack makes a {task} sample of {length:,} tokens")
+
+
+def _hide(task: str, text: str, size: int, rng: random.Random) -> Sample:
+    place = rng.random()
+    start = int(place * (len(text) - size))
+    stretch = text[start : start + size]
+    if task == "quote":
+        return _quote(stretch, rng)
+    puzzle = PUZZLES[task](rng)
+    depths = sorted(rng.random() for _ in puzzle.facts)
+    parts, done = [puzzle.opening, "\n\n"], 0
+    for depth, fact in zip(depths, puzzle.facts, strict=True):
+        gap = re.compile(r"\s").search(stretch, max(int(depth * size), done))
+        at = gap.start() if gap else size
+        parts += [stretch[done:at], "\n", fact, "\n"]
+        done = at
+    document = "".join([*parts, stretch[done:]])
+    return Sample(document, puzzle.question, puzzle.answer, puzzle.exact)
+
+
+def _quote(stretch: str, rng: random.Random) -> Sample:
+    words = list(re.finditer(r"\S+", stretch))
+    first = rng.randrange(len(words) // 20, len(words) * 9 // 10 - GIVEN - ASKED)
+    begin, middle = words[first].start(), words[first + GIVEN].start()
+    end = words[first + GIVEN + ASKED - 1].end()
+    question = f"Continue the passage: {stretch[begin:middle].rstrip()}"
+    return Sample(f"{READ}\n\n{stretch}", question, stretch[middle:end], False)
+
+
+def _digits(rng: random.Random, count: int) -> str:
+    return str(rng.randrange(10 ** (count - 1), 10**count))
+
+
+def _hex(rng: random.Random) -> str:
+    return f"{rng.getrandbits(32):08x}"

@@ -1,0 +1,194 @@
+"""A conversation about a long document: prefill in chunks, answers as they come, what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import Cache, DynamicCache, TextStreamer
+
+from hipserve.integrations.transformers import HiPCache
+from hipserve.models.loading import LoadedModel, Turn
+
+CHUNK = 4096
+"""Rows of one prefill step: enough to fill the cores, little enough to show progress."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What one answer cost.
+
+    Attributes:
+        prompt_tokens: tokens of the whole conversation so far.
+        cached_tokens: those whose keys were there already.
+        new_tokens: tokens of the answer.
+        first_token_seconds: from the question to the first token of the answer.
+        decode_seconds: from the first to the last token.
+        prefill_share, decode_share: keys read, of those that dense attention reads.
+        cache_bytes: keys, values and bounds of all layers.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    decode_seconds: float
+    prefill_share: float
+    decode_share: float
+    cache_bytes: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        steps = max(self.new_tokens - 1, 0)
+        return steps / self.decode_seconds if steps and self.decode_seconds else 0.0
+
+
+class Conversation:
+    """Turns with one model over one cache: a follow-up question reads only what is new.
+
+    >>> from hipserve.models import Conversation, load
+    >>> talk = Conversation(load())
+    >>> talk.say("Read the text.\\n\\nThe pass key is 83724. Remember it. 83724 is the pass key.")
+    >>> talk.ask("What is the pass key?")
+    'The pass key is 83724.'
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.turns: list[Turn] = []
+        self.statistics: Statistics | None = None
+        self._ids = torch.empty(1, 0, dtype=torch.long, device=loaded.device)
+        self._cache = self._make_cache()
+
+    def say(self, content: str) -> None:
+        """Adds a user's turn that wants no answer yet, such as the document."""
+        self.turns.append({"role": "user", "content": content})
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        on_text: Callable[[str], None] | None = None,
+        on_prefill: Progress | None = None,
+        **options: Any,
+    ) -> str:
+        """The model's answer; `statistics` holds what it cost.
+
+        Args:
+            max_new_tokens: most tokens of the answer.
+            on_text: receives the answer piece by piece.
+            on_prefill: receives tokens read and tokens to read after every chunk.
+            options: for `model.generate`, such as `do_sample=True, temperature=0.7`.
+
+        Raises:
+            FitError: conversation and answer exceed the model's context; nothing was read.
+        """
+        turns = [*self.turns, {"role": "user", "content": question}]
+        ids = self.loaded.encode(turns)
+        self.loaded.check_fit(ids.shape[1], max_new_tokens)
+        began = time.perf_counter()
+        cached = self._keep_common_prefix(ids)
+        before = self._keys()
+        self._prefill(ids, on_prefill)
+        middle = self._keys()
+        watch = _Watch(self.loaded.tokenizer, on_text)
+        new = self._generate(ids, watch, max_new_tokens, options)
+        self._ids = torch.cat([ids, new[:, :-1]], dim=1)
+        after = self._keys()
+        text = self.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+        self.turns = [*turns, {"role": "assistant", "content": text}]
+        self.statistics = Statistics(
+            ids.shape[1],
+            cached,
+            new.shape[1],
+            watch.first - began,
+            watch.last - watch.first,
+            _share(before, middle),
+            _share(middle, after),
+            self._cache.nbytes if isinstance(self._cache, HiPCache) else _nbytes(self._cache),
+        )
+        return text
+
+    def _make_cache(self) -> Cache:
+        config = self.loaded.model.config
+        dense = config._attn_implementation != "hip"
+        return DynamicCache(config=config) if dense else HiPCache(config)
+
+    def _keep_common_prefix(self, ids: torch.Tensor) -> int:
+        """Drops what the cache holds beyond the tokens that `ids` begins with."""
+        common = min(self._ids.shape[1], ids.shape[1] - 1)
+        same = (self._ids[0, :common] == ids[0, :common]).int().cumprod(0)
+        keep = int(same.sum())
+        surplus = self._cache.get_seq_length() - keep
+        if surplus > 0:
+            self._cache.crop(-surplus)
+        return keep
+
+    @torch.inference_mode()
+    def _prefill(self, ids: torch.Tensor, on_prefill: Progress | None) -> None:
+        """Reads all but the last token, which `generate` wants for itself."""
+        begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
+        for start in range(begin, end, CHUNK):
+            stop = min(start + CHUNK, end)
+            self.loaded.model(
+                ids[:, start:stop],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            if on_prefill:
+                on_prefill(stop - begin, end - begin)
+
+    def _generate(
+        self, ids: torch.Tensor, watch: _Watch, max_new_tokens: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        stops = list(self.loaded.stop_strings) or None
+        out = self.loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self._cache,
+            max_new_tokens=max_new_tokens,
+            streamer=watch,
+            stop_strings=stops,
+            tokenizer=self.loaded.tokenizer if stops else None,
+            **{"do_sample": False, **options},
+        )
+        return cast("torch.Tensor", out)[:, ids.shape[1] :]
+
+    def _keys(self) -> tuple[float, float]:
+        return self._cache.count_keys() if isinstance(self._cache, HiPCache) else (0.0, 0.0)
+
+
+class _Watch(TextStreamer):
+    """Hands text on as `generate` makes it and notes when the first and last token came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self.first = self.last = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+        if self._on_text and text:
+            self._on_text(text)
+
+
+def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
+    read, visible = after[0] - before[0], after[1] - before[1]
+    return read / visible if visible else 1.0
+
+
+def _nbytes(cache: Cache) -> int:
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))

@@ -1,0 +1,148 @@
+"""A model by name: the bundled one without a network, or any checkpoint transformers can load."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError, FitError
+from hipserve.integrations.transformers import register
+from hipserve.platform import default_device
+
+BUNDLED = "acorn"
+"""Name of the model that ships with the package."""
+
+Turn = dict[str, str]
+
+
+def bundled_path() -> Path:
+    """Directory of the bundled model's weights, tokenizer and card."""
+    places = importlib.import_module("hipserve").__path__  # an editable install has two
+    paths = [Path(place) / "models" / BUNDLED for place in places]
+    return next(path for path in paths if (path / "config.json").exists())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model, its tokenizer, and what it can take.
+
+    Attributes:
+        model: the transformers model, `attn_implementation="hip"`.
+        tokenizer: its tokenizer.
+        name: what the user called it.
+        max_context: tokens of prompt and answer together.
+        stop_strings: ends of an answer, for a model that seldom ends its turn by itself.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    max_context: int
+    stop_strings: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def use(self, config: HiPConfig | None) -> None:
+        """Switches to HiP attention with `config`, or with None to transformers' dense SDPA."""
+        self.model.set_attn_implementation("hip" if config else "sdpa")
+        self.model.config.hip = config.to_dict() if config else None
+
+    def encode(self, turns: list[Turn]) -> torch.Tensor:
+        """`[1, tokens]` int64 of a conversation whose last turn is the user's, ready to answer.
+
+        A tokenizer without a chat template gets the contents one after the other.
+        """
+        if self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                _joined(turns) if self.name != BUNDLED else turns,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )["input_ids"]
+        else:
+            text = "\n\n".join(turn["content"] for turn in turns) + "\n\n"
+            ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        return ids.to(self.device)
+
+    def check_fit(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Raises FitError, with the sum, where prompt and answer exceed the context."""
+        total = num_tokens + max_new_tokens
+        if total > self.max_context:
+            raise FitError(
+                f"the prompt does not fit {self.name}: {num_tokens:,} tokens + {max_new_tokens:,} "
+                f"for the answer = {total:,}, and its context is {self.max_context:,}; shorten the "
+                f"document by {total - self.max_context:,} tokens or choose another model"
+            )
+
+
+def load(
+    name_or_path: str | None = None,
+    *,
+    config: HiPConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = None,
+) -> LoadedModel:
+    """Loads a model for HiP attention.
+
+    Args:
+        name_or_path: a directory or a hub name of a Llama, Qwen2, Qwen3, Mistral or Gemma
+            checkpoint; the bundled model if None.
+        config: what is pruned; the checkpoint's own settings or the defaults if None.
+        dtype: of the weights; the checkpoint's own with `auto`.
+        device: a torch device; a CUDA device if there is one, else the CPU.
+
+    Raises:
+        ArgumentError: there is no such model, or it cannot run with HiP attention.
+    """
+    name = name_or_path or BUNDLED
+    path = bundled_path() if name == BUNDLED else name
+    register()
+    transformers_logging.disable_progress_bar()  # pyright: ignore
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=settings, dtype=dtype, attn_implementation="hip"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ArgumentError(
+            "model",
+            f'"{BUNDLED}" (bundled), a directory or a hub name of a causal language model',
+            f'"{name}" ({_first_line(error)})',
+            "check the name, or download the checkpoint first and give its directory",
+        ) from error
+    loaded = LoadedModel(
+        model.to(device or default_device()).eval(),
+        tokenizer,
+        name,
+        int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length),
+        (".", "\n") if name == BUNDLED else (),
+    )
+    if config is not None:
+        loaded.use(config)
+    return loaded
+
+
+def _joined(turns: list[Turn]) -> list[Turn]:
+    """Neighbouring turns of one role made one: most chat templates insist on alternation."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and joined[-1]["role"] == turn["role"]:
+            content = joined[-1]["content"] + "\n\n" + turn["content"]
+            joined[-1] = {"role": turn["role"], "content": content}
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
