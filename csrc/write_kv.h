@@ -56,6 +56,28 @@ struct Stretch {
   int64_t page, first, end;
 };
 
+static int by_page(const void* a, const void* b) {
+  int64_t x = ((const Stretch*)a)->page, y = ((const Stretch*)b)->page;
+  return (x > y) - (x < y);
+}
+
+// Merges the stretches of each page, wherever in the call they are: its last slot decides where the
+// page ends, its first one where to begin.
+static int64_t one_per_page(Stretch* stretches, int64_t count) {
+  qsort(stretches, count, sizeof(Stretch), by_page);
+  int64_t merged = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Stretch* last = merged ? stretches + merged - 1 : nullptr;
+    if (last && last->page == stretches[i].page) {
+      last->first = least(last->first, stretches[i].first);
+      last->end = most(last->end, stretches[i].end);
+    } else {
+      stretches[merged++] = stretches[i];
+    }
+  }
+  return merged;
+}
+
 template <class T> static void write_as(const WriteCall& call) {
   const BoundLevels levels(call.page_size, call.bound_block_size);
   const int64_t dim = call.head_dim, tokens = call.num_tokens, heads = call.num_kv_heads;
@@ -84,18 +106,7 @@ template <class T> static void write_as(const WriteCall& call) {
     }
   }
   if (call.bounds.data) {
-    // Slots out of order within a page cut it into several stretches: its last slot decides, and
-    // its first one says where to begin.
-    bool ordered = true;
-    for (int64_t i = 1; i < count; ++i) ordered &= stretches[i].page != stretches[i - 1].page;
-    for (int64_t i = 0; i < count && !ordered; ++i)
-      for (int64_t j = i + 1; j < count; ++j)
-        if (stretches[j].page == stretches[i].page) {
-          stretches[i].first = least(stretches[i].first, stretches[j].first);
-          stretches[i].end = most(stretches[i].end, stretches[j].end);
-          stretches[j] = stretches[--count];
-          --j;
-        }
+    count = one_per_page(stretches, count);
 #pragma omp parallel for if (tokens > 64) schedule(dynamic)
     for (int64_t i = 0; i < count * heads; ++i) {
       const Stretch& s = stretches[i / heads];

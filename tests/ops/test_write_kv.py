@@ -77,6 +77,18 @@ def test_skipped_tokens_leave_no_trace(backend: str) -> None:
 
 
 @every_backend
+def test_slots_that_jump_between_pages(backend: str) -> None:
+    kv = empty_pages(2, Shape((1,), (1,)), 16)
+    k = torch.randn(24, 2, 64)
+    with using(backend) as name:
+        write_kv(k[:19], k[:19], kv, torch.arange(19), backend=name)
+        write_kv(k[19:22], k[19:22], kv, torch.tensor([19, 64, 3]), backend=name)
+    held = torch.cat([k[:3], k[21:22], k[4:20]])
+    assert_bounds(kv, 0, held, 16)
+    assert_bounds(kv, 1, k[20:21], 16)
+
+
+@every_backend
 def test_strided_keys(backend: str) -> None:
     kv = empty_pages(1, Shape((1,), (1,)), 16)
     fused = torch.randn(20, 8, 64)

@@ -30,12 +30,11 @@ def write_kv(
         runs_per_page = offsets[level + 1] - offsets[level]
         run = page * runs_per_page + slot // length
         for touched in run.unique().tolist():
-            last = int(slot[run == touched].max())
-            first = last - last % length
-            keys = k_cache[touched // runs_per_page, first : last + 1]
-            place = offsets[level] + first // length
+            of_page, index = divmod(touched, runs_per_page)
+            page_end = int(slot[page == of_page].max()) + 1
+            keys = k_cache[of_page, index * length : min((index + 1) * length, page_end)]
             bounds = torch.stack([keys.amin(dim=0), keys.amax(dim=0)], dim=1)
-            k_bounds[touched // runs_per_page, place] = bounds
+            k_bounds[of_page, offsets[level] + index] = bounds
 
 
 def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
