@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import platform as python_platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -85,3 +86,19 @@ def _announce(backend: str, refusal: str) -> str:
 def default_device() -> str:
     """The device a command uses unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu_name() -> str | None:
+    """Name of the first CUDA device."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def cpu_name() -> str:
+    """Name of this machine's processor and the number of threads that torch uses."""
+    name = python_platform.processor() or python_platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

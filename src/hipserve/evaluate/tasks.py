@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hipserve.errors import ArgumentError, FitError
@@ -247,14 +247,22 @@ def _hide(task: str, text: str, size: int, rng: random.Random) -> Sample:
         return _quote(stretch, rng)
     puzzle = PUZZLES[task](rng)
     depths = sorted(rng.random() for _ in puzzle.facts)
-    parts, done = [puzzle.opening, "\n\n"], 0
-    for depth, fact in zip(depths, puzzle.facts, strict=True):
-        gap = re.compile(r"\s").search(stretch, max(int(depth * size), done))
-        at = gap.start() if gap else size
-        parts += [stretch[done:at], "\n", fact, "\n"]
-        done = at
-    document = "".join([*parts, stretch[done:]])
+    document = f"{puzzle.opening}\n\n{plant(stretch, puzzle.facts, depths)}"
     return Sample(document, puzzle.question, puzzle.answer, puzzle.exact)
+
+
+def plant(text: str, facts: Sequence[str], depths: Sequence[float]) -> str:
+    """The text with each fact on a line of its own, at the first gap after its depth (0 to 1).
+
+    Depths ascend; 0.5 is the middle of the text.
+    """
+    parts, done = [], 0
+    for depth, fact in zip(depths, facts, strict=True):
+        gap = re.compile(r"\s").search(text, max(int(depth * len(text)), done))
+        at = gap.start() if gap else len(text)
+        parts += [text[done:at], "\n", fact, "\n"]
+        done = at
+    return "".join([*parts, text[done:]])
 
 
 def _quote(stretch: str, rng: random.Random) -> Sample:

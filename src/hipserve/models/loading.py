@@ -105,6 +105,8 @@ def load(
     """
     name = name_or_path or BUNDLED
     path = bundled_path() if name == BUNDLED else name
+    if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise _unknown(name, "no such directory")
     register()
     transformers_logging.disable_progress_bar()  # pyright: ignore
     try:
@@ -114,12 +116,7 @@ def load(
             path, config=settings, dtype=dtype, attn_implementation="hip"
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ArgumentError(
-            "model",
-            f'"{BUNDLED}" (bundled), a directory or a hub name of a causal language model',
-            f'"{name}" ({_first_line(error)})',
-            "check the name, or download the checkpoint first and give its directory",
-        ) from error
+        raise _unknown(name, _first_line(error)) from error
     loaded = LoadedModel(
         model.to(device or default_device()).eval(),
         tokenizer,
@@ -142,6 +139,15 @@ def _joined(turns: list[Turn]) -> list[Turn]:
         else:
             joined.append(turn)
     return joined
+
+
+def _unknown(name: str, reason: str) -> ArgumentError:
+    return ArgumentError(
+        "model",
+        f'"{BUNDLED}" (bundled), a directory or a hub name of a causal language model',
+        f'"{name}" ({reason})',
+        "check the name, or download the checkpoint first and give its directory",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,11 @@
+"""`hipserve bench`: speed beside dense attention."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(help="Speed of HiP attention beside dense attention.", no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None: ...

@@ -1,0 +1,55 @@
+"""`hipserve chat`: a conversation, about a document if one is given."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hipserve.cli import options
+from hipserve.cli.output import err
+from hipserve.cli.run import ask, read_document, report
+from hipserve.errors import FitError
+
+
+def chat(
+    model: options.Model = None,
+    doc: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A text file to talk about.")
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+) -> None:
+    """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
+    document = read_document(doc) if doc else None
+    settings = options.make_config(config, preset, budget, selector)
+    loaded = options.load_model(model, settings, device, dtype)
+    from hipserve.models import Conversation
+
+    talk = Conversation(loaded)
+    if document:
+        talk.say(f"Read the text.\n\n{document}")
+    generation = options.sampling(temperature, seed)
+    while question := _read_line():
+        try:
+            ask(talk, question, max_new_tokens=max_new_tokens, **generation)
+        except FitError as error:
+            if not talk.statistics:
+                raise
+            err.print(f"{error}", style="red", highlight=False, markup=False)
+            break
+        assert talk.statistics is not None
+        report(talk.statistics)
+
+
+def _read_line() -> str:
+    err.print("> ", end="", style="bold")
+    return sys.stdin.readline().strip()

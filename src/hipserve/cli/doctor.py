@@ -1,0 +1,100 @@
+"""`hipserve doctor`: what this machine can do, and what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import typer
+from rich.table import Table
+
+from hipserve.cli import options
+from hipserve.cli.output import err, result_json, show
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at; `advice` says what to do where it is not `ok`."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def doctor(json: options.Json = False) -> None:
+    """Checks the installation; exit code 1 if something is wrong."""
+    with err.status("checking …"):
+        checks = [_native(), _operation(), _transformers(), _bundled_model(), _gpu()]
+    if json:
+        result_json([asdict(check) for check in checks])
+    else:
+        table = Table("", "check", "found", "what to do")
+        for check in checks:
+            mark = "[green]ok[/green]" if check.ok else "[red]no[/red]"
+            table.add_row(mark, check.name, check.found, check.advice)
+        show(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def _native() -> Check:
+    from hipserve.platform import cpu_name, native_library
+
+    library = native_library()
+    if library.tier:
+        return Check("native CPU kernels", True, f"{library.tier} on {cpu_name()}")
+    advice = "install gcc 10 or newer and reinstall hipserve; until then eager torch is used"
+    return Check("native CPU kernels", False, library.reason, advice)
+
+
+def _operation() -> Check:
+    """HiP attention with room for every key is dense attention: run it and see."""
+    import torch
+    import torch.nn.functional as F
+
+    from hipserve import HiPConfig, hip_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 300, 4, 64, generator=generator)
+    k, v = torch.randn(2, 1, 300, 2, 64, generator=generator)
+    out = hip_attention(q, k, v, config=HiPConfig(budget=512))
+    assert isinstance(out, torch.Tensor)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    error = float((out.transpose(1, 2) - dense).abs().max())
+    return Check(
+        "dense result", error < 1e-4, f"error {error:.1e} against SDPA", "report it as a bug"
+    )
+
+
+def _transformers() -> Check:
+    import transformers
+
+    from hipserve.integrations.transformers import NAME
+
+    known = NAME in transformers.AttentionInterface().valid_keys()
+    return Check(
+        'attn_implementation="hip"',
+        known,
+        f"transformers {transformers.__version__}",
+        "" if known else "install transformers>=5.17,<5.24",
+    )
+
+
+def _bundled_model() -> Check:
+    from hipserve.errors import ArgumentError
+    from hipserve.models import load
+
+    try:
+        loaded = load(device="cpu")
+    except (ArgumentError, StopIteration):
+        return Check("bundled model", False, "does not load", "reinstall hipserve")
+    weights = sum(x.numel() for x in loaded.model.parameters())
+    return Check("bundled model", True, f"{loaded.name}, {weights / 1e6:.1f} M parameters")
+
+
+def _gpu() -> Check:
+    from hipserve.platform import gpu_name
+
+    name = gpu_name()
+    return Check("GPU", True, f"{name} (eager torch, not yet fast)" if name else "none, not needed")

@@ -1,0 +1,185 @@
+"""`hipserve eval`: quality beside dense attention, with intervals."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from hipserve.cli import options
+from hipserve.cli.numbers import format_count, parse_count
+from hipserve.cli.output import err, result_json, show
+from hipserve.config import HiPConfig
+
+if TYPE_CHECKING:
+    from hipserve.evaluate import PerplexityReport, RetrievalReport
+
+app = typer.Typer(help="Quality of pruned attention beside dense attention.", no_args_is_help=True)
+
+LONG = 32 * 1024
+Length = Annotated[int, typer.Option(parser=parse_count, metavar="TOKENS", show_default="32k")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text or .jsonl files; the Python language reference if left out. Repeatable.",
+    ),
+]
+Also = Annotated[
+    list[str] | None, typer.Option(metavar="PRESET", help="Also measure a preset. Repeatable.")
+]
+Vary = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=A,B,…", help='Also measure values of one field: "budget=256,1k".'),
+]
+NoDense = Annotated[
+    bool, typer.Option("--no-dense", help="Compare to the first configuration, not to dense.")
+]
+
+
+@app.command()
+def retrieval(
+    model: options.Model = None,
+    length: Length = LONG,
+    samples: Annotated[int, typer.Option(min=1, help="Of each task.")] = 50,
+    tasks: Annotated[str, typer.Option(help="With commas.")] = "passkey,niah,kv,variables,quote",
+    text: Text = None,
+    also: Also = None,
+    vary: Vary = None,
+    no_dense: NoDense = False,
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    json: options.Json = False,
+) -> None:
+    """Needles, keys and values, variables, passages: found by dense and by pruned attention?"""
+    base = options.make_config(config, preset, budget, selector)
+    configs = _configs(base, also, vary, no_dense)
+    from hipserve.evaluate import evaluate_retrieval, read_documents
+
+    haystack = "\n\n".join(document.text for document in read_documents(text or ()))
+    loaded = options.load_model(model, base, device, dtype)
+    with err.status("measuring …") as status:
+        report = evaluate_retrieval(
+            loaded,
+            configs,
+            tasks.split(","),
+            haystack,
+            length=length,
+            samples=samples,
+            seed=seed,
+            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+        )
+    if json:
+        result_json(report.to_dict())
+    else:
+        show(_retrieval_table(report))
+
+
+@app.command()
+def perplexity(
+    model: options.Model = None,
+    length: Length = LONG,
+    first: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, help="First position that counts; a quarter of length."),
+    ] = None,
+    text: Text = None,
+    also: Also = None,
+    vary: Vary = None,
+    no_dense: NoDense = False,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    json: options.Json = False,
+) -> None:
+    """Negative log-likelihood of real text under dense and pruned attention."""
+    base = options.make_config(config, preset, budget, selector)
+    configs = _configs(base, also, vary, no_dense)
+    from hipserve.evaluate import evaluate_perplexity, read_documents
+
+    documents = read_documents(text or ())
+    loaded = options.load_model(model, base, device, dtype)
+    with err.status("measuring …") as status:
+        report = evaluate_perplexity(
+            loaded,
+            configs,
+            documents,
+            length=length,
+            first=first,
+            progress=lambda document, name: status.update(f"{document} ({name})"),
+        )
+    for name in report.too_short:
+        err.print(f"left out, shorter than {length:,} tokens: {name}", style="yellow", markup=False)
+    if json:
+        result_json(report.to_dict())
+    else:
+        show(_perplexity_table(report))
+
+
+def _configs(
+    base: HiPConfig, also: list[str] | None, vary: str | None, no_dense: bool
+) -> dict[str, HiPConfig | None]:
+    configs: dict[str, HiPConfig | None] = {} if no_dense else {"dense": None}
+    configs["hip"] = base
+    for name in also or ():
+        configs[name] = HiPConfig.preset(name)
+    if vary:
+        key, _, values = vary.partition("=")
+        for value in values.split(","):
+            configs[f"{key}={value}"] = base.replace(**{key: _value(value)})
+    return configs
+
+
+def _value(text: str) -> Any:
+    """A field's value as written on the command line: a count, JSON, or a word."""
+    try:
+        return parse_count(text)
+    except typer.BadParameter:
+        pass
+    try:
+        return json_module.loads(text)
+    except json_module.JSONDecodeError:
+        return text
+
+
+def _retrieval_table(report: RetrievalReport) -> Table:
+    title = f"{report.model}, {format_count(report.length)} tokens, score and 95 % interval"
+    table = Table("task", "samples", *report.configs, title=title)
+    for row in report.results:
+        cells = [
+            f"{score.mean:.3f} [{score.interval[0]:.2f}, {score.interval[1]:.2f}]"
+            + (f" ({row.difference[name].mean:+.3f})" if name in row.difference else "")
+            for name, score in row.scores.items()
+        ]
+        table.add_row(row.task, str(row.samples), *(cell.replace("[", r"\[") for cell in cells))
+    return table
+
+
+def _perplexity_table(report: PerplexityReport) -> Table:
+    span = f"{format_count(report.first)} to {format_count(report.length)}"
+    title = f"{report.model}, positions {span}, {len(report.documents)} documents"
+    domains = list(next(iter(report.results.values())).by_domain)
+    table = Table("attention", "nll", "change", "95 % interval", "perplexity", *domains)
+    table.title = title
+    for name, nll in report.results.items():
+        low, high = nll.interval
+        table.add_row(
+            name,
+            f"{nll.mean:.4f}",
+            f"{nll.change:+.2%}",
+            f"{low:+.2%} to {high:+.2%}",
+            f"{nll.perplexity:.3f}",
+            *(f"{nll.by_domain[domain]:.4f}" for domain in domains),
+        )
+    return table

@@ -1,0 +1,40 @@
+"""Numbers as people write them: 32k is 32 x 1024, 1M is 1024 x 1024."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+FACTORS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def parse_count(text: str | int) -> int:
+    """`4096`, `4_096`, `32k`, `1.5k` or `1M` as an int.
+
+    Raises:
+        typer.BadParameter: it is none of these, or not a whole number.
+    """
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kKmM]?)", str(text).strip())
+    if match:
+        value = float(match[1].replace("_", "")) * FACTORS[match[2].lower()]
+        if value == int(value):
+            return int(value)
+    raise typer.BadParameter(f"{text!r} is no number; write it as 4096, 32k or 1M")
+
+
+def parse_counts(text: str) -> list[int]:
+    """A list with commas: `8k,16k,32k`."""
+    return [parse_count(part) for part in text.split(",")]
+
+
+def format_count(value: int) -> str:
+    """The shortest of these forms that is exact."""
+    for suffix, factor in (("M", 1024**2), ("k", 1024)):
+        if value >= factor and value % factor == 0:
+            return f"{value // factor}{suffix}"
+    return str(value)
+
+
+def format_bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -1,0 +1,79 @@
+"""Options that several commands share, and how they make a configuration and a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hipserve.cli.numbers import parse_count
+from hipserve.cli.output import err
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from hipserve.models import LoadedModel
+
+Budget = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="KEYS", help="Keys a query block reads, such as 1k."),
+]
+Selector = Annotated[str | None, typer.Option(help="tree, bound or tree+bound.")]
+Preset = Annotated[str, typer.Option(help="default or paper.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="HiPConfig as TOML or JSON.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda; the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16, float32.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="Directory or hub name; the bundled model if left out."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it samples.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of samples and of what is generated.")]
+
+
+def make_config(
+    config: Path | None = None,
+    preset: str = "default",
+    budget: int | None = None,
+    selector: str | None = None,
+) -> HiPConfig:
+    """The file or the preset, with the options on top."""
+    base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
+    given = {"budget": budget, "selector": selector}
+    return base.replace(**{key: value for key, value in given.items() if value is not None})
+
+
+def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: str) -> LoadedModel:
+    """Loads a model and says which, on stderr."""
+    from hipserve.models import BUNDLED, load
+
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    if dtype not in dtypes:
+        raise ArgumentError("dtype", f"one of {', '.join(dtypes)}", repr(dtype), "choose one")
+    _silence()
+    with err.status(f"loading {name or BUNDLED} …"):
+        return load(name, config=config, dtype=dtype, device=device)
+
+
+def _silence() -> None:
+    """What libraries log about themselves is not for the users of a command."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+
+
+def sampling(temperature: float, seed: int) -> dict[str, Any]:
+    """Options of `generate` for a temperature."""
+    if not temperature:
+        return {}
+    import torch
+
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature}

@@ -1,0 +1,100 @@
+"""`hipserve run`: one question about one document."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hipserve.cli import options
+from hipserve.cli.numbers import format_bytes
+from hipserve.cli.output import err, progress_bar, result, result_json
+
+if TYPE_CHECKING:
+    from hipserve.models import Conversation, Statistics
+
+
+def run(
+    words: Annotated[list[str], typer.Argument(metavar="[MODEL] QUESTION")],
+    doc: Annotated[str, typer.Option(metavar="FILE", help="A text file, or - for stdin.")],
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Dense attention, to compare.")] = False,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    json: options.Json = False,
+) -> None:
+    """Answers a question about a document of any length that fits the model."""
+    if len(words) > 2:
+        raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
+    document = read_document(doc)
+    settings = options.make_config(config, preset, budget, selector)
+    loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
+    if dense:
+        loaded.use(None)
+    from hipserve.models import Conversation
+
+    talk = Conversation(loaded)
+    talk.say(f"Read the text.\n\n{document}")
+    answer = ask(
+        talk,
+        words[-1],
+        stream=not json,
+        max_new_tokens=max_new_tokens,
+        **options.sampling(temperature, seed),
+    )
+    statistics = talk.statistics
+    assert statistics is not None
+    if json:
+        speed = {"decode_tokens_per_second": statistics.decode_tokens_per_second}
+        result_json({"answer": answer, "model": loaded.name, **asdict(statistics), **speed})
+    else:
+        report(statistics)
+
+
+def read_document(path: str) -> str:
+    """The text of a file, or of stdin for `-`."""
+    from hipserve.evaluate.text import read_text
+
+    return sys.stdin.read() if path == "-" else read_text(path)
+
+
+def ask(talk: Conversation, question: str, *, stream: bool = True, **generation: Any) -> str:
+    """Asks with a progress bar on stderr and, streaming, the answer on stdout."""
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=0, visible=False)
+
+        def on_prefill(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total > 256)
+
+        def on_text(text: str) -> None:
+            if bar.live.is_started:
+                bar.stop()
+            result(text, end="")
+
+        answer = talk.ask(
+            question, on_prefill=on_prefill, on_text=on_text if stream else None, **generation
+        )
+    if stream:
+        result("")
+    return answer
+
+
+def report(statistics: Statistics) -> None:
+    """What an answer cost, on stderr."""
+    err.print(
+        f"{statistics.prompt_tokens:,} tokens in ({statistics.cached_tokens:,} already read), "
+        f"first token after {statistics.first_token_seconds:.2f} s, "
+        f"then {statistics.decode_tokens_per_second:.1f} tokens/s; keys read: "
+        f"{statistics.prefill_share:.1%} in prefill, {statistics.decode_share:.1%} in decode; "
+        f"cache {format_bytes(statistics.cache_bytes)}",
+        style="dim",
+        highlight=False,
+    )
