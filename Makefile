@@ -1,0 +1,59 @@
+# Two commands set up everything on a fresh machine: `make demo` and `make test`.
+# Needs CPython 3.11 or newer, and gcc for the native kernels (without it eager torch is used).
+
+PYTHON ?= python3
+BIN := .venv/bin
+# torch first and alone: a resolver that meets it as a dependency may fetch CUDA packages.
+TORCH := torch==2.13.0 numpy
+# The native kernels build against the torch that is installed, hence no build isolation.
+BUILD := scikit-build-core ninja cmake
+NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test fuzz lint bench eval clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/torch: $(BIN)/python constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet -c constraints.txt $(BUILD)
+	touch $@
+
+.venv/installed: .venv/torch $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation \
+		-C cmake.define.HIPSERVE_NATIVE=$(NATIVE) -e .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation \
+		-C cmake.define.HIPSERVE_NATIVE=$(NATIVE) -e '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## read a long text with planted facts and answer (DOC=path for your own)
+	$(BIN)/hipserve demo $(if $(DOC),--doc $(DOC))
+
+test: .venv/dev lint  ## lint, types, imports, and every test
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+fuzz: .venv/dev  ## 2,000 random configurations against float64
+	HIPSERVE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+bench: .venv/installed  ## speed beside dense attention: about 15 minutes on 2 cores
+	$(BIN)/hipserve bench attention --csv docs/data/attention-cpu.csv
+	$(BIN)/python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
+
+eval: .venv/installed  ## quality beside dense attention on the bundled model: hours on 2 cores
+	$(BIN)/hipserve eval retrieval
+	$(BIN)/hipserve eval perplexity
+
+clean:
+	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache
