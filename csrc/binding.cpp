@@ -132,7 +132,8 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
                    Tensor query_blocks, int64_t budget, int64_t bound_budget,
                    int64_t key_block_size, int64_t bound_block_size, int64_t granularity,
-                   int64_t query_stride, int64_t rerank, int64_t representative, int64_t seed,
+                   int64_t query_stride, int64_t rerank, bool relative_scores,
+                   int64_t representative, int64_t seed,
                    int64_t num_sink_tokens, int64_t sliding_window, int64_t dense_below,
                    Tensor indices, Tensor window_start) {
   hipserve::SelectCall call{};
@@ -149,6 +150,7 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.granularity = granularity;
   call.query_stride = query_stride;
   call.rerank = rerank;
+  call.relative_scores = relative_scores;
   call.representative = representative;
   call.seed = seed;
   call.num_sink_tokens = num_sink_tokens;
@@ -184,8 +186,8 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
   m.def(
       "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
       "Tensor query_blocks, int budget, int bound_budget, int key_block_size, "
-      "int bound_block_size, int granularity, int query_stride, int rerank, int representative, "
-      "int seed, int num_sink_tokens, int sliding_window, int dense_below, Tensor(a!) indices, "
+      "int bound_block_size, int granularity, int query_stride, int rerank, bool relative_scores, "
+      "int representative, int seed, int num_sink_tokens, int sliding_window, int dense_below, Tensor(a!) indices, "
       "Tensor(b!) window_start) -> ()");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "

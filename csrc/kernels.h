@@ -50,6 +50,7 @@ struct SelectCall {
   int64_t heads, max_selected;
   int64_t budget, bound_budget, key_block_size, bound_block_size, granularity, query_stride;
   int64_t rerank, representative, seed, num_sink_tokens, sliding_window, dense_below;
+  bool relative_scores;
   int32_t* indices;
   int32_t* window_start;
 };

@@ -47,10 +47,11 @@ static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
   return (x ^ (x >> 15)) & 0x7FFFFFFF;
 }
 
-// The greatest score of any row with each key of a tile: the one place where rows are reduced.
+// The greatest score of any row, less the row's base, with each key of a tile: the one place where
+// rows are reduced.
 template <class Unit>
-static void greatest(const float* rows, int64_t num_rows, int depth, const float* keys, int count,
-                     float* out) {
+static void greatest(const float* rows, const float* base, int64_t num_rows, int depth,
+                     const float* keys, int count, float* out) {
   constexpr int kWide = kColumns * kLanes;
   for (int c = 0; c < count; c += kWide) {
     vf best[kColumns];
@@ -60,15 +61,30 @@ static void greatest(const float* rows, int64_t num_rows, int depth, const float
       vf acc[kRows][kColumns] = {};
       product<Unit, kRows, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
       for (int j = 0; j < kRows; ++j)
-        for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[j][i], best[i]);
+        for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[j][i] - base[r + j], best[i]);
     }
     for (; r < num_rows; ++r) {
       vf acc[1][kColumns] = {};
       product<Unit, 1, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
-      for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[0][i], best[i]);
+      for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[0][i] - base[r], best[i]);
     }
     for (int i = 0; i < kColumns; ++i) store(out + c + i * kLanes, best[i]);
   }
+}
+
+// Raises each row's base to its greatest score with the keys of a tile.
+template <class Unit>
+static void raise(const float* rows, float* base, int64_t num_rows, int depth, const float* keys,
+                  int count) {
+  constexpr int kWide = kColumns * kLanes;
+  float scores[kWide];
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int c = 0; c < count; c += kWide) {
+      vf acc[1][kColumns] = {};
+      product<Unit, 1, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
+      for (int i = 0; i < kColumns; ++i) store(scores + i * kLanes, acc[0][i]);
+      for (int j = 0; j < least(count - c, kWide); ++j) base[r] = most(scores[j], base[r]);
+    }
 }
 
 // Sizes of one thread's scratch: candidates of any level, sampled rows, key blocks.
@@ -92,6 +108,7 @@ template <class Unit, class T> class Search {
   Search(const SelectCall& call, const BoundLevels& levels, const SearchSize& size, Arena& arena)
       : call_(call), levels_(levels), dim_(call.batch.head_dim), depth_(dim_ / Unit::kValues) {
     rows_ = arena.take<float>(size.rows * dim_);
+    base_ = arena.take<float>(size.rows);
     box_rows_ = arena.take<float>(size.rows * 2 * dim_);
     tile_ = arena.take<float>(kKeys * 2 * dim_);
     convert_ = arena.take<float>(kKeys * 2 * dim_);
@@ -101,7 +118,7 @@ template <class Unit, class T> class Search {
     for (int32_t** list : lists) *list = arena.take<int32_t>(size.candidates);
   }
   static size_t bytes(int64_t dim, const SearchSize& size) {
-    return room(size.rows * dim, 4) * 3 + room(kKeys * dim, 4) * 4 + room(size.candidates, 4) * 8 + 4096;
+    return room(size.rows * dim, 4) * 3 + room(size.rows, 4) + room(kKeys * dim, 4) * 4 + room(size.candidates, 4) * 8 + 4096;
   }
 
   void run(int64_t block_id, int64_t head) {
@@ -116,6 +133,7 @@ template <class Unit, class T> class Search {
     seq_ = &seq;
     kv_head_ = head * call_.batch.num_kv_heads / call_.heads;
     sample(block, head);
+    rate_read(block.position);
     int64_t bound = call_.bound_budget > 0 ? by_bounds(call_.bound_budget) : 0;
     int64_t tree = call_.bound_budget < call_.budget ? by_tree(call_.budget - call_.bound_budget) : 0;
     unite(found_, bound, left_, tree, out);
@@ -152,10 +170,28 @@ template <class Unit, class T> class Search {
     pack_row<Unit, T>(parts, 2 * dim_, out);
   }
 
+  // The base of each row: its greatest score among sinks and window, as far as every row sees it.
+  void rate_read(int64_t position) {
+    for (int64_t r = 0; r < num_rows_; ++r) base_[r] = call_.relative_scores ? -INFINITY : 0.f;
+    if (!call_.relative_scores) return;
+    const int64_t total = begin_ + position + 1 - end_;
+    TileRows tile;
+    for (int64_t i = 0; i < total; i += tile.count) {
+      tile.count = (int)least(total - i, (int64_t)kKeys);
+      for (int j = 0; j < tile.count; ++j) {
+        int64_t key = i + j < begin_ ? i + j : end_ + i + j - begin_;
+        tile.row[j] = key_row<T>(call_.k, *seq_, kv_head_, key);
+      }
+      pad(tile);
+      KeyTile<Unit, T>::pack(tile, dim_, tile_, convert_);
+      raise<Unit>(rows_, base_, num_rows_, depth_, tile_, tile.count);
+    }
+  }
+
   void score(TileRows& tile, const float* rows, int64_t dim, float* out) {
     pad(tile);
     KeyTile<Unit, T>::pack(tile, dim, tile_, convert_);
-    greatest<Unit>(rows, num_rows_, dim / Unit::kValues, tile_, tile.count, out);
+    greatest<Unit>(rows, base_, num_rows_, dim / Unit::kValues, tile_, tile.count, out);
   }
 
   void score_runs(const int32_t* runs, int64_t n, int level) {
@@ -286,7 +322,7 @@ template <class Unit, class T> class Search {
   const int64_t dim_, depth_;
   const Sequence* seq_ = nullptr;
   int64_t begin_ = 0, end_ = 0, kv_head_ = 0, num_rows_ = 0;
-  float *rows_, *box_rows_, *tile_, *convert_, *scores_;
+  float *rows_, *base_, *box_rows_, *tile_, *convert_, *scores_;
   uint32_t* sort_keys_;
   int32_t *runs_, *next_, *kept_, *left_, *right_, *found_;
 };

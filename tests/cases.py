@@ -161,6 +161,7 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
         query_stride=rng.choice([1, 2, 16]) if query > 1 else 1,
         bound_block_size=bound,
         rerank=rng.choice([0, 1, 2, 4]),
+        relative_scores=rng.random() < 0.7,
         share_group=rng.random() < 0.8,
         num_sink_tokens=bound * rng.choice([0, 1, 4]),
         sliding_window=rng.choice([1, 16, 33, 100]),

@@ -34,6 +34,9 @@ class HiPConfig:
         bound_block_size: keys in the finest run that carries bounds.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
             0 trusts the bounds alone.
+        relative_scores: score keys relative to the greatest score that a row finds among the keys
+            it reads anyway (sinks and window), so that rows with large norms do not outvote rows
+            that have more to gain.
         bound_share: part of the budget that bounds choose under `tree+bound`.
         share_group: one selection for all query heads of a KV head (GQA group), or one for each.
         num_sink_tokens: first keys of a sequence, always read.
@@ -56,6 +59,7 @@ class HiPConfig:
     query_stride: int = 2
     bound_block_size: int = 16
     rerank: int = 2
+    relative_scores: bool = True
     bound_share: float = 0.5
     share_group: bool = True
     num_sink_tokens: int = 64
@@ -71,12 +75,21 @@ class HiPConfig:
             _check_int(name, getattr(self, name), low)
         for name, kind in (("selector", Selector), ("representative", Representative)):
             _check_choice(name, getattr(self, name), get_args(kind))
-        if not isinstance(cast("object", self.share_group), bool):
-            raise _wrong("share_group", "true or false", self.share_group, "pass a bool")
+        for name in ("share_group", "relative_scores"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "true or false", getattr(self, name), "pass a bool")
         _check_fraction("bound_share", self.bound_share)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
+        if self.selector == "tree+bound" and not 0 < self.bound_budget < self.budget:
+            raise _wrong(
+                "bound_share",
+                f"a share that leaves both selectors at least {self.granularity} keys of the "
+                f"budget {self.budget}",
+                self.bound_share,
+                "raise budget, or use one selector",
+            )
         if self.uses_bounds and self.bound_block_size % self.key_block_size:
             raise _wrong(
                 "bound_block_size",
@@ -219,6 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "key_block_size": 2,
         "query_block_size": 64,
         "query_stride": 2,
+        "relative_scores": False,
         "share_group": False,
         "num_sink_tokens": 16,
         "sliding_window": 256,

@@ -153,8 +153,10 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
         budget=1,
         num_sink_tokens=0,
         representative=representative,
+        relative_scores=False,
     )
-    search = Search(torch.ones(draws, 1, 1), k, None, torch.zeros(1).long(), length, config)
+    pages = torch.zeros(1).long()
+    search = Search(torch.ones(draws, 1, 1), k, None, pages, length, length, config)
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)
     right = torch.tensor([[length // 2, length]]).expand(draws, 2)
     return search.block_scores(search.representative(left, right)).argmax(1)
@@ -162,9 +164,11 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
 
 def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
     """With true maxima as scores the beam search returns the top blocks (no luck involved)."""
-    config = HiPConfig(selector="tree", key_block_size=2, budget=32, num_sink_tokens=0)
+    config = HiPConfig(
+        selector="tree", key_block_size=2, budget=32, num_sink_tokens=0, relative_scores=False
+    )
     k = torch.randn(1, 1024, 1, 1)
-    search = Search(torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, config)
+    search = Search(torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, 1024, config)
     blocks = k.view(512, 2).amax(1)
     search.representative = lambda left, right: torch.stack([left, right], -1)
     search.block_scores = lambda ranges: torch.tensor(
@@ -177,6 +181,32 @@ def test_sampled_rows_count_back_from_the_last() -> None:
     q = torch.arange(10.0)[:, None, None].expand(10, 2, 1)
     assert sample_rows(q, 1, 4)[0, :, 0].tolist() == [1, 1, 5, 5, 9, 9]
     assert sample_rows(q[:1], 1, 4)[0, :, 0].tolist() == [0, 0]
+
+
+def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
+    """Two sampled rows want one block each; the loud one also likes its window best."""
+    config = HiPConfig(
+        selector="tree",
+        budget=16,
+        query_block_size=2,
+        query_stride=1,
+        num_sink_tokens=0,
+        sliding_window=1,
+        dense_below=0,
+    )
+    k = torch.zeros(1, 48, 1, 2)
+    k[0, 5, 0, 1] = 1.0  # what the quiet row wants
+    k[0, 20, 0, 0] = 1.0  # what the loud row wants a little
+    k[0, 32:, 0, 0] = 5.0  # what the loud row reads anyway
+    rows = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
+    pages = torch.zeros(1).long()
+    found = {
+        relative: Search(rows, k, None, pages, 32, 32, config.replace(relative_scores=relative))
+        .select()
+        .tolist()
+        for relative in (True, False)
+    }
+    assert found == {True: [[0]], False: [[1]]}
 
 
 def test_scaling_q_keeps_the_selection() -> None:

@@ -36,6 +36,7 @@ def select_blocks(
         config.granularity,
         config.query_stride,
         config.rerank,
+        config.relative_scores,
         _REPRESENTATIVES[config.representative],
         config.seed,
         config.num_sink_tokens,

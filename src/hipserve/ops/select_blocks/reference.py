@@ -33,7 +33,8 @@ def select_blocks(
         starts.append(config.window_start(position, num_rows))
         if starts[i] > config.num_sink_tokens:
             rows = sample_rows(q[row : row + num_rows], heads, config.query_stride)
-            search = Search(rows, k_cache, k_bounds, block_table[seq].long(), starts[i], config)
+            pages = block_table[seq].long()
+            search = Search(rows, k_cache, k_bounds, pages, starts[i], position, config)
             chosen = search.select()
             indices[i, :, : chosen.shape[1]] = chosen.int()
     return indices, torch.tensor(starts, dtype=torch.int32, device=q.device)
@@ -58,6 +59,7 @@ class Search:
         k_bounds: Tensor | None,
         pages: Tensor,
         window_start: int,
+        position: int,
         config: HiPConfig,
     ) -> None:
         self.rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -66,16 +68,26 @@ class Search:
         self.config = config
         group = rows.shape[0] // k_cache.shape[2]
         self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
+        self.base = self.greatest_read(position) if config.relative_scores else 0.0
+
+    def greatest_read(self, position: int) -> Tensor:
+        """`[heads, rows, 1]`: a row's greatest score among sinks and what all see of the window."""
+        device = self.rows.device
+        sinks = torch.arange(self.begin, device=device)
+        keys = torch.cat([sinks, torch.arange(self.end, position + 1, device=device)])
+        return self.scores(keys.expand(self.rows.shape[0], -1)).amax(dim=2, keepdim=True)
+
+    def scores(self, keys: Tensor) -> Tensor:
+        """`[heads, rows, count]`: q.k of each row with `keys` `[heads, count]`."""
+        page, slot = self.locate(keys, self.k_cache.shape[1])
+        return self.rows @ self.k_cache[page, slot, self.kv_heads].to(self.rows.dtype).mT
 
     def select(self) -> Tensor:
         """The chosen key blocks, `[heads, count]` ascending, -1 behind the last."""
         config = self.config
-        chosen: list[Tensor] = []
-        if config.uses_bounds:
-            chosen.append(self.by_bounds(config.bound_budget))
-        if config.uses_tree:
-            chosen.append(self.by_tree(config.budget - config.bound_budget))
-        return unite(torch.cat(chosen, dim=1))
+        bound = [self.by_bounds(config.bound_budget)] if config.uses_bounds else []
+        tree = [self.by_tree(config.budget - config.bound_budget)] if config.uses_tree else []
+        return unite(torch.cat(bound + tree, dim=1))
 
     # The paper's tree: a beam over a binary tree of key-block ranges.
 
@@ -95,24 +107,19 @@ class Search:
         return torch.where(left < right, left, -1)
 
     def representative(self, left: Tensor, right: Tensor) -> Tensor:
-        match self.config.representative:
-            case "first":
-                return left
-            case "last":
-                return right - 1
-            case "random":
-                return left + mix(left, right, self.config.seed) % (right - left).clamp(min=1)
-            case _:
-                return (left + right) // 2
+        if self.config.representative == "random":
+            return left + mix(left, right, self.config.seed) % (right - left).clamp(min=1)
+        return {"first": left, "last": right - 1}.get(
+            self.config.representative, (left + right) // 2
+        )
 
     def block_scores(self, blocks: Tensor) -> Tensor:
         """`[heads, count]`: the greatest score of any row and any key of each block."""
         size = self.config.key_block_size
         blocks = blocks.clamp(self.begin // size, self.end // size - 1)
         keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
-        page, slot = self.locate(keys.flatten(1), self.k_cache.shape[1])
-        k = self.k_cache[page, slot, self.kv_heads].to(self.rows.dtype)
-        return (self.rows @ k.mT).unflatten(2, (-1, size)).amax(dim=(1, 3))
+        scores = self.scores(keys.flatten(1)) - self.base
+        return scores.unflatten(2, (-1, size)).amax(dim=(1, 3))
 
     # Bounds: boxes around runs of keys, coarse levels first.
 
@@ -137,8 +144,7 @@ class Search:
         return blocks
 
     def candidates(self, kept: Tensor | None, parent: int | None, length: int) -> Tensor:
-        """Runs of `length` keys to score: children of the kept runs, and those whose parent run
-        sticks out of the middle."""
+        """Runs to score: children of the kept ones, and those whose parent leaves the middle."""
         begin = -(-self.begin // length)
         end = max(begin, self.end // length)
         every = torch.arange(begin, end, device=self.rows.device).expand(self.rows.shape[0], -1)
@@ -159,7 +165,7 @@ class Search:
         place = bound_offsets(page_size, size)[level] + slot // length
         low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
         scores = self.rows.clamp(min=0) @ high.mT + self.rows.clamp(max=0) @ low.mT
-        return scores.amax(dim=1)
+        return (scores - self.base).amax(dim=1)
 
     def locate(self, keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         return self.pages[keys // page_size], keys % page_size
