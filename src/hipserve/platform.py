@@ -78,14 +78,34 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 @functools.cache
 def _announce(backend: str, refusal: str) -> str:
-    reason = f" ({refusal})" if refusal else f" ({native_library().tier})"
-    logger.info("attention backend: %s%s", backend, reason)
+    """Logs a choice the first time it is made: loudly where the native kernels are missing."""
+    level = logging.WARNING if refusal and refusal == native_library().reason else logging.INFO
+    logger.log(level, "attention backend: %s (%s)", backend, refusal or native_library().tier)
     return backend
+
+
+def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` runs for such tensors, with the ISA tier or the reason, as people read it."""
+    chosen = resolve_backend("auto", device, dtype)
+    detail = {"cpu": native_library().tier, "reference": cpu_refusal(device, dtype)}.get(chosen)
+    return f"{chosen} ({detail})" if detail else chosen
 
 
 def default_device() -> str:
     """The device a command uses unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ArgumentError: there is no such device on this machine.
+    """
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in (*known, default_device()):
+        raise ArgumentError("device", f"one of {', '.join(known)}", repr(device), "choose one")
+    return torch.device(device)
 
 
 def gpu_name() -> str | None:
