@@ -37,6 +37,7 @@ def chat(
     talk = Conversation(loaded)
     if document:
         talk.say(f"Read the text.\n\n{document}")
+        loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)
     generation = options.sampling(temperature, seed)
     while question := _read_line():
         try:
