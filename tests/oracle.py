@@ -76,15 +76,15 @@ def attention(
 def assert_as_exact(out: Tensor, lse: Tensor, case: Case, masks: list[Tensor]) -> None:
     """The error against float64 is at most twice that of plain torch, plus its rounding band.
 
-    The band is one rounding of the result in its own precision, and what one float32 rounding of
-    the scores, at the scale on which they are computed, does to it.
+    The band is one rounding of the weighted sum in its own precision, at the scale of its terms,
+    and what one float32 rounding of the scores, at theirs, does to it.
     """
     softcap, dtype = case.shape.softcap, case.q.dtype
     truth, true_lse = attention(case, masks, torch.float64, softcap)
     plain, plain_lse = attention(case, masks, dtype, softcap)
-    scores = torch.finfo(torch.float32).eps * max(greatest_score(case, masks), softcap)
-    band = torch.finfo(dtype).eps + scores
-    _bounded(out, plain, truth, band * truth.abs().max().item(), "out")
+    score, total = magnitudes(case, masks, softcap)
+    scores = torch.finfo(torch.float32).eps * max(score, softcap)
+    _bounded(out, plain, truth, (torch.finfo(dtype).eps + scores) * total, "out")
     seen = ~true_lse.isinf()
     assert bool((lse.isinf() == ~seen).all()), "rows without keys have lse = -inf"
     if seen.any():
@@ -94,16 +94,22 @@ def assert_as_exact(out: Tensor, lse: Tensor, case: Case, masks: list[Tensor]) -
         _bounded(lse[seen], plain_lse[seen], true_lse[seen], band, "lse")
 
 
-def greatest_score(case: Case, masks: list[Tensor]) -> float:
-    """The greatest absolute score that any row reads, before a softcap."""
-    greatest, start = 0.0, 0
-    for k, rows, mask in zip(case.ks, case.shape.query_lens, masks, strict=True):
+def magnitudes(case: Case, masks: list[Tensor], softcap: float) -> tuple[float, float]:
+    """The scales of what is rounded: the greatest |score| before a softcap, and sum of |w v|."""
+    score, total, start = 0.0, 0.0, 0
+    for k, v, rows, mask in zip(case.ks, case.vs, case.shape.query_lens, masks, strict=True):
         q = case.q[start : start + rows].float().transpose(0, 1)
         start += rows
-        keys = k.float().transpose(0, 1).repeat_interleave(case.shape.group_size, 0)
-        scores = (q @ keys.mT).abs().masked_fill(~mask, 0.0) * case.q.shape[-1] ** -0.5
-        greatest = max(greatest, scores.max().item() if scores.numel() else 0.0)
-    return greatest
+        if not rows:
+            continue
+        group = case.shape.group_size
+        kk, vv = (x.float().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+        scores = (q @ kk.mT) * case.q.shape[-1] ** -0.5
+        score = max(score, scores.abs().masked_fill(~mask, 0.0).max().item())
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
+        total = max(total, (weights @ vv.abs()).max().item())
+    return score, total
 
 
 def _bounded(got: Tensor, plain: Tensor, truth: Tensor, band: float, what: str) -> None:
