@@ -50,15 +50,28 @@ static inline float reduce_sum(vf x) {
 }
 #if defined(__AVX512F__)
 static inline float fast_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline bool any_above(vf x, float limit) {
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ);
+}
 #else
 static inline float fast_max(vf x) { return reduce_max(x); }
+static inline bool any_above(vf x, float limit) { return reduce_max(x) > limit; }
 #endif
+static inline vi lanes() {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
 
-// 2^x for x <= 0; a polynomial on [-1/2, 1/2], exact to 1e-7 (degree 6) or 4e-5 (degree 4, enough
+// 2^x for x <= 126; a polynomial on [-1/2, 1/2], exact to 1e-7 (degree 6) or 4e-5 (degree 4, enough
 // where the weight is rounded to bfloat16).
 template <int kDegree> static inline vf exp2v(vf x) {
+#if defined(__AVX512F__)
+  vf whole = (vf)_mm512_roundscale_ps((__m512)x, 8);
+#else
   x = maximum(x, splat(-126.f));
   vf whole = (x + 12582912.f) - 12582912.f;
+#endif
   vf r = x - whole;
   vf p = splat(9.6181291e-3f);
   if (kDegree == 6) {
@@ -70,8 +83,12 @@ template <int kDegree> static inline vf exp2v(vf x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   vi exponent = (__builtin_convertvector(whole, vi) + 127) << 23;
   return p * (vf)exponent;
+#endif
 }
 
 // Storage types.
@@ -222,14 +239,23 @@ template <class Unit, class T> struct ValueTile {
 #if defined(__AVX512BF16__)
 template <> struct ValueTile<Pair, bf16> {
   static void pack(const TileRows& tile, int n, float* units) {
+    uint16_t order[64];  // columns 0 to 31 of two rows, in turn
+    for (int i = 0; i < 64; ++i) order[i] = i / 2 + i % 2 * 32;
+    const __m512i first = _mm512_loadu_si512(order), second = _mm512_loadu_si512(order + 32);
     for (int j = 0; j < tile.count; j += 2) {
       const uint16_t* even = (const uint16_t*)tile.row[j];
       const uint16_t* odd = (const uint16_t*)tile.row[j + 1];
-      for (int c = 0; c < n; c += 16) {
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + c)));
-        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + c)));
-        _mm512_storeu_si512(units + (j / 2) * n + c,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      float* out = units + (j / 2) * n;
+      int c = 0;
+      for (; c + 32 <= n; c += 32) {
+        __m512i a = _mm512_loadu_si512(even + c), b = _mm512_loadu_si512(odd + c);
+        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(out + c + 16, _mm512_permutex2var_epi16(a, second, b));
+      }
+      if (c < n) {
+        __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(even + c)));
+        __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(odd + c)));
+        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
       }
     }
   }
@@ -242,8 +268,9 @@ template <class Unit> static inline void pack_weights(const vf* p, int vectors, 
 }
 #if defined(__AVX512BF16__)
 template <> inline void pack_weights<Pair>(const vf* p, int vectors, float* units) {
-  for (int i = 0; i < vectors; ++i)
-    _mm256_storeu_si256((__m256i*)(units + i * 8), (__m256i)_mm512_cvtneps_pbh((__m512)p[i]));
+  for (int i = 0; i < vectors; i += 2)
+    _mm512_storeu_si512(units + i * 8,
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)p[i + 1], (__m512)p[i]));
 }
 #endif
 
