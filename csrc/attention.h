@@ -160,7 +160,7 @@ template <class Unit, class T> class Attention {
       int64_t run, key = list.at(n + count, &run);
       run = least(run, limit - count);
       while (run > 0) {
-        int64_t slot = key % seq.page_size, here = least(run, seq.page_size - slot);
+        int64_t slot = seq.slot(key), here = least(run, seq.page_size - slot);
         const T* k_row = key_row<T>(call_.k, seq, kv_head_, key);
         const T* v_row = key_row<T>(call_.v, seq, kv_head_, key);
         for (int64_t i = 0; i < here; ++i, ++count, ++key) {

@@ -25,6 +25,7 @@ constexpr int kRows = 6;        // rows of a register tile
 constexpr int kKeys = 64;       // keys of a tile
 constexpr int kMaxDim = 256;
 
+typedef float unit __attribute__((aligned(2), may_alias));  // 32 bits of a row in memory
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -47,6 +48,11 @@ static inline float reduce_sum(vf x) {
   for (int step = kLanes / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
+}
+static inline int32_t reduce_sum(vi x) {
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
 }
 #if defined(__AVX512F__)
 static inline float fast_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
@@ -133,16 +139,25 @@ struct Pair {
 };
 #endif
 
-// acc[r][c] += sum_k a[r][k] * b[k][c], with kN vectors of columns.
+// acc[r][c] += sum_k a_r[k] * b[k][c], with rows a_r wherever they lie and kN vectors of columns.
 template <class Unit, int kM, int kN>
-static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+static inline void product(const unit* const* rows, const float* b, int64_t ldb, int depth,
                            vf acc[kM][kN]) {
+  const unit* a[kM];
+  for (int r = 0; r < kM; ++r) a[r] = rows[r];
   for (int k = 0; k < depth; ++k) {
     vf column[kN];
     for (int c = 0; c < kN; ++c) column[c] = load(b + k * ldb + c * kLanes);
     for (int r = 0; r < kM; ++r)
-      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r * lda + k], column[c]);
+      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r][k], column[c]);
   }
+}
+template <class Unit, int kM, int kN>
+static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+                           vf acc[kM][kN]) {
+  const unit* rows[kM];
+  for (int r = 0; r < kM; ++r) rows[r] = a + r * lda;
+  product<Unit, kM, kN>(rows, b, ldb, depth, acc);
 }
 
 // Queries: one row of units.
@@ -229,6 +244,28 @@ template <> struct KeyTile<Pair, bf16> {
 };
 #endif
 
+// Rows as units, where they lie or converted.
+template <class Unit, class T>
+static inline void unit_rows(const T* const* rows, int count, int n, float* scratch,
+                             const unit** units) {
+  for (int j = 0; j < count; ++j) {
+    convert(rows[j], n, scratch + j * n);
+    units[j] = scratch + j * n;
+  }
+}
+template <>
+inline void unit_rows<Single, float>(const float* const* rows, int count, int, float*,
+                                     const unit** units) {
+  for (int j = 0; j < count; ++j) units[j] = rows[j];
+}
+#if defined(__AVX512BF16__)
+template <>
+inline void unit_rows<Pair, bf16>(const bf16* const* rows, int count, int, float*,
+                                  const unit** units) {
+  for (int j = 0; j < count; ++j) units[j] = (const unit*)rows[j];
+}
+#endif
+
 // Values: units[key / kValues][column].
 
 template <class Unit, class T> struct ValueTile {
@@ -274,19 +311,29 @@ template <> inline void pack_weights<Pair>(const vf* p, int vectors, float* unit
 }
 #endif
 
-// The page that holds a position, and the row of a key in it.
+// The pages of a sequence, and where a position is in them.
 struct Sequence {
   const int32_t* pages;
   int64_t page_size;
+  int shift = 0;  // of a page size that is a power of two
   Sequence(const Batch& batch, int32_t seq)
-      : pages(batch.block_table + seq * batch.table_stride), page_size(batch.page_size) {}
+      : pages(batch.block_table + seq * batch.table_stride), page_size(batch.page_size) {
+    while (shift < 62 && (int64_t)1 << shift < page_size) ++shift;
+    if ((int64_t)1 << shift != page_size) shift = -1;
+  }
+  int64_t page(int64_t key) const { return pages[shift >= 0 ? key >> shift : key / page_size]; }
+  int64_t slot(int64_t key) const { return shift >= 0 ? key & (page_size - 1) : key % page_size; }
 };
 
 template <class T>
 static inline const T* key_row(const Pages& pages, const Sequence& seq, int64_t head, int64_t key) {
-  int64_t page = seq.pages[key / seq.page_size], slot = key % seq.page_size;
-  return (const T*)pages.data + page * pages.page_stride + slot * pages.slot_stride +
-         head * pages.head_stride;
+  return (const T*)pages.data + seq.page(key) * pages.page_stride +
+         seq.slot(key) * pages.slot_stride + head * pages.head_stride;
+}
+
+// Asks for a row that will be read soon; into the second cache, where many fit.
+static inline void prefetch_row(const void* row, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
 }
 
 alignas(64) static const float kZeros[2 * kMaxDim] = {};
