@@ -1,0 +1,1 @@
+"""HiP attention inside an unmodified vLLM: `--attention-backend CUSTOM`."""
