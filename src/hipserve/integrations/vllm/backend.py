@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,7 @@ from hipserve.attention import RefreshSchedule, RequestSelections, SequenceStep,
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.vllm import compat, settings
+from hipserve.integrations.vllm.metrics import tally
 from hipserve.ops import block_sparse_attention, write_kv
 from hipserve.types import BatchLayout, PagedKV
 
@@ -96,10 +98,12 @@ class HiPStep(AttentionMetadata):
     Attributes:
         num_tokens: rows of q that count; the rest is padding.
         plan: the batch, and which query blocks select afresh.
+        counted_layer: the layer whose reads are counted for all pruned ones.
     """
 
     num_tokens: int
     plan: StepPlan
+    counted_layer: str
 
 
 class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
@@ -117,6 +121,15 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.config = settings.hip_config(vllm_config)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
+        self.tally = tally(vllm_config.instance_id)
+        layers: Any = vllm_config.compilation_config.static_forward_context
+        impls: dict[str, HiPImpl] = {name: layers[name].impl for name in layer_names}
+        self.windowed = sum(impl.sliding_window > 0 for impl in impls.values())
+        pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
+        self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
+        blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
+        bounds = block_layout(kv_cache_spec, self.config).bound_bytes * blocks
+        self.tally.add("hipserve_page_bound_bytes", 0 if self.windowed else bounds)
 
     def build(
         self,
@@ -130,7 +143,21 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.schedule.forget(requests.ended)
         decisions = self.schedule.step(_sequences(common, requests.rows))
         plan = StepPlan.make(layout, self.config.query_block_size, decisions)
-        return HiPStep(int(common.query_start_loc_cpu[-1]), plan)
+        self._count(plan)
+        return HiPStep(int(common.query_start_loc_cpu[-1]), plan, self.counted_layer)
+
+    def _count(self, plan: StepPlan) -> None:
+        blocks = plan.layout.query_blocks(self.config.query_block_size)[:, 2:].tolist()
+        sinks, pruned = self.config.num_sink_tokens, self.num_pruned
+        short = sum(self.config.window_start(first, rows) <= sinks for rows, first in blocks)
+        dense = len(self.layer_names) - pruned - self.windowed
+        name = "hipserve_dense_query_blocks"
+        self.tally.add("hipserve_query_blocks", len(blocks) * len(self.layer_names))
+        self.tally.add(name, short * pruned, "short")
+        self.tally.add(name, len(blocks) * dense, "dense_layer")
+        self.tally.add(name, len(blocks) * self.windowed, "model_window")
+        self.tally.add("hipserve_refreshes", len(plan.stored) * pruned)
+        self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
 
 
 def _sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
@@ -175,7 +202,13 @@ class HiPImpl(AttentionImpl[HiPStep]):
         vllm_config = get_current_vllm_config()
         self.config = HiPBackend.config = settings.hip_config(vllm_config)
         self.selections = RequestSelections(vllm_config.scheduler_config.max_num_seqs)
+        self.tally = tally(vllm_config.instance_id)
         self._pages: tuple[int, PagedKV] | None = None
+
+    def is_dense(self, layer_name: str) -> bool:
+        """The layer reads every key, or those of the model's own window."""
+        dense = extract_layer_index(layer_name) in self.config.dense_layers
+        return dense or self.sliding_window > 0
 
     def pages(self, kv_cache: Tensor) -> PagedKV:
         """This layer's views of vLLM's `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`."""
@@ -218,12 +251,13 @@ class HiPImpl(AttentionImpl[HiPStep]):
         """Attention of `query` `[num_tokens, num_q_heads, head_dim]`, written into `output`."""
         if attn_metadata is None:
             return output.fill_(0)
+        began = time.perf_counter()
         count, plan = attn_metadata.num_tokens, attn_metadata.plan
         q, kv = query[:count], self.pages(kv_cache)
-        dense = self.sliding_window or extract_layer_index(layer.layer_name) in (
-            self.config.dense_layers
-        )
-        selection = None if dense else self.selections.select(q, kv, plan, self.config)
+        selection = None
+        if not self.is_dense(layer.layer_name):
+            selection = self.selections.select(q, kv, plan, self.config)
+        selected = time.perf_counter()
         out, _ = block_sparse_attention(
             q,
             kv,
@@ -236,6 +270,12 @@ class HiPImpl(AttentionImpl[HiPStep]):
             check=False,
         )
         output[:count] = out
+        if selection and layer.layer_name == attn_metadata.counted_layer:
+            read, visible = selection.keys_read(plan.layout, self.config)
+            self.tally.add("hipserve_keys_read", float(read))
+            self.tally.add("hipserve_keys_visible", float(visible))
+        self.tally.add("hipserve_selection_seconds", selected - began)
+        self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
         return output
 
 

@@ -112,3 +112,13 @@ def _telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
             _current = None
 
     return build_attention_metadata
+
+
+@functools.cache
+def extend_registry(show: Callable[[Any], Any]) -> None:
+    """Lets `show` add to the registry that the API server is about to publish."""
+    from vllm.entrypoints.serve.instrumentator import metrics
+
+    published: Any = metrics
+    original = published.get_prometheus_registry
+    published.get_prometheus_registry = lambda: show(original())
