@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from hipserve.cli import bench, chat, demo, doctor, evaluate, run, version
+from hipserve.cli import bench, chat, demo, doctor, evaluate, run, serve, version
 from hipserve.cli.output import err
 from hipserve.errors import BackendError, FitError, HipserveError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(chat.chat)
 app.command()(demo.demo)
+app.command(context_settings=serve.PASS_ON)(serve.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.command()(doctor.doctor)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
+SCHEDULER = "hipserve.integrations.vllm.scheduler.QueryBlockScheduler"
+
 
 class HiPCpuPlatform(CpuPlatform):
     """The platform that vLLM uses on CPU machines where hipserve is installed."""
@@ -29,6 +31,8 @@ class HiPCpuPlatform(CpuPlatform):
         if not chosen:
             cache.block_size = settings.BLOCK_SIZE
         settings.check(vllm_config)
+        if vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
     @classmethod
     def get_attn_backend_cls(

@@ -9,13 +9,11 @@ import torch
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
+from hipserve.integrations.vllm import OPTIONS_KEY
 from hipserve.types import bound_levels, bound_offsets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-KEY = "hip"
-"""Options travel by `--additional-config '{"hip": {...}}'`, with the keys of `HiPConfig`."""
 
 BLOCK_SIZE = 256
 """Tokens of a KV block unless the user says otherwise: it carries all bound levels."""
@@ -30,7 +28,7 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
         ConfigError: an unknown key, or a value out of range.
     """
     options = cast("Any", vllm_config.additional_config)
-    values = options.get(KEY, {}) if isinstance(options, dict) else {}
+    values = options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {}
     if not isinstance(values, dict):
         raise ConfigError(
             "additional_config",
