@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
+import os
 import platform as python_platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from hipserve.errors import ArgumentError, BackendError
 
 logger = logging.getLogger("hipserve")
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -50,11 +52,32 @@ def cpu_refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why the native CPU backend cannot run these tensors; empty if it can."""
     if device.type != "cpu":
         return f"the tensors are on {device}"
-    if dtype not in DTYPES:
-        return (
-            f"it computes in bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
-        )
-    return native_library().reason
+    return _dtype_refusal(dtype) or native_library().reason
+
+
+@functools.cache
+def triton_library() -> str:
+    """Why Triton's kernels cannot run here; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton backend cannot run these tensors; empty if it can."""
+    if device.type != "cuda" and not interpreting():
+        return f"the tensors are on {device}, not on a GPU"
+    return _dtype_refusal(dtype) or triton_library()
+
+
+def interpreting() -> bool:
+    """Triton runs its kernels in Python, on CPU tensors (its tests do so)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _dtype_refusal(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return "" if dtype in DTYPES else f"it computes in bfloat16, float16 and float32, not {name}"
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -70,16 +93,17 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         )
     if backend == "reference":
         return backend
-    refusal = cpu_refusal(device, dtype)
-    if backend == "cpu" and refusal:
-        raise BackendError(f'backend="cpu" cannot run: {refusal}; use backend="auto"')
-    return _announce("reference" if refusal else "cpu", refusal)
+    name = backend if backend != "auto" else ("cpu" if device.type == "cpu" else "triton")
+    refusal = (cpu_refusal if name == "cpu" else triton_refusal)(device, dtype)
+    if backend != "auto" and refusal:
+        raise BackendError(f'backend="{name}" cannot run: {refusal}; use backend="auto"')
+    return _announce("reference" if refusal else name, refusal)
 
 
 @functools.cache
 def _announce(backend: str, refusal: str) -> str:
-    reason = f" ({refusal})" if refusal else f" ({native_library().tier})"
-    logger.info("attention backend: %s%s", backend, reason)
+    reason = refusal or (native_library().tier if backend == "cpu" else gpu_name() or "interpreted")
+    logger.info("attention backend: %s (%s)", backend, reason)
     return backend
 
 

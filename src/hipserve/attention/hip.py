@@ -46,7 +46,7 @@ def hip_attention(
         causal: must be True: HiP prunes causal attention.
         sm_scale: factor of q.k; `head_dim ** -0.5` if None.
         softcap: c > 0 turns a scaled score s into c * tanh(s / c).
-        backend: `auto`, `cpu` or `reference`.
+        backend: `auto`, `cpu`, `triton` or `reference`.
         return_lse: also return the log-sum-exp.
 
     Returns:

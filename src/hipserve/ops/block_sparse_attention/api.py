@@ -37,7 +37,7 @@ def block_sparse_attention(
             without a selection; 0 for none.
         sm_scale: factor of q.k, applied once; `head_dim ** -0.5` if None.
         softcap: c > 0 turns a scaled score s into c * tanh(s / c).
-        backend: `auto`, `cpu` or `reference`.
+        backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
     Returns:
@@ -65,6 +65,7 @@ def block_sparse_attention(
         sliding_window,
         scale,
         softcap,
+        config.query_block_size,
         backend,
     )
 

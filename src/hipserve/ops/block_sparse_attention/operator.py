@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hipserve.ops.block_sparse_attention import cpu, reference
 from hipserve.platform import resolve_backend
-
-_BACKENDS = {"reference": reference.block_sparse_attention, "cpu": cpu.block_sparse_attention}
 
 
 def _run(
@@ -24,10 +24,19 @@ def _run(
     sliding_window: int,
     sm_scale: float,
     softcap: float,
+    query_block_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
-    return _BACKENDS[resolve_backend(backend, q.device, q.dtype)](
+    call: Callable[..., tuple[Tensor, Tensor]]
+    chosen, more = resolve_backend(backend, q.device, q.dtype), {}
+    if chosen == "triton":
+        from hipserve.ops.block_sparse_attention import triton
+
+        call, more = triton.block_sparse_attention, {"query_block_size": query_block_size}
+    else:
+        call = {"cpu": cpu, "reference": reference}[chosen].block_sparse_attention
+    return call(
         q,
         k_cache,
         v_cache,
@@ -40,6 +49,7 @@ def _run(
         sliding_window=sliding_window,
         sm_scale=sm_scale,
         softcap=softcap,
+        **more,
     )
 
 

@@ -29,7 +29,7 @@ def select_blocks(
         kv: the pages, keys of this call already written; bounds too where the selector uses them.
         layout: lengths and page ids of the batch.
         config: what to keep; the defaults if None.
-        backend: `auto`, `cpu` or `reference`.
+        backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
     Returns:

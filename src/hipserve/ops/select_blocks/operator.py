@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,14 @@ from hipserve.ops.select_blocks import cpu, reference
 from hipserve.platform import resolve_backend
 from hipserve.types import PagedKV
 
-_BACKENDS = {"reference": reference.select_blocks, "cpu": cpu.select_blocks}
+
+def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    chosen = resolve_backend(name, q.device, q.dtype)
+    if chosen == "triton":
+        from hipserve.ops.select_blocks import triton
+
+        return triton.select_blocks
+    return cpu.select_blocks if chosen == "cpu" else reference.select_blocks
 
 
 def run(
@@ -26,7 +35,7 @@ def run(
     tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
     if torch.compiler.is_compiling():
         return _operator(*tensors, _text(config), backend)
-    return _BACKENDS[resolve_backend(backend, q.device, q.dtype)](*tensors, config)
+    return _backend(backend, q)(*tensors, config)
 
 
 @torch.compiler.assume_constant_result
@@ -45,8 +54,8 @@ def _operator(
     config: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _BACKENDS[resolve_backend(backend, q.device, q.dtype)]
-    return chosen(q, k_cache, k_bounds, block_table, query_blocks, HiPConfig.loads(config))
+    tensors = (q, k_cache, k_bounds, block_table, query_blocks)
+    return _backend(backend, q)(*tensors, HiPConfig.loads(config))
 
 
 @_operator.register_fake

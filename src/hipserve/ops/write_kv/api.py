@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,14 @@ from hipserve.ops.write_kv import cpu, reference
 from hipserve.platform import resolve_backend
 from hipserve.types import PagedKV
 
-_BACKENDS = {"reference": reference, "cpu": cpu}
+
+def _backend(name: str, k: Tensor) -> Any:
+    chosen = resolve_backend(name, k.device, k.dtype)
+    if chosen == "triton":
+        from hipserve.ops.write_kv import triton
+
+        return triton
+    return cpu if chosen == "cpu" else reference
 
 
 def write_kv(
@@ -34,7 +43,7 @@ def write_kv(
         kv: the pages; bounds are written where `kv.k_bounds` is given.
         slot_mapping: `[num_tokens]` int64, page * page_size + offset; -1 skips a token.
         bound_block_size: keys of the finest run, as in `HiPConfig`.
-        backend: `auto`, `cpu` or `reference`.
+        backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
     Raises:
@@ -52,14 +61,13 @@ def compute_bounds(k: Tensor, *, bound_block_size: int = 16, backend: str = "aut
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`.
         bound_block_size: keys of the finest run, as in `HiPConfig`.
-        backend: `auto`, `cpu` or `reference`.
+        backend: `auto`, `cpu`, `triton` or `reference`.
 
     Returns:
         `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
     """
     checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
-    chosen = resolve_backend(backend, k.device, k.dtype)
-    return _BACKENDS[chosen].compute_bounds(k, bound_block_size)
+    return _backend(backend, k).compute_bounds(k, bound_block_size)
 
 
 def _check(k: Tensor, v: Tensor, kv: PagedKV, slot_mapping: Tensor, bound_block_size: int) -> None:
@@ -94,8 +102,7 @@ def _run(
     bound_block_size: int,
     backend: str,
 ) -> None:
-    chosen = _BACKENDS[resolve_backend(backend, k.device, k.dtype)]
-    chosen.write_kv(k, v, k_cache, v_cache, k_bounds, slot_mapping, bound_block_size)
+    _backend(backend, k).write_kv(k, v, k_cache, v_cache, k_bounds, slot_mapping, bound_block_size)
 
 
 _operator = torch.library.custom_op(

@@ -1,0 +1,427 @@
+"""HiP attention on one GPU beside the fastest dense attention there: one command, one CSV.
+
+    python benchmarks/gpu.py check            # kernels against the definition
+    python benchmarks/gpu.py tune             # launch options, timed
+    python benchmarks/gpu.py compile --first 0   # one row's kernels into the cache, to run in parallel
+    python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
+
+`speed` runs `check` first and times nothing if it fails. One layer, 32/8 heads, head_dim 128,
+bfloat16, the default configuration; selection is part of every HiP number. Dense is the fastest of
+torch's SDPA backends, in turn with HiP. Decode replays a CUDA graph over several layers with caches
+of their own, so that no step finds its keys in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from cases import Case, make_case, random_config, random_shape
+from hipserve import HiPConfig, hip_attention
+from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.ops.block_sparse_attention import triton as attention
+from hipserve.ops.select_blocks import triton as selection
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from oracle import assert_as_exact, readable
+
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+Rows = list[dict[str, Any]]
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+# Correctness.
+
+
+def to_cuda(case: Case) -> Case:
+    kv = PagedKV(*(x.cuda() for x in (case.kv.k_cache, case.kv.v_cache, case.kv.k_bounds)))
+    layout = case.layout
+    moved = BatchLayout(
+        *(x.cuda() for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
+    )
+    return dataclasses.replace(case, q=case.q.cuda(), kv=kv, layout=moved)
+
+
+def on_grid(case: Case) -> Case:
+    """Multiples of 1/4 below 4: sums of products are exact in any order."""
+    for x in (case.q, case.kv.k_cache, case.kv.k_bounds):
+        x.copy_((x.float() * 4).round().clamp(-15, 15) / 4)
+    return case
+
+
+def check_one(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = random_shape(rng, (torch.bfloat16, torch.float16))
+    config = random_config(rng, shape.page_size)
+    case = make_case(shape, config.bound_block_size)
+    if shape.kind == "normal":
+        case = on_grid(case)
+    gpu = to_cuda(case)
+    chosen = select_blocks(gpu.q, gpu.kv, gpu.layout, config=config)
+    host = BlockSelection(chosen.indices.cpu(), chosen.window_start.cpu())
+    if shape.kind == "normal":
+        expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+        assert torch.equal(host.indices, expected.indices), "selection differs"
+        assert torch.equal(host.window_start, expected.window_start)
+    case.ks = [k for k in gather(case, case.kv.k_cache)]
+    for choice, mask in ((chosen, host), (None, None)):
+        out, lse = block_sparse_attention(
+            gpu.q, gpu.kv, gpu.layout, choice, config=config, softcap=shape.softcap
+        )
+        assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, mask, config))
+
+
+def gather(case: Case, cache: Tensor) -> list[Tensor]:
+    """The rows of each sequence, back from its pages."""
+    out: list[Tensor] = []
+    for i, n in enumerate(case.shape.seq_lens):
+        pages = case.layout.block_table[i, : -(-n // case.shape.page_size)].long()
+        out.append(cache[pages].flatten(0, 1)[:n])
+    return out
+
+
+def check(count: int, first: int = 0) -> bool:
+    failures = 0
+    for seed in range(first, first + count):
+        try:
+            check_one(seed)
+        except Exception as error:  # a benchmark reports what broke and goes on
+            failures += 1
+            say(f"check {seed} FAILED: {type(error).__name__}: {str(error)[:300]}")
+    say(f"check: {count - failures} of {count} random configurations agree with the definition")
+    return not failures
+
+
+# Timing.
+
+
+def milliseconds(call: Callable[[], object], runs: int = 5) -> float:
+    call()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(runs):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def inputs(length: int, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaussian q, k, v; every stretch of 256 keys has a topic that some query blocks share."""
+    g = torch.Generator("cuda").manual_seed(length)
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": g}
+    k, v = torch.randn(2, 1, length, KV_HEADS, DIM, **options)
+    q = torch.randn(1, rows or length, HEADS, DIM, **options)
+    topics = torch.randn(1, -(-length // 256), KV_HEADS, DIM, **options)
+    k += topics.repeat_interleave(256, 1)[:, :length]
+    picks = torch.randint(topics.shape[1], (-(-q.shape[1] // 64), 3), device="cuda", generator=g)
+    wanted = topics[0, picks].mean(1).repeat_interleave(HEADS // KV_HEADS, 1)
+    q += wanted.repeat_interleave(64, 0)[None, : q.shape[1]]
+    return q, k, v
+
+
+def dense_call(q: Tensor, k: Tensor, v: Tensor, name: str) -> Callable[[], Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    causal = q.shape[2] == k.shape[2]
+
+    def call() -> Tensor:
+        with sdpa_kernel(DENSE[name]):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    return call
+
+
+def fastest(calls: dict[str, Callable[[], object]], runs: int) -> tuple[str, float]:
+    """Name and milliseconds of the fastest dense backend that takes this call."""
+    times: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            times[name] = milliseconds(call, runs)
+        except RuntimeError as error:
+            say(f"dense {name} cannot: {str(error)[:100]}")
+    return min(times.items(), key=lambda item: item[1], default=("none", float("nan")))
+
+
+def paged(k: Tensor, v: Tensor, query_len: int, config: HiPConfig) -> tuple[PagedKV, BatchLayout]:
+    batch, length = k.shape[:2]
+    bounds = compute_bounds(k, bound_block_size=config.bound_block_size)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+    layout = BatchLayout(
+        torch.arange(batch, **ints)[:, None],
+        torch.full((batch,), length, **ints),
+        torch.arange(batch + 1, **ints) * query_len,
+    )
+    return PagedKV(k, v, bounds), layout
+
+
+def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
+    q, k, v = inputs(length)
+    runs = 3 if length > 65536 else 5
+    name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs)
+    kv, layout = paged(k, v, length, config)
+    rows = q[0]
+    chosen = select_blocks(rows, kv, layout, config=config, check=False)
+    parts = {
+        "bounds": lambda: compute_bounds(k, bound_block_size=config.bound_block_size),
+        "select": lambda: select_blocks(rows, kv, layout, config=config, check=False),
+        "attend": lambda: block_sparse_attention(
+            rows, kv, layout, chosen, config=config, check=False
+        ),
+        "hip": lambda: hip_attention(q, k, v, config=config),
+    }
+    times = {part: milliseconds(call, runs) for part, call in parts.items()}
+    listed = (chosen.indices >= 0).sum().item() * config.key_block_size / KV_HEADS
+    position = torch.arange(0, length, 64, device="cuda")
+    window = (position + 64 - chosen.window_start).sum().item()
+    flops = 4 * 64 * HEADS * DIM * (listed + window + config.num_sink_tokens * len(position))
+    return {
+        "what": "prefill",
+        "length": length,
+        "batch": 1,
+        "dense": name,
+        "dense_ms": dense,
+        **{f"{part}_ms": value for part, value in times.items()},
+        "ratio": dense / times["hip"],
+        "attend_tflops": flops / times["attend"] / 1e9,
+    }
+
+
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str, Any]:
+    """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides."""
+    g = torch.Generator("cuda").manual_seed(0)
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": g}
+    count = length // PAGE
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+    table = torch.stack([torch.randperm(batch * count, device="cuda")]).view(batch, count).int()
+    layout = BatchLayout(
+        table, torch.full((batch,), length, **ints), torch.arange(batch + 1, **ints)
+    )
+    q = torch.randn(layers, batch, HEADS, DIM, **options)
+    kvs: list[PagedKV] = []
+    for _ in range(layers):
+        k, v = torch.randn(2, batch * count, PAGE, KV_HEADS, DIM, **options)
+        kvs.append(PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size)))
+    blocks = layout.query_blocks(config.query_block_size)
+    refresh = torch.ones(batch, **ints)
+    chosen = [
+        BlockSelection(
+            torch.full((batch, KV_HEADS, config.max_selected), -1, **ints),
+            torch.zeros(batch, **ints),
+        )
+        for _ in range(layers)
+    ]
+    outs: list[Tensor] = []
+
+    def step() -> None:
+        outs.clear()
+        for i, kv in enumerate(kvs):
+            selection.refresh_blocks(
+                q[i], kv.k_cache, kv.k_bounds, table, blocks, config, refresh,
+                chosen[i].indices, chosen[i].window_start,
+            )  # fmt: skip
+            outs.append(
+                block_sparse_attention(q[i], kv, layout, chosen[i], config=config, check=False)[0]
+            )
+
+    graph = capture(step)
+    graph.replay()
+    first = [out.clone() for out in outs]
+    fresh = milliseconds(graph.replay, 20)
+    refresh.zero_()
+    reused = milliseconds(graph.replay, 20)
+    assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), "replays differ"
+    eager = select_blocks(q[0], kvs[0], layout, config=config, check=False)
+    assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
+
+    def dense(name: str) -> Callable[[], None]:
+        def all_layers() -> None:
+            for i, kv in enumerate(kvs):
+                k, v = (x.view(batch, length, KV_HEADS, DIM) for x in (kv.k_cache, kv.v_cache))
+                dense_call(q[i][:, None], k, v, name)()
+
+        return all_layers
+
+    held: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def replay(name: str) -> None:
+        if name not in held:
+            held[name] = capture(dense(name))
+        held[name].replay()
+
+    name, slow = fastest({name: functools.partial(replay, name) for name in DENSE}, 5)
+    per = 1000 / layers
+    hip8 = (fresh + 7 * reused) / 8
+    return {
+        "what": "decode",
+        "length": length,
+        "batch": batch,
+        "dense": name,
+        "dense_us": slow * per,
+        "refresh1_us": fresh * per,
+        "reuse_us": reused * per,
+        "refresh8_us": hip8 * per,
+        "ratio": slow / hip8,
+    }
+
+
+def tune(length: int) -> None:
+    """Times launch options of both prefill kernels and of decode attention."""
+    config = HiPConfig()
+    q, k, v = inputs(length)
+    kv, layout = paged(k, v, length, config)
+    chosen = select_blocks(q[0], kv, layout, config=config, check=False)
+    run = lambda: block_sparse_attention(q[0], kv, layout, chosen, config=config, check=False)  # noqa: E731
+    search = lambda: select_blocks(q[0], kv, layout, config=config, check=False)  # noqa: E731
+    sweep("attend", attention, run, ATTEND)
+    sweep("select", selection, search, SELECT)
+
+
+ATTEND = [
+    {"num_warps": w, "num_stages": s, "keys": k, "rows": r}
+    for w, s, k, r in (
+        (8, 3, 64, 128), (8, 4, 64, 128), (8, 2, 64, 128), (8, 4, 32, 128),
+        (8, 3, 128, 128), (8, 2, 128, 128), (4, 4, 64, 64), (4, 3, 64, 64), (4, 3, 128, 64),
+    )
+]  # fmt: skip
+SELECT = [
+    {"num_warps": w, "num_stages": s, "keys": k}
+    for w, s, k in ((8, 3, 64), (8, 2, 64), (8, 4, 64), (4, 3, 64), (4, 3, 32), (8, 3, 32), (8, 2, 128))
+]  # fmt: skip
+
+
+def sweep(
+    name: str, module: Any, call: Callable[[], object], options: list[dict[str, int]]
+) -> None:
+    tiling, launch = module.make_tiling, module.launch_options
+    for chosen in options:
+        sizes = {key: value for key, value in chosen.items() if key in ("keys", "rows")}
+
+        def resized(*arguments: Any, sizes: dict[str, int] = sizes) -> Any:
+            made = tiling(*arguments)
+            stacked = made.rows * made.row_tiles
+            rows = sizes.get("rows", made.rows)
+            return dataclasses.replace(made, **sizes, row_tiles=-(-stacked // rows))
+
+        module.make_tiling = resized
+        module.launch_options = lambda _, c=chosen: {k: c[k] for k in ("num_warps", "num_stages")}
+        try:
+            say(f"tune {name} {chosen}: {milliseconds(call, 4):.3f} ms")
+        except Exception as error:  # an option that does not fit is no option
+            say(f"tune {name} {chosen}: {type(error).__name__} {str(error)[:80]}")
+    module.make_tiling, module.launch_options = tiling, launch
+
+
+def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]]]:
+    """The table of `speed`, the most wanted rows first."""
+    few = min(layers, 4)
+    return [
+        lambda: prefill(131072, config),
+        lambda: decode(131072, 1, config, layers),
+        lambda: decode(131072, 8, config, few),
+        lambda: prefill(32768, config),
+        lambda: prefill(8192, config),
+        lambda: prefill(65536, config),
+        lambda: decode(2**20, 1, config, few),
+        lambda: prefill(16384, config),
+        lambda: prefill(4096, config),
+        lambda: decode(32768, 1, config, layers),
+        lambda: decode(8192, 1, config, layers),
+        lambda: decode(32768, 8, config, few),
+    ]
+
+
+def speed(path: str | None, deadline: float) -> None:
+    rows: Rows = []
+    for job in jobs(HiPConfig()):
+        if time.time() > deadline:
+            say("out of time; the rest is unmeasured")
+            break
+        try:
+            rows.append(job())
+            say(
+                " ".join(
+                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                    for k, v in rows[-1].items()
+                )
+            )
+        except Exception as error:  # the other rows still count
+            say(f"{type(error).__name__}: {str(error)[:400]}")
+        torch.cuda.empty_cache()
+        if path and rows:
+            write(path, rows)
+
+
+def write(path: str, rows: Rows) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        import triton
+
+        device = torch.cuda.get_device_name(0)
+        file.write(
+            f"# {device}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, "
+        )
+        file.write(f"{HEADS}/{KV_HEADS} heads, head_dim {DIM}, {time.strftime('%Y-%m-%d')}\n")
+        file.write(f"# {HiPConfig()}\n")
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["check", "tune", "speed", "compile"])
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--csv")
+    options = parser.parse_args()
+    began = time.time()
+    say(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+    if options.what == "tune":
+        tune(options.length)
+    elif options.what == "compile":
+        DENSE.clear()
+        jobs(HiPConfig(), layers=1)[options.first]()
+    elif check(options.count, options.first) and options.what == "speed":
+        speed(options.csv, began + options.seconds)
+    say(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Device functions that the Triton kernels share: rows of a packed batch, keys in pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(rows, mask, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr = True):
+    """`[n, DIM]` from row pointers `[n]`, zeros where `mask` is off or beyond HEAD_DIM."""
+    d = tl.arange(0, DIM)
+    if MASKED:
+        keep = mask[:, None] & (d < HEAD_DIM)[None, :]
+        return tl.load(rows[:, None] + d[None, :], mask=keep, other=0.0)
+    if DIM != HEAD_DIM:
+        return tl.load(rows[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(rows[:, None] + d[None, :])
+
+
+@triton.jit
+def key_offsets(strides, table, page_size, keys, mask, MASKED: tl.constexpr = True):
+    """Offsets `[n]` int64 of the keys at positions `keys` of the sequence with page ids `table`."""
+    if MASKED:
+        page = tl.load(table + keys // page_size, mask=mask, other=0).to(tl.int64)
+    else:
+        page = tl.load(table + keys // page_size).to(tl.int64)
+    return page * strides[0] + (keys % page_size).to(tl.int64) * strides[1]

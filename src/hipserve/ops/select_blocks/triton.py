@@ -1,0 +1,581 @@
+"""Block selection in Triton: the search of `reference.py`, one program a query block and head.
+
+A program keeps its scores and lists in a scratch row of its own, which stays in cache. It never
+sorts: `_keep_best` finds the count-th greatest score bit by bit and compacts in position order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.ops.gather import key_offsets, load_tile
+from hipserve.ops.select_blocks.reference import COARSE_KEEP
+from hipserve.types import bound_levels, bound_offsets
+
+MAX_ROWS = 128
+SCRATCH_BYTES = 256 * 2**20
+LEAST = tl.constexpr(-(2**31))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a kernel is compiled for; all sizes count elements.
+
+    `lengths`, `offsets` and `candidates` hold one entry a bound level, finest first; `blocks` and
+    `beam` are the most key blocks that the re-rank and the tree see, `list_size` the longest list,
+    all powers of two.
+    """
+
+    group_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dim: int
+    rows: int
+    row_tiles: int
+    keys: int
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+    candidates: tuple[int, ...]
+    blocks: int
+    beam: int
+    score_size: int
+    list_size: int
+
+    @property
+    def levels(self) -> int:
+        return len(self.lengths)
+
+
+@triton.jit
+def _keep_best(scores, n, count, SIZE: tl.constexpr):
+    """Which of the first `n` scores are the `count` greatest, and their places in order.
+
+    Ties go to the lower index. The threshold is built from its highest bit down, on integers that
+    order as the scores do.
+    """
+    i = tl.arange(0, SIZE)
+    there = i < n
+    score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    wanted = tl.minimum(count, n)
+    threshold = tl.where(tl.sum((there & (key >= 0)).to(tl.int32)) >= wanted, 0, LEAST)
+    for bit in range(31):
+        trial = threshold + (1 << (30 - bit))
+        enough = tl.sum((there & (key >= trial)).to(tl.int32)) >= wanted
+        threshold = tl.where(enough, trial, threshold)
+    above = there & (key > threshold)
+    equal = there & (key == threshold)
+    room = wanted - tl.sum(above.to(tl.int32))
+    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    return kept, tl.cumsum(kept.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _load_queries(queries, tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
+    """`[rows, dim]` sampled rows times heads of the group, and which of them exist."""
+    q, row_stride, head_stride, num_rows = queries
+    r = tile * TILING.rows + tl.arange(0, TILING.rows)
+    row = num_rows - 1 - r // TILING.group_size * STRIDE
+    valid = row >= 0
+    place = q + row.to(tl.int64) * row_stride + r % TILING.group_size * head_stride
+    return load_tile(place, valid, TILING.head_dim, TILING.dim), valid
+
+
+@triton.jit
+def _split_signs(x):
+    """max(x, 0) and min(x, 0)."""
+    zero = tl.zeros_like(x)
+    return tl.where(x > 0, x, zero), tl.where(x > 0, zero, x)
+
+
+@triton.jit
+def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
+    """`[keys]`: each key's greatest score of any row, less that row's base."""
+    KEYS: tl.constexpr = TILING.keys
+    best = tl.full([KEYS], -float("inf"), tl.float32)
+    TILES: tl.constexpr = TILING.row_tiles
+    for tile in tl.static_range(TILES):
+        q_tile = first
+        if TILING.row_tiles > 1:
+            q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
+        best = tl.maximum(best, tl.max(s - less[:, None], axis=0))
+    return best
+
+
+@triton.jit
+def _greatest_bound(
+    positive, negative, queries, base, high, low, STRIDE: tl.constexpr, TILING: tl.constexpr
+):
+    """`[keys]`: an upper bound of `_greatest` over the boxes [low, high]."""
+    KEYS: tl.constexpr = TILING.keys
+    best = tl.full([KEYS], -float("inf"), tl.float32)
+    TILES: tl.constexpr = TILING.row_tiles
+    for tile in tl.static_range(TILES):
+        p, n = positive, negative
+        if TILING.row_tiles > 1:
+            q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
+            p, n = _split_signs(q_tile)
+        s = tl.dot(p, tl.trans(high), input_precision="ieee")
+        s = tl.dot(n, tl.trans(low), s, input_precision="ieee")
+        less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
+        best = tl.maximum(best, tl.max(s - less[:, None], axis=0))
+    return best
+
+
+@triton.jit
+def _rate_read(
+    queries, keys_at, base, begin, end, last, CONFIG: tl.constexpr, TILING: tl.constexpr
+):
+    """Writes each row's base: its greatest score among sinks and window, as far as all see it."""
+    k, k_strides, table, page_size = keys_at
+    ROWS: tl.constexpr = TILING.rows
+    TILES: tl.constexpr = TILING.row_tiles
+    for tile in tl.static_range(TILES):
+        q_tile, valid = _load_queries(queries, tile, CONFIG.query_stride, TILING)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        if not CONFIG.relative_scores:
+            top = tl.zeros([ROWS], tl.float32)
+        else:
+            for start in range(0, begin + last - end, TILING.keys):
+                n = start + tl.arange(0, TILING.keys)
+                there = n < begin + last - end
+                keys = tl.where(n < begin, n, end + n - begin)
+                rows = k + key_offsets(k_strides, table, page_size, keys, there)
+                k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                top = tl.maximum(top, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
+        place = base + tile * TILING.rows + tl.arange(0, TILING.rows)
+        tl.store(place, tl.where(valid, top, float("inf")))
+
+
+@triton.jit
+def _run_of(c, runs, edges):
+    """Run of the c-th candidate of a level: before the kept parents, their children, behind."""
+    begin, low, kept, high = edges
+    inner = (c >= low) & (c < low + kept * 4)
+    child = tl.load(runs + (c - low) // 4, mask=inner, other=0) * 4 + (c - low) % 4
+    outer = tl.where(c < low, begin + c, high + c - low - kept * 4)
+    return tl.where(inner, child, outer)
+
+
+@triton.jit
+def _descend(
+    signs, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
+    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """One level: scores the children of the `kept` runs, writes the best to `runs`."""
+    positive, negative = signs
+    bounds, bounds_strides = bounds_at
+    _, _, table, page_size = keys_at
+    LENGTH: tl.constexpr = TILING.lengths[LEVEL]
+    SIZE: tl.constexpr = TILING.candidates[LEVEL]
+    KEEP: tl.constexpr = CONFIG.bound_budget * max(CONFIG.rerank, 1) * 2**LEVEL // LENGTH
+    first = (begin + LENGTH - 1) // LENGTH
+    behind = tl.maximum(first, end // LENGTH)
+    low, high = behind, behind
+    if LEVEL < TILING.levels - 1:
+        low = (begin + LENGTH * 4 - 1) // (LENGTH * 4) * 4
+        high = end // (LENGTH * 4) * 4
+        parents = low < high
+        low, high = tl.where(parents, low, behind), tl.where(parents, high, behind)
+    before = tl.maximum(tl.minimum(low, behind) - first, 0)
+    high = tl.maximum(high, first)
+    n = before + kept * 4 + tl.maximum(behind - high, 0)
+    edges = (first, before, kept, high)
+    for start in range(0, n, TILING.keys):
+        c = start + tl.arange(0, TILING.keys)
+        there = c < n
+        key = _run_of(c, runs, edges) * LENGTH
+        page = tl.load(table + key // page_size, mask=there, other=0).to(tl.int64)
+        place = TILING.offsets[LEVEL] + key % page_size // LENGTH
+        rows = bounds + page * bounds_strides[0] + place.to(tl.int64) * bounds_strides[1]
+        low_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
+        high_tile = load_tile(rows + bounds_strides[3], there, TILING.head_dim, TILING.dim)
+        best = _greatest_bound(
+            positive, negative, queries, base, high_tile, low_tile, CONFIG.query_stride, TILING
+        )
+        tl.store(scores + c, best, mask=there)
+    tl.debug_barrier()
+    chosen, place = _keep_best(scores, n, KEEP, SIZE)
+    run = _run_of(tl.arange(0, SIZE), runs, edges)
+    tl.debug_barrier()
+    tl.store(runs + place, run, mask=chosen)
+    tl.debug_barrier()
+    return tl.minimum(n, KEEP)
+
+
+@triton.jit
+def _by_bounds(
+    queries, keys_at, bounds_at, base, scores, runs, begin, end,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Coarse levels first; leaves the kept runs of the finest level in `runs`, returns how many."""
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    signs = _split_signs(q_tile)
+    kept = 0
+    LEVELS: tl.constexpr = TILING.levels
+    for step in tl.static_range(LEVELS):
+        kept = _descend(
+            signs, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
+            LEVELS - 1 - step, CONFIG, TILING,
+        )  # fmt: skip
+    return kept
+
+
+@triton.jit
+def _score_keys(
+    first, queries, keys_at, base, keys, there, CONFIG: tl.constexpr, TILING: tl.constexpr
+):
+    """`[keys // key_block_size]`: the greatest score of each block of the keys at `keys`."""
+    k, k_strides, table, page_size = keys_at
+    rows = k + key_offsets(k_strides, table, page_size, keys, there)
+    k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
+    best = _greatest(first, queries, base, k_tile, CONFIG.query_stride, TILING)
+    best = tl.where(there, best, -float("inf"))
+    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
+    WIDTH: tl.constexpr = CONFIG.key_block_size
+    return tl.max(tl.reshape(best, [BLOCKS, WIDTH]), axis=1)
+
+
+@triton.jit
+def _rerank(
+    queries, keys_at, base, scores, runs, found, kept,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Orders the blocks of the kept runs by exact scores; leaves the best in `found`."""
+    PER_RUN: tl.constexpr = CONFIG.bound_block_size // CONFIG.key_block_size
+    KEEP: tl.constexpr = CONFIG.bound_budget // CONFIG.key_block_size
+    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
+    n = kept * PER_RUN
+    c = tl.arange(0, TILING.blocks)
+    block = tl.load(runs + c // PER_RUN, mask=c < n, other=0) * PER_RUN + c % PER_RUN
+    if not CONFIG.rerank:
+        tl.store(found + c, block, mask=c < n)
+        return n
+    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    for start in range(0, kept * CONFIG.bound_block_size, TILING.keys):
+        i = start + tl.arange(0, TILING.keys)
+        there = i < kept * CONFIG.bound_block_size
+        run = tl.load(runs + i // CONFIG.bound_block_size, mask=there, other=0)
+        keys = run * CONFIG.bound_block_size + i % CONFIG.bound_block_size
+        best = _score_keys(first, queries, keys_at, base, keys, there, CONFIG, TILING)
+        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
+        tl.store(scores + to, best, mask=to < n)
+    tl.debug_barrier()
+    chosen, place = _keep_best(scores, n, KEEP, TILING.blocks)
+    tl.store(found + place, block, mask=chosen)
+    return tl.minimum(n, KEEP)
+
+
+@triton.jit
+def _mix(left, right, SEED: tl.constexpr):
+    """A hash of a range, as `mix` in `reference.py`."""
+    LOW: tl.constexpr = 0xFFFFFFFF
+    x = left.to(tl.int64) * 0x9E3779B1 + right.to(tl.int64) * 0x85EBCA77
+    x = (x + (SEED * 0xC2B2AE3D & LOW)) & LOW
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & LOW
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & LOW
+    return (x ^ (x >> 15)) & 0x7FFFFFFF
+
+
+@triton.jit
+def _halves(c, nodes, n, stride):
+    """Left and right edge of the c-th half: node c // 2, first or second half."""
+    left = tl.load(nodes + c // 2, mask=c < n, other=0)
+    right = tl.load(nodes + stride + c // 2, mask=c < n, other=0)
+    middle = (left + right) // 2
+    return tl.where(c % 2 == 0, left, middle), tl.where(c % 2 == 0, middle, right)
+
+
+@triton.jit
+def _representative(left, right, CONFIG: tl.constexpr):
+    if CONFIG.representative == "first":
+        return left
+    elif CONFIG.representative == "last":
+        return right - 1
+    elif CONFIG.representative == "random":
+        length = tl.maximum(right - left, 1).to(tl.int64)
+        return left + (_mix(left, right, CONFIG.seed) % length).to(tl.int32)
+    else:
+        return (left + right) // 2
+
+
+@triton.jit
+def _by_tree(
+    queries, keys_at, base, scores, nodes, begin, end,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """The paper's beam (section 3): leaves the blocks in `nodes`, ascending; returns how many."""
+    SIZE: tl.constexpr = CONFIG.key_block_size
+    BEAM: tl.constexpr = (CONFIG.budget - CONFIG.bound_budget) // SIZE
+    BLOCKS: tl.constexpr = TILING.keys // SIZE
+    stride: tl.constexpr = TILING.list_size
+    head, count = begin // SIZE, end // SIZE - begin // SIZE
+    i = tl.arange(0, TILING.beam)
+    tl.store(nodes + i, (head + i.to(tl.int64) * count // BEAM).to(tl.int32), mask=i < BEAM)
+    edge = (head + (i + 1).to(tl.int64) * count // BEAM).to(tl.int32)
+    tl.store(nodes + stride + i, edge, mask=i < BEAM)
+    tl.debug_barrier()
+    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    longest = (count + BEAM - 1) // BEAM
+    while longest > 1:
+        for start in range(0, 2 * BEAM, BLOCKS):
+            k = tl.arange(0, TILING.keys)
+            c = start + k // SIZE
+            left, right = _halves(c, nodes, 2 * BEAM, stride)
+            block = _representative(left, right, CONFIG)
+            block = tl.minimum(tl.maximum(block, head), end // SIZE - 1)
+            keys = block * SIZE + k % SIZE
+            best = _score_keys(first, queries, keys_at, base, keys, c < 2 * BEAM, CONFIG, TILING)
+            c = start + tl.arange(0, BLOCKS)
+            left, right = _halves(c, nodes, 2 * BEAM, stride)
+            best = tl.where(left < right, best, -float("inf"))
+            tl.store(scores + c, best, mask=c < 2 * BEAM)
+        tl.debug_barrier()
+        chosen, place = _keep_best(scores, 2 * BEAM, BEAM, 2 * TILING.beam)
+        left, right = _halves(tl.arange(0, 2 * TILING.beam), nodes, 2 * BEAM, stride)
+        tl.debug_barrier()
+        tl.store(nodes + place, left, mask=chosen)
+        tl.store(nodes + stride + place, right, mask=chosen)
+        tl.debug_barrier()
+        longest = (longest + 1) // 2
+    return BEAM
+
+
+@triton.jit
+def _lower_bound(list_, n, x, LOG: tl.constexpr):
+    """How many of the first `n` ascending entries are less than each x."""
+    low = tl.zeros_like(x)
+    high = low + n
+    for _ in range(LOG + 1):
+        middle = (low + high) // 2
+        less = tl.load(list_ + middle, mask=middle < n, other=0) < x
+        go = low < high
+        low = tl.where(go & less, middle + 1, low)
+        high = tl.where(go & ~less, middle, high)
+    return low
+
+
+@triton.jit
+def _unite(a, n, b, m, ranks, out, TILING: tl.constexpr):
+    """Writes the union of two ascending lists, ascending and without repeats."""
+    LOG: tl.constexpr = TILING.list_size.bit_length()
+    i = tl.arange(0, TILING.list_size)
+    from_b = tl.load(b + i, mask=i < m, other=0)
+    below = _lower_bound(a, n, from_b, LOG)
+    twin = tl.load(a + below, mask=below < n, other=-1) == from_b
+    fresh = (i < m) & ~twin
+    rank = tl.cumsum(fresh.to(tl.int32), 0)
+    tl.store(ranks + i, rank - fresh.to(tl.int32))
+    tl.store(out + below + rank - 1, from_b, mask=fresh)
+    tl.debug_barrier()
+    from_a = tl.load(a + i, mask=i < n, other=0)
+    above = _lower_bound(b, m, from_a, LOG)
+    all_fresh = tl.sum(fresh.to(tl.int32))
+    rank = tl.load(ranks + above, mask=(i < n) & (above < m), other=0)
+    tl.store(out + i + tl.where(above < m, rank, all_fresh), from_a, mask=i < n)
+
+
+@triton.jit
+def select_kernel(
+    q,
+    q_strides,
+    k,
+    k_strides,
+    bounds,
+    bounds_strides,
+    block_table,
+    table_stride,
+    query_blocks,
+    refresh,
+    indices,
+    window_start,
+    scores,
+    lists,
+    base,
+    first_block,
+    page_size,
+    CONFIG: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    item = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    block, head = first_block + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    if refresh is not None:
+        if tl.load(refresh + block) == 0:
+            return
+    seq = tl.load(query_blocks + 4 * block)
+    row = tl.load(query_blocks + 4 * block + 1).to(tl.int64)
+    num_rows = tl.load(query_blocks + 4 * block + 2)
+    position = tl.load(query_blocks + 4 * block + 3)
+
+    begin = CONFIG.num_sink_tokens
+    start = position - CONFIG.sliding_window + 1
+    start -= start % CONFIG.granularity
+    sparse = (start - begin > CONFIG.budget) & (position + num_rows > CONFIG.dense_below)
+    end = tl.where(sparse, start, begin)
+    out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
+    i = tl.arange(0, TILING.list_size)
+    tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
+    if head == 0:
+        tl.store(window_start + block, end)
+    if not sparse:
+        return
+    tl.debug_barrier()
+
+    kv_head = head * TILING.kv_heads // TILING.heads
+    rows = q + row * q_strides[0] + head * TILING.group_size * q_strides[1]
+    queries = (rows, q_strides[0], q_strides[1], num_rows)
+    table = block_table + seq.to(tl.int64) * table_stride
+    keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
+    scores += item * TILING.score_size
+    base += item * TILING.rows * TILING.row_tiles
+    lists += item * 4 * TILING.list_size
+    _rate_read(queries, keys_at, base, begin, end, position + 1, CONFIG, TILING)
+    tl.debug_barrier()
+    if CONFIG.uses_bounds:
+        bounds_at = (bounds + kv_head * bounds_strides[2], bounds_strides)
+        kept = _by_bounds(
+            queries, keys_at, bounds_at, base, scores, lists, begin, end, CONFIG, TILING
+        )
+        found = out if CONFIG.selector == "bound" else lists + TILING.list_size
+        n = _rerank(queries, keys_at, base, scores, lists, found, kept, CONFIG, TILING)
+        tl.debug_barrier()
+    if CONFIG.uses_tree:
+        nodes = lists + 2 * TILING.list_size
+        m = _by_tree(queries, keys_at, base, scores, nodes, begin, end, CONFIG, TILING)
+        if CONFIG.uses_bounds:
+            _unite(found, n, nodes, m, lists, out, TILING)
+        else:
+            blocks = tl.load(nodes + i, mask=i < m, other=-1)
+            tl.store(out + i, blocks, mask=i < CONFIG.max_selected)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: HiPConfig,
+) -> tuple[Tensor, Tensor]:
+    """See `hipserve.ops.select_blocks`; returns `indices` and `window_start`."""
+    heads = k_cache.shape[2] if config.share_group else q.shape[1]
+    blocks = query_blocks.shape[0]
+    shape = (blocks, heads, config.max_selected)
+    indices = torch.empty(shape, dtype=torch.int32, device=q.device)
+    window_start = torch.empty(blocks, dtype=torch.int32, device=q.device)
+    refresh_blocks(
+        q, k_cache, k_bounds, block_table, query_blocks, config, None, indices, window_start
+    )
+    return indices, window_start
+
+
+def refresh_blocks(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: HiPConfig,
+    refresh: Tensor | None,
+    indices: Tensor,
+    window_start: Tensor,
+) -> None:
+    """Selects in place, for the query blocks whose entry in `refresh` (int32) is not 0.
+
+    Launches depend on shapes alone, so a call can be captured into a CUDA graph.
+    """
+    heads, blocks = indices.shape[1], query_blocks.shape[0]
+    tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
+    per_block = heads * 4 * (tiling.score_size + 4 * tiling.list_size)
+    chunk = max(SCRATCH_BYTES // per_block, 1)
+    chunk = min(chunk, blocks)
+    items = chunk * heads
+    scores = torch.empty(items * tiling.score_size, dtype=torch.float32, device=q.device)
+    lists = torch.empty(items * 4 * tiling.list_size, dtype=torch.int32, device=q.device)
+    base = torch.empty(items * tiling.rows * tiling.row_tiles, dtype=torch.float32, device=q.device)
+    for first in range(0, blocks, max(chunk, 1)):
+        select_kernel[(min(chunk, blocks - first), heads)](
+            q,
+            q.stride()[:2],
+            k_cache,
+            k_cache.stride()[:3],
+            q if k_bounds is None else k_bounds,
+            (0, 0, 0, 0) if k_bounds is None else k_bounds.stride()[:4],
+            block_table,
+            block_table.stride(0),
+            query_blocks,
+            refresh,
+            indices,
+            window_start,
+            scores,
+            lists,
+            base,
+            first,
+            k_cache.shape[1],
+            CONFIG=config,
+            TILING=tiling,
+            **launch_options(tiling),
+        )
+
+
+def make_tiling(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    blocks: int,
+    heads: int,
+    config: HiPConfig,
+) -> Tiling:
+    """Sizes of the launch, from shapes alone."""
+    power = triton.next_power_of_2
+    group, dim = q.shape[1] // heads, power(q.shape[2])
+    max_rows = min(config.query_block_size, q.shape[0] - blocks + 1)
+    stacked = ((max_rows - 1) // config.query_stride + 1) * group
+    rows = max(min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, power(stacked)), 16)
+    page_size, longest = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
+    lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
+    keep = config.bound_budget * max(config.rerank, 1)
+    candidates = [
+        power(4 * (keep * COARSE_KEEP ** (level + 1) // (4 * length)) + 16)
+        for level, length in enumerate(lengths)
+    ]
+    if lengths:
+        candidates[-1] = power(max(longest // lengths[-1], 1))
+    blocks_seen = power(max(keep // config.key_block_size, 1))
+    beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
+    keys = 32 if dim > 128 or q.element_size() > 2 else 64
+    keys = max(keys, config.key_block_size)
+    kept = [keep * COARSE_KEEP**level // length for level, length in enumerate(lengths)]
+    return Tiling(
+        group,
+        heads,
+        k_cache.shape[2],
+        q.shape[2],
+        dim,
+        rows,
+        -(-stacked // rows),
+        keys,
+        tuple(lengths),
+        bound_offsets(page_size, config.bound_block_size),
+        tuple(candidates),
+        blocks_seen,
+        beam,
+        max([*candidates, blocks_seen, 2 * beam]),
+        power(max([*kept, blocks_seen, beam, config.max_selected])),
+    )
+
+
+def launch_options(tiling: Tiling) -> dict[str, int]:
+    """Warps and pipeline depth; chosen by `benchmarks/gpu.py`."""
+    return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}
