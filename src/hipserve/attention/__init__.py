@@ -2,5 +2,14 @@
 
 from hipserve.attention.hip import hip_attention
 from hipserve.attention.layer import SelectionReuse, attend
+from hipserve.attention.requests import RefreshSchedule, RequestSelections, SequenceStep, StepPlan
 
-__all__ = ["SelectionReuse", "attend", "hip_attention"]
+__all__ = [
+    "RefreshSchedule",
+    "RequestSelections",
+    "SelectionReuse",
+    "SequenceStep",
+    "StepPlan",
+    "attend",
+    "hip_attention",
+]

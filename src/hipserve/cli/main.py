@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from hipserve.cli import bench, chat, demo, doctor, evaluate, run, version
+from hipserve.cli import bench, chat, demo, doctor, evaluate, run, serve, version
 from hipserve.cli.output import err
 from hipserve.errors import BackendError, FitError, HipserveError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(chat.chat)
 app.command()(demo.demo)
+app.command(context_settings=serve.PASS_ON)(serve.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.command()(doctor.doctor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,10 @@ from transformers.utils import logging as transformers_logging
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
 from hipserve.integrations.transformers import register
+from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.platform import check_device, default_device, describe_backend
 
-BUNDLED = "acorn"
-"""Name of the model that ships with the package."""
-
 Turn = dict[str, str]
-
-
-def bundled_path() -> Path:
-    """Directory of the bundled model's weights, tokenizer and card."""
-    places = importlib.import_module("hipserve").__path__  # an editable install has two
-    paths = [Path(place) / "models" / BUNDLED for place in places]
-    return next(path for path in paths if (path / "config.json").exists())
 
 
 @dataclass(frozen=True, slots=True)

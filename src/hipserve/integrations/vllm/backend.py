@@ -1,0 +1,296 @@
+"""The attention backend: vLLM's calls in hipserve's words."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from hipserve.attention import RefreshSchedule, RequestSelections, SequenceStep, StepPlan
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+from hipserve.integrations.vllm import compat, settings
+from hipserve.integrations.vllm.metrics import tally
+from hipserve.ops import block_sparse_attention, write_kv
+from hipserve.types import BatchLayout, PagedKV
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+compat.check_version()
+
+
+class HiPBackend(AttentionBackend):
+    """HiP attention as vLLM's `CUSTOM` backend."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32"]
+    # vLLM asks the class for block sizes right after it made the layers, and shows it no config.
+    config: ClassVar[HiPConfig] = HiPConfig()
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[HiPImpl]:
+        return HiPImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HiPBuilder]:
+        return HiPBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,  # noqa: ARG004
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, settings.BLOCK_SIZE)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBNHC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Pads the blocks of layers that may be pruned with room for the bounds of their keys."""
+        if not isinstance(spec, FullAttentionSpec) or spec.page_size_padded is not None:
+            return spec
+        layout = block_layout(spec, cls.config)
+        return replace(spec, page_size_padded=layout.padded_bytes) if layout.num_runs else spec
+
+
+def block_layout(spec: AttentionSpec, config: HiPConfig) -> settings.BlockLayout:
+    """How a layer's part of a KV block is furnished."""
+    bounds = config.bound_block_size if config.uses_bounds else None
+    sizes = (spec.block_size, spec.num_kv_heads, spec.head_size)
+    return settings.BlockLayout(*sizes, spec.dtype, bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class HiPStep(AttentionMetadata):
+    """What the layers of one step need, built once for all of them.
+
+    Attributes:
+        num_tokens: rows of q that count; the rest is padding.
+        plan: the batch, and which query blocks select afresh.
+        counted_layer: the layer whose reads are counted for all pruned ones.
+    """
+
+    num_tokens: int
+    plan: StepPlan
+    counted_layer: str
+
+
+class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
+    """Builds the step for the layers of one KV cache group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        compat.follow_requests()
+        self.config = settings.hip_config(vllm_config)
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
+        self.tally = tally(vllm_config.instance_id)
+        layers: Any = vllm_config.compilation_config.static_forward_context
+        impls: dict[str, HiPImpl] = {name: layers[name].impl for name in layer_names}
+        self.windowed = sum(impl.sliding_window > 0 for impl in impls.values())
+        pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
+        self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
+        blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
+        bounds = block_layout(kv_cache_spec, self.config).bound_bytes * blocks
+        self.tally.add("hipserve_page_bound_bytes", 0 if self.windowed else bounds)
+
+    def build(
+        self,
+        common_prefix_len: int,  # noqa: ARG002
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,  # noqa: ARG002
+    ) -> HiPStep:
+        common = common_attn_metadata
+        layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        requests = compat.step_requests(common)
+        self.schedule.forget(requests.ended)
+        decisions = self.schedule.step(_sequences(common, requests.rows))
+        plan = StepPlan.make(layout, self.config.query_block_size, decisions)
+        self._count(plan)
+        return HiPStep(int(common.query_start_loc_cpu[-1]), plan, self.counted_layer)
+
+    def _count(self, plan: StepPlan) -> None:
+        blocks = plan.layout.query_blocks(self.config.query_block_size)[:, 2:].tolist()
+        sinks, pruned = self.config.num_sink_tokens, self.num_pruned
+        short = sum(self.config.window_start(first, rows) <= sinks for rows, first in blocks)
+        dense = len(self.layer_names) - pruned - self.windowed
+        name = "hipserve_dense_query_blocks"
+        self.tally.add("hipserve_query_blocks", len(blocks) * len(self.layer_names))
+        self.tally.add(name, short * pruned, "short")
+        self.tally.add(name, len(blocks) * dense, "dense_layer")
+        self.tally.add(name, len(blocks) * self.windowed, "model_window")
+        self.tally.add("hipserve_refreshes", len(plan.stored) * pruned)
+        self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
+
+
+def _sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
+    lens = common.query_start_loc_cpu.diff().tolist()
+    prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
+    seq_lens = common.seq_lens.tolist()
+    return [
+        SequenceStep(
+            rows[i] if rows else None,
+            seq_lens[i],
+            lens[i] == 1 and not (i < len(prefilling) and prefilling[i]),
+        )
+        for i in range(common.num_reqs)
+    ]
+
+
+class HiPImpl(AttentionImpl[HiPStep]):
+    """One layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",  # noqa: ARG002
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            hint = "leave out --attention-backend CUSTOM"
+            raise ArgumentError("alibi_slopes", "none", "some", hint)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window = sliding_window or 0
+        self.softcap = logits_soft_cap or 0.0
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        vllm_config = get_current_vllm_config()
+        self.config = HiPBackend.config = settings.hip_config(vllm_config)
+        self.selections = RequestSelections(vllm_config.scheduler_config.max_num_seqs)
+        self.tally = tally(vllm_config.instance_id)
+        self._pages: tuple[int, PagedKV] | None = None
+
+    def is_dense(self, layer_name: str) -> bool:
+        """The layer reads every key, or those of the model's own window."""
+        dense = extract_layer_index(layer_name) in self.config.dense_layers
+        return dense or self.sliding_window > 0
+
+    def pages(self, kv_cache: Tensor) -> PagedKV:
+        """This layer's views of vLLM's `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`."""
+        address = kv_cache.data_ptr()
+        if self._pages is None or self._pages[0] != address:
+            self._pages = (address, page_views(kv_cache, self.config, not self.sliding_window))
+        return self._pages[1]
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,  # noqa: ARG002
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Writes the step's keys and values and brings the bounds of their runs up to date."""
+        count = slot_mapping.shape[0]
+        write_kv(
+            key[:count],
+            value[:count],
+            self.pages(kv_cache),
+            slot_mapping,
+            bound_block_size=self.config.bound_block_size,
+            check=False,
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,  # noqa: ARG002
+        value: Tensor,  # noqa: ARG002
+        kv_cache: Tensor,
+        attn_metadata: HiPStep | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,  # noqa: ARG002
+        output_block_scale: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Attention of `query` `[num_tokens, num_q_heads, head_dim]`, written into `output`."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        began = time.perf_counter()
+        count, plan = attn_metadata.num_tokens, attn_metadata.plan
+        q, kv = query[:count], self.pages(kv_cache)
+        selection = None
+        if not self.is_dense(layer.layer_name):
+            selection = self.selections.select(q, kv, plan, self.config)
+        selected = time.perf_counter()
+        out, _ = block_sparse_attention(
+            q,
+            kv,
+            plan.layout,
+            selection,
+            config=self.config,
+            sliding_window=self.sliding_window,
+            sm_scale=self.scale,
+            softcap=self.softcap,
+            check=False,
+        )
+        output[:count] = out
+        if selection and layer.layer_name == attn_metadata.counted_layer:
+            read, visible = selection.keys_read(plan.layout, self.config)
+            self.tally.add("hipserve_keys_read", float(read))
+            self.tally.add("hipserve_keys_visible", float(visible))
+        self.tally.add("hipserve_selection_seconds", selected - began)
+        self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
+        return output
+
+
+def page_views(kv_cache: Tensor, config: HiPConfig, prunable: bool) -> PagedKV:
+    """Keys, values and bounds inside a layer's KV blocks, without copying."""
+    blocks, heads, size, content = kv_cache.shape
+    head_dim = content // 2
+    rows = kv_cache.transpose(1, 2)
+    bounds = config.bound_block_size if config.uses_bounds and prunable else None
+    layout = settings.BlockLayout(size, heads, head_dim, kv_cache.dtype, bounds)
+    k_bounds = None
+    if layout.num_runs:
+        k_bounds = kv_cache.as_strided(
+            (blocks, layout.num_runs, heads, 2, head_dim),
+            (kv_cache.stride(0), layout.row, 2 * head_dim, head_dim, 1),
+            kv_cache.storage_offset() + size * layout.row,
+        )
+    return PagedKV(rows[..., :head_dim], rows[..., head_dim:], k_bounds)

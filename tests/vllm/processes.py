@@ -1,0 +1,67 @@
+"""Runs scenarios and servers in processes of their own, and ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ENGINES = Path(__file__).with_name("engines.py")
+QUIET = {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def scenario(name: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """The results of a scenario of `engines.py`."""
+    path = folder / f"{name}.json"
+    command = [sys.executable, str(ENGINES), name, str(path)]
+    done = subprocess.run(
+        command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(*flags: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that `hipserve serve` started, ready to answer."""
+    command = [sys.executable, "-m", "hipserve.cli.main", "serve", "--port", str(port), *flags]
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, env={**os.environ, **QUIET}, stdout=out, stderr=out)
+    try:
+        while b"ready " not in log.read_bytes():
+            assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+        yield server
+    finally:
+        server.terminate()
+        server.wait(90)
+
+
+def post(url: str, body: dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a request."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.read().decode()

@@ -1,0 +1,126 @@
+"""`hipserve serve`, as its users meet it."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import free_port, get, post, serving
+
+pytest.importorskip("vllm")
+
+KEY = "The pass key is 83724. Remember it. 83724 is the pass key."
+
+
+class Running:
+    """A server, where it is, and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.log, self.url = process, log, f"http://127.0.0.1:{port}"
+
+    def chat(self, *contents: str, **options: Any) -> tuple[int, dict[str, Any]]:
+        messages = [{"role": "user", "content": content} for content in contents]
+        body = {"model": "acorn", "messages": messages, "temperature": 0, "max_tokens": 24}
+        return post(f"{self.url}/v1/chat/completions", {**body, **options})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    log, port = tmp_path_factory.mktemp("server") / "log", free_port()
+    flags = ("--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "8192")
+    with serving(*flags, port=port, log=log) as process:
+        yield Running(process, port, log)
+
+
+def test_ready_card(server: Running) -> None:
+    card = server.log.read_text()
+    assert f"address      {server.url}/v1, model acorn" in card
+    assert "context      8,192 tokens" in card
+    assert "1,024 keys a query block" in card
+    assert "page bounds" in card
+    assert "19.5% of the full context" in card
+    assert f"metrics      {server.url}/metrics" in card
+    assert "curl http" in card
+
+
+def test_a_start_is_never_silent(server: Running) -> None:
+    told = [line for line in server.log.read_text().splitlines() if " … " in line]
+    seconds = [int(line.rsplit(" ", 2)[1]) for line in told]
+    assert all(b - a <= 3 for a, b in itertools.pairwise(seconds)), told
+
+
+def test_answers_from_a_long_document_with_pruned_attention(server: Running) -> None:
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))[:22_000]
+    document = f"Read the text.\n\n{text[:9000]}\n{KEY}\n{text[9000:]}"
+    status, answer = server.chat(document, "What is the pass key?")
+    assert status == 200
+    assert answer["usage"]["prompt_tokens"] > 5000
+    assert answer["choices"][0]["message"]["content"] == "The pass key is 83724."
+    metrics = get(f"{server.url}/metrics")
+    values = {
+        line.split(" ")[0]: float(line.split(" ")[1])
+        for line in metrics.splitlines()
+        if line.startswith("hipserve_")
+    }
+    assert 0 < values["hipserve_keys_read_total"] < values["hipserve_keys_visible_total"]
+    assert values["hipserve_selection_seconds_total"] > 0
+    assert values["hipserve_attention_seconds_total"] > 0
+    assert values["hipserve_refreshes_total"] > 0
+    assert values["hipserve_page_bound_bytes"] > 0
+    assert values['hipserve_dense_query_blocks_total{reason="short"}'] > 0
+    assert "vllm:request_success_total" in metrics
+
+
+def test_a_prompt_over_the_limit_is_refused_with_the_sum(server: Running) -> None:
+    status, answer = server.chat("word " * 9000)
+    assert status == 400
+    assert "8192" in answer["error"]["message"]
+    status, answer = server.chat("Hello", max_tokens=9000)
+    assert status == 400
+    assert "9000" in answer["error"]["message"]
+
+
+def test_stopping_lets_requests_end(server: Running) -> None:
+    got: list[tuple[int, dict[str, Any]]] = []
+    ask = threading.Thread(
+        target=lambda: got.append(server.chat("Tell me.", max_tokens=150, ignore_eos=True))
+    )
+    ask.start()
+    while "vllm:num_requests_running{" not in (metrics := get(f"{server.url}/metrics")) or (
+        not any(
+            line.startswith("vllm:num_requests_running{") and float(line.split(" ")[-1]) == 1
+            for line in metrics.splitlines()
+        )
+    ):
+        pass
+    server.process.send_signal(signal.SIGTERM)
+    ask.join(60)
+    assert server.process.wait(60) == 0
+    assert got[0][0] == 200
+    assert got[0][1]["usage"]["completion_tokens"] == 150
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "host: expected 127.0.0.1, or an API key"),
+        (["--trust-remote-code"], "--trust-remote-code: expected no code from checkpoints"),
+        (["--trust_remote_code=true"], "--trust-remote-code: expected no code"),
+        (["--budget", "7"], "budget: expected at least one block"),
+        (["--additional-config", "{}"], "--additional-config: expected HiP attention"),
+    ],
+)
+def test_refusals(flags: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "hipserve.cli.main", "serve", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr.replace("\n", " ")
