@@ -51,6 +51,7 @@ serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name f
 
 test: .venv/dev lint  ## lint, types, imports, and every test
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in reference.py
+constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in types.py
 
 // Positions of the `count` greatest scores, ascending; ties go to the lower position. The threshold
 // is found bit by bit on order-preserving integers; `keys` has room for a vector more than n.
