@@ -105,9 +105,7 @@ class Engine:
 
 
 @given(st.lists(st.permutations(range(4)), min_size=1, max_size=8), st.data())
-def test_every_row_uses_its_own_last_selection(
-    orders: list[list[int]], data: st.DataObject
-) -> None:
+def test_every_row_uses_its_own_selection(orders: list[list[int]], data: st.DataObject) -> None:
     engine, held = Engine(4), {}
     for order in orders:
         rows = order[: data.draw(st.integers(1, 4))]

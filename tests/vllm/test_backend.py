@@ -113,7 +113,7 @@ def test_a_runner_tells_rows_and_who_has_ended() -> None:
         seen.append(compat.step_requests(common([1, 1], [5, 6], [False, False])))
 
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["x", "y"]))
-    update = compat.noting_the_ended(lambda runner, scheduled: None)
+    update = compat.noting_the_ended(lambda *_: None)
     new = SimpleNamespace(req_id="y")
     cached = SimpleNamespace(resumed_req_ids={"r"})
     update(runner, SimpleNamespace(
@@ -225,8 +225,8 @@ def test_why_a_server_did_not_start() -> None:
     lines = [
         "(APIServer pid=1) INFO something",
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig",
-        "  Value error, block_size: expected a multiple of 256, got 320; use 256 [type=value_error]",
+        "  Value error, block_size: expected 256, got 320; use 256 [type=value_error]",
     ]
-    assert server.complaint(lines) == "block_size: expected a multiple of 256, got 320; use 256"
+    assert server.complaint(lines) == "block_size: expected 256, got 320; use 256"
     assert server.complaint(["OSError: no such file"]) == "no such file"
     assert "--verbose" in server.complaint(["INFO fine"])
