@@ -10,6 +10,7 @@ namespace HIPSERVE_TIER {
 constexpr int64_t kMaxRows = 384;     // stacked rows of one item
 constexpr int64_t kSplitRows = 64;    // items this small split a long key list ...
 constexpr int64_t kSplitKeys = 4096;  // ... into parts of this many keys
+constexpr float kSlack = 8.f;  // a row's reference moves when a score is 2^8 times above it
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct Item {
@@ -63,25 +64,29 @@ class KeyList {
 };
 
 struct Scratch {
-  float *q, *out, *best, *sum, *keys, *values, *scores, *weights, *factor, *convert;
-  int32_t* positions;
+  float *q, *out, *best, *sum, *keys, *values, *convert, *scores, *weights;
+  int32_t* high;  // lanes of the tile that a group of rows reads, at its first row
   static size_t bytes(int64_t dim) {
-    return room(kMaxRows * dim, 4) * 2 + room(kMaxRows, 4) * 2 + room(kKeys * dim, 4) * 3 +
-           room(kRows * kKeys, 4) * 2 + room(kRows, 4) + room(kKeys, 4) + 64;
+    return room(kMaxRows * dim, 4) * 2 + room(kMaxRows, 4) * 2 + room(kMaxRows * kLanes, 4) +
+           room(kKeys * dim, 4) * 3 + room(kRows * kKeys, 4) + room(kMaxRows * kKeys, 4);
   }
   Scratch(Arena& arena, int64_t dim) {
     q = arena.take<float>(kMaxRows * dim);
     out = arena.take<float>(kMaxRows * dim);
     best = arena.take<float>(kMaxRows);
-    sum = arena.take<float>(kMaxRows);
+    high = arena.take<int32_t>(kMaxRows);
+    sum = arena.take<float>(kMaxRows * kLanes);
     keys = arena.take<float>(kKeys * dim);
     values = arena.take<float>(kKeys * dim);
     convert = arena.take<float>(kKeys * dim);
     scores = arena.take<float>(kRows * kKeys);
-    weights = arena.take<float>(kRows * kKeys);
-    factor = arena.take<float>(kRows);
-    positions = arena.take<int32_t>(kKeys);
+    weights = arena.take<float>(kMaxRows * kKeys);
   }
+};
+
+struct Tile {
+  TileRows k, v;
+  int32_t positions[kKeys];
 };
 
 // Which lanes of a tile a row may read: [low, high).
@@ -99,12 +104,10 @@ template <class Unit, class T> class Attention {
     const QueryBlock& block = call_.batch.query_blocks[item.block];
     KeyList list(call_, block, item.block, item.head);
     Sequence seq(call_.batch, block.seq);
-    TileRows k, v;
-    for (int64_t n = item.begin; n < item.end; n += k.count) {
-      gather(list, seq, n, item.end, k, v);
-      KeyTile<Unit, T>::pack(k, dim_, s_.keys, s_.convert);
-      ValueTile<Unit, T>::pack(v, dim_, s_.values);
-      for (int64_t row = 0; row < rows_; row += kRows) tile(row, least(rows_ - row, (int64_t)kRows), k.count);
+    Tile tile;
+    for (int64_t n = item.begin; n < item.end; n += tile.k.count) {
+      gather(list, seq, n, item.end, tile);
+      take(tile);
     }
     if (part) keep(part); else finish();
   }
@@ -120,7 +123,7 @@ template <class Unit, class T> class Attention {
       for (int p = 0; p < item.parts; ++p) {
         const float* from = parts + p * stride + row * (dim_ + 2);
         float factor = from[0] == -INFINITY ? 0.f : exp2f(from[0] - best);
-        s_.sum[row] += factor * from[1];
+        s_.sum[row * kLanes] += factor * from[1];
         for (int64_t c = 0; c < dim_; ++c) s_.out[row * dim_ + c] += factor * from[2 + c];
       }
     }
@@ -141,8 +144,8 @@ template <class Unit, class T> class Attention {
     for (int64_t r = 0; r < rows_; ++r) {
       pack_row<Unit, T>(q_row(r), dim_, s_.q + r * depth_);
       s_.best[r] = -INFINITY;
-      s_.sum[r] = 0;
     }
+    memset(s_.sum, 0, rows_ * kLanes * 4);
     memset(s_.out, 0, rows_ * dim_ * 4);
   }
   const T* q_row(int64_t r) const {
@@ -150,115 +153,131 @@ template <class Unit, class T> class Attention {
            (item_->head * group_ + r % group_) * call_.q.head_stride;
   }
 
-  void gather(const KeyList& list, const Sequence& seq, int64_t n, int64_t end, TileRows& k,
-              TileRows& v) {
+  void gather(const KeyList& list, const Sequence& seq, int64_t n, int64_t end, Tile& tile) const {
     int count = 0;
     int64_t limit = least(end - n, (int64_t)kKeys);
     while (count < limit) {
       int64_t run, key = list.at(n + count, &run);
       run = least(run, limit - count);
       while (run > 0) {
-        int64_t slot = key % seq.page_size, here = least(run, seq.page_size - slot);
+        int64_t slot = seq.slot(key), here = least(run, seq.page_size - slot);
         const T* k_row = key_row<T>(call_.k, seq, kv_head_, key);
         const T* v_row = key_row<T>(call_.v, seq, kv_head_, key);
         for (int64_t i = 0; i < here; ++i, ++count, ++key) {
-          k.row[count] = k_row + i * call_.k.slot_stride;
-          v.row[count] = v_row + i * call_.v.slot_stride;
-          s_.positions[count] = (int32_t)key;
+          tile.k.row[count] = k_row + i * call_.k.slot_stride;
+          tile.v.row[count] = v_row + i * call_.v.slot_stride;
+          tile.positions[count] = (int32_t)key;
         }
         run -= here;
       }
     }
-    k.count = v.count = count;
-    pad(k);
-    pad(v);
-    v.count = least((count + 1) / 2 * 2, (int)kKeys);
+    tile.k.count = tile.v.count = count;
+    pad(tile.k);
+    pad(tile.v);
+    tile.v.count = least((count + 1) / 2 * 2, (int)kKeys);
   }
 
-  Visible visible(int64_t row, int count) const {
+  // All rows over one tile: first the weights, while its keys are in the cache, then the values.
+  void take(const Tile& tile) {
+    const int64_t last = position_ + (rows_ - 1) / group_;
+    const bool whole = tile.k.count == kKeys && tile.positions[kKeys - 1] <= position_ &&
+                       (!call_.sliding_window || tile.positions[0] > last - call_.sliding_window);
+    KeyTile<Unit, T>::pack(tile.k, dim_, s_.keys, s_.convert);
+    for (int64_t row = 0; row < rows_; row += kRows) weigh(row, tile, whole);
+    ValueTile<Unit, T>::pack(tile.v, dim_, s_.values);
+    for (int64_t row = 0; row < rows_; row += kRows) add(row);
+  }
+
+  Visible visible(int64_t row, const Tile& tile) const {
     int64_t p = position_ + row / group_;
-    Visible seen{0, count};
-    if (s_.positions[count - 1] > p)
-      while (seen.high > 0 && s_.positions[seen.high - 1] > p) --seen.high;
+    Visible seen{0, tile.k.count};
+    while (seen.high > 0 && tile.positions[seen.high - 1] > p) --seen.high;
     if (call_.sliding_window)
-      while (seen.low < seen.high && s_.positions[seen.low] <= p - call_.sliding_window) ++seen.low;
+      while (seen.low < seen.high && tile.positions[seen.low] <= p - call_.sliding_window) ++seen.low;
     return seen;
   }
 
-  void tile(int64_t row, int64_t count, int keys) {
-    Visible seen[kRows];
-    int high = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      seen[r] = visible(row + r, keys);
+  void weigh(int64_t row, const Tile& tile, bool whole) {
+    const int64_t count = least(rows_ - row, (int64_t)kRows);
+    Visible seen[kRows] = {};
+    int high = whole ? kKeys : 0;
+    for (int64_t r = 0; r < count && !whole; ++r) {
+      seen[r] = visible(row + r, tile);
       if (seen[r].low < seen[r].high) high = most(high, seen[r].high);
     }
+    s_.high[row] = high;
     if (!high) return;
-    switch (count) {
-      case 1: return tile_of<1>(row, seen, high);
-      case 2: return tile_of<2>(row, seen, high);
-      case 3: return tile_of<3>(row, seen, high);
-      case 4: return tile_of<4>(row, seen, high);
-      case 5: return tile_of<5>(row, seen, high);
-      default: return tile_of<6>(row, seen, high);
+    score(row, count, (high + 15) / 16 * 16);
+    for (int64_t r = 0; r < count; ++r) {
+      float* scores = s_.scores + r * kKeys;
+      if (call_.softcap > 0)
+        for (int i = 0; i < kKeys; i += kLanes) store(scores + i, capped(load(scores + i)));
+      if (whole) soften<true>(row + r, scores, seen[r]);
+      else soften<false>(row + r, scores, seen[r]);
     }
   }
 
-  template <int kM> void tile_of(int64_t row, const Visible* seen, int high) {
+  void score(int64_t row, int64_t count, int padded) {
+    switch (count) {
+      case 1: return score_rows<1>(row, padded);
+      case 2: return score_rows<2>(row, padded);
+      case 3: return score_rows<3>(row, padded);
+      case 4: return score_rows<4>(row, padded);
+      case 5: return score_rows<5>(row, padded);
+      default: return score_rows<6>(row, padded);
+    }
+  }
+  template <int kM> void score_rows(int64_t row, int padded) {
     constexpr int kWide = kColumns * kLanes;
-    int padded = (high + 15) / 16 * 16;
     for (int c = 0; c < padded; c += kWide) {
       vf acc[kM][kColumns] = {};
       product<Unit, kM, kColumns>(s_.q + row * depth_, depth_, s_.keys + c, kKeys, depth_, acc);
       for (int r = 0; r < kM; ++r)
         for (int i = 0; i < kColumns; ++i) store(s_.scores + r * kKeys + c + i * kLanes, acc[r][i]);
     }
-    for (int r = 0; r < kM; ++r) soften(row + r, r, seen[r], padded);
-    int units = (high + Unit::kValues - 1) / Unit::kValues;
-    int64_t c = 0;
-    for (; c + kWide <= dim_; c += kWide) accumulate<kM, kColumns>(row, c, units);
-    for (; c < dim_; c += kLanes) accumulate<kM, 1>(row, c, units);
   }
 
-  // Online softmax of one row of scores: weights, running maximum and sum, and the factor by which
-  // what was accumulated before shrinks.
-  void soften(int64_t row, int r, Visible seen, int padded) {
+  // Online softmax of one row of scores: its weights, relative to the row's reference score.
+  template <bool kWhole> void soften(int64_t row, const float* scores, Visible seen) {
     constexpr int kVectors = kKeys / kLanes;
-    const int vectors = padded / kLanes;
-    const bool whole = seen.low == 0 && seen.high == padded;
-    float* weights = s_.weights + r * (kKeys / Unit::kValues);
+    const float scale = call_.softcap > 0 ? 1.f : call_.sm_scale * kLog2e;
+    auto shown = [&](int i, vf x, float otherwise) {
+      if (kWhole) return x;
+      vi at = lanes() + i * kLanes;
+      return (at >= seen.low) & (at < seen.high) ? x : splat(otherwise);
+    };
+    float best = s_.best[row];
     vf x[kVectors], top = splat(-INFINITY);
-    vi lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const float scale = call_.sm_scale * kLog2e;
-    for (int i = 0; i < vectors; ++i) {
-      x[i] = load(s_.scores + r * kKeys + i * kLanes);
-      x[i] = call_.softcap > 0 ? capped(x[i]) : x[i] * scale;
-      if (!whole) {
-        vi at = lane + i * kLanes;
-        x[i] = (at >= seen.low) & (at < seen.high) ? x[i] : splat(-INFINITY);
-      }
-      top = maximum(x[i], top);
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = load(scores + i * kLanes) * scale - best;
+      top = maximum(shown(i, x[i], -INFINITY), top);
     }
-    float before = s_.best[row], best = most(before, fast_max(top));
-    s_.factor[r] = 1.f;
-    if (best == -INFINITY) {
-      for (int i = 0; i < vectors; ++i) x[i] = vf{};
-      pack_weights<Unit>(x, vectors, weights);
-      return;
-    }
-    if (best != before) {
-      s_.factor[r] = before == -INFINITY ? 0.f : exp2f(before - best);
-      s_.best[row] = best;
+    if (any_above(top, kSlack)) {
+      top = splat(-INFINITY);
+      for (int i = 0; i < kVectors; ++i)
+        top = maximum(shown(i, load(scores + i * kLanes) * scale, -INFINITY), top);
+      best = fast_max(top);
+      shrink(row, best);
+      for (int i = 0; i < kVectors; ++i) x[i] = load(scores + i * kLanes) * scale - best;
     }
     vf sum = vf{};
-    for (int i = 0; i < vectors; ++i) {
-      vf p = exp2v<Unit::kDegree>(x[i] - best);
-      if (!whole) p = x[i] == splat(-INFINITY) ? vf{} : p;
-      sum += p;
-      x[i] = p;
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = shown(i, exp2v<Unit::kDegree>(x[i]), 0.f);
+      sum += x[i];
     }
-    pack_weights<Unit>(x, vectors, weights);
-    s_.sum[row] = s_.sum[row] * s_.factor[r] + reduce_sum(sum);
+    pack_weights<Unit>(x, kVectors, s_.weights + row * (kKeys / Unit::kValues));
+    store(s_.sum + row * kLanes, load(s_.sum + row * kLanes) + sum);
+  }
+
+  // Makes `best` the reference of a row: what was summed so far shrinks.
+  void shrink(int64_t row, float best) {
+    float before = s_.best[row];
+    s_.best[row] = best;
+    if (before == -INFINITY) return;
+    const float factor = exp2f(before - best);
+    store(s_.sum + row * kLanes, load(s_.sum + row * kLanes) * factor);
+    for (int64_t c = 0; c < dim_; c += kLanes)
+      store(s_.out + row * dim_ + c, load(s_.out + row * dim_ + c) * factor);
   }
 
   vf capped(vf x) const {
@@ -270,22 +289,42 @@ template <class Unit, class T> class Attention {
     return (y < 0.f ? -t : t) * (call_.softcap * kLog2e);
   }
 
+  void add(int64_t row) {
+    const int units = (s_.high[row] + Unit::kValues - 1) / Unit::kValues;
+    if (!units) return;
+    switch (least(rows_ - row, (int64_t)kRows)) {
+      case 1: return add_rows<1>(row, units);
+      case 2: return add_rows<2>(row, units);
+      case 3: return add_rows<3>(row, units);
+      case 4: return add_rows<4>(row, units);
+      case 5: return add_rows<5>(row, units);
+      default: return add_rows<6>(row, units);
+    }
+  }
+  template <int kM> void add_rows(int64_t row, int units) {
+    constexpr int kWide = kColumns * kLanes;
+    int64_t c = 0;
+    for (; c + kWide <= dim_; c += kWide) accumulate<kM, kColumns>(row, c, units);
+    for (; c < dim_; c += kLanes) accumulate<kM, 1>(row, c, units);
+  }
   template <int kM, int kN> void accumulate(int64_t row, int64_t column, int units) {
+    constexpr int kStride = kKeys / Unit::kValues;
     vf acc[kM][kN];
     for (int r = 0; r < kM; ++r)
-      for (int c = 0; c < kN; ++c)
-        acc[r][c] = load(s_.out + (row + r) * dim_ + column + c * kLanes) * s_.factor[r];
-    product<Unit, kM, kN>(s_.weights, kKeys / Unit::kValues, s_.values + column, dim_, units, acc);
+      for (int c = 0; c < kN; ++c) acc[r][c] = load(s_.out + (row + r) * dim_ + column + c * kLanes);
+    product<Unit, kM, kN>(s_.weights + row * kStride, kStride, s_.values + column, dim_, units, acc);
     for (int r = 0; r < kM; ++r)
       for (int c = 0; c < kN; ++c)
         store(s_.out + (row + r) * dim_ + column + c * kLanes, acc[r][c]);
   }
 
+  float sum(int64_t row) const { return reduce_sum(load(s_.sum + row * kLanes)); }
+
   void keep(float* part) const {
     for (int64_t row = 0; row < rows_; ++row) {
       float* to = part + row * (dim_ + 2);
       to[0] = s_.best[row];
-      to[1] = s_.sum[row];
+      to[1] = sum(row);
       memcpy(to + 2, s_.out + row * dim_, dim_ * 4);
     }
   }
@@ -294,7 +333,7 @@ template <class Unit, class T> class Attention {
     for (int64_t row = 0; row < rows_; ++row) {
       int64_t token = token_ + row / group_, head = item_->head * group_ + row % group_;
       T* out = (T*)call_.out.data + token * call_.out.row_stride + head * call_.out.head_stride;
-      float sum = s_.sum[row], inverse = sum > 0 ? 1.f / sum : 0.f;
+      float sum = this->sum(row), inverse = sum > 0 ? 1.f / sum : 0.f;
       for (int64_t c = 0; c < dim_; ++c) from_float(s_.out[row * dim_ + c] * inverse, out + c);
       float lse = sum > 0 ? (s_.best[row] + log2f(sum)) * kLn2 : -INFINITY;
       call_.lse[token * call_.batch.num_q_heads + head] = lse;

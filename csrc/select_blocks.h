@@ -1,6 +1,6 @@
 // Block selection: the search that ops/select_blocks/reference.py defines, one query block and one
-// head at a time. Scores are products of 64-key tiles with the sampled rows, reduced to the
-// greatest of each key as they come; only sets are kept, never orders.
+// head at a time. Sampled rows are columns and keys are scored where they lie, reduced to the
+// greatest score of each as they come; only sets are kept, never orders.
 #pragma once
 #include "tile.h"
 
@@ -9,33 +9,35 @@ namespace HIPSERVE_TIER {
 
 constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in reference.py
 
-// Positions of the `count` greatest scores, ascending; ties go to the lower position.
-// Radix selection of the threshold on order-preserving integers, then one pass.
-static int64_t top(const float* scores, int64_t n, int64_t count, int32_t* kept, uint32_t* keys) {
+// Positions of the `count` greatest scores, ascending; ties go to the lower position. The threshold
+// is found bit by bit on order-preserving integers; `keys` has room for a vector more than n.
+static int64_t top(const float* scores, int64_t n, int64_t count, int32_t* kept, int32_t* keys) {
   if (count >= n) {
     for (int64_t i = 0; i < n; ++i) kept[i] = (int32_t)i;
     return n;
   }
   for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
+    int32_t bits;
     float score = scores[i] + 0.f;  // -0 and +0 are equal
     memcpy(&bits, &score, 4);
-    keys[i] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    keys[i] = bits ^ (bits >> 31 & INT32_MAX);
   }
-  uint32_t prefix = 0, mask = 0;
-  int64_t wanted = count;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t histogram[256] = {};
-    for (int64_t i = 0; i < n; ++i)
-      if ((keys[i] & mask) == prefix) ++histogram[keys[i] >> shift & 255];
-    int digit = 255;
-    while (histogram[digit] < wanted) wanted -= histogram[digit--];
-    prefix |= (uint32_t)digit << shift;
-    mask |= 255u << shift;
+  for (int64_t i = n; i < n + kLanes; ++i) keys[i] = INT32_MIN;
+  auto reaching = [&](int32_t limit) {
+    vi found = vi{};
+    for (int64_t i = 0; i < n; i += kLanes) found -= *(const vi*)(keys + i) >= limit;
+    return reduce_sum(found);
+  };
+  int32_t limit = reaching(0) >= count ? 0 : INT32_MIN;
+  for (int bit = 30; bit >= 0; --bit)
+    if (reaching(limit | 1 << bit) >= count) limit |= 1 << bit;
+  int64_t equal = count - (limit == INT32_MAX ? 0 : reaching(limit + 1)), taken = 0;
+  for (int64_t i = 0; i < n; ++i) {  // `equal` keys at the limit are taken, the first ones
+    bool take = keys[i] > limit || (keys[i] == limit && equal > 0);
+    equal -= keys[i] == limit;
+    kept[taken] = (int32_t)i;
+    taken += take;
   }
-  int64_t taken = 0;  // `wanted` keys that equal the threshold are taken, the first ones
-  for (int64_t i = 0; i < n; ++i)
-    if (keys[i] > prefix || (keys[i] == prefix && wanted-- > 0)) kept[taken++] = (int32_t)i;
   return taken;
 }
 
@@ -47,44 +49,86 @@ static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
   return (x ^ (x >> 15)) & 0x7FFFFFFF;
 }
 
-// The greatest score of any row, less the row's base, with each key of a tile: the one place where
-// rows are reduced.
-template <class Unit>
-static void greatest(const float* rows, const float* base, int64_t num_rows, int depth,
-                     const float* keys, int count, float* out) {
+constexpr int kBatch = 48;             // keys scored at a time, asked for a batch ahead
+constexpr int kTall = 2 * kRows;       // keys of a product where there are few rows
+constexpr int kChunk = kKeys;          // sampled rows side by side
+
+// Sampled rows of a query block as columns, so that a key is scored where it lies: chunks of 64
+// rows, units[k][row]. Lanes beyond the last row have a base of infinity and never count.
+struct Columns {
+  float* units;
+  int depth;
+};
+
+// Calls use(first key, first lane, products) for all products of keys and the lanes of one chunk.
+template <class Unit, class Use>
+static inline void multiply(const unit* const* keys, int count, const float* chunk, int64_t lanes,
+                            int depth, const Use& use) {
   constexpr int kWide = kColumns * kLanes;
-  for (int c = 0; c < count; c += kWide) {
-    vf best[kColumns];
-    for (int i = 0; i < kColumns; ++i) best[i] = splat(-INFINITY);
-    int64_t r = 0;
-    for (; r + kRows <= num_rows; r += kRows) {
+  int64_t c = 0;
+  for (; c + kWide <= lanes; c += kWide)
+    for (int i = 0; i < count; i += kRows) {
       vf acc[kRows][kColumns] = {};
-      product<Unit, kRows, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
-      for (int j = 0; j < kRows; ++j)
-        for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[j][i] - base[r + j], best[i]);
+      product<Unit, kRows, kColumns>(keys + i, chunk + c, kChunk, depth, acc);
+      use(i, c, acc);
     }
-    for (; r < num_rows; ++r) {
-      vf acc[1][kColumns] = {};
-      product<Unit, 1, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
-      for (int i = 0; i < kColumns; ++i) best[i] = maximum(acc[0][i] - base[r], best[i]);
+  for (; c < lanes; c += kLanes)
+    for (int i = 0; i < count; i += kTall) {
+      vf acc[kTall][1] = {};
+      product<Unit, kTall, 1>(keys + i, chunk + c, kChunk, depth, acc);
+      use(i, c, acc);
     }
-    for (int i = 0; i < kColumns; ++i) store(out + c + i * kLanes, best[i]);
-  }
 }
 
-// Raises each row's base to its greatest score with the keys of a tile.
+// best[key] = each lane's greatest score with the key, less its base; a vector for each key.
 template <class Unit>
-static void raise(const float* rows, float* base, int64_t num_rows, int depth, const float* keys,
-                  int count) {
-  constexpr int kWide = kColumns * kLanes;
-  float scores[kWide];
-  for (int64_t r = 0; r < num_rows; ++r)
-    for (int c = 0; c < count; c += kWide) {
-      vf acc[1][kColumns] = {};
-      product<Unit, 1, kColumns>(rows + r * depth, depth, keys + c, kKeys, depth, acc);
-      for (int i = 0; i < kColumns; ++i) store(scores + i * kLanes, acc[0][i]);
-      for (int j = 0; j < least(count - c, kWide); ++j) base[r] = most(scores[j], base[r]);
-    }
+static void greatest(const unit* const* keys, int count, const Columns& columns, int64_t rows,
+                     const float* base, float* best) {
+  for (int i = 0; i < kBatch * kLanes; i += kLanes) store(best + i, splat(-INFINITY));
+  for (int64_t r = 0; r < rows; r += kChunk)
+    multiply<Unit>(keys, count, columns.units + r * columns.depth, least(rows - r, (int64_t)kChunk),
+                   columns.depth, [&]<int kM, int kN>(int key, int64_t lane, vf (&acc)[kM][kN]) {
+                     for (int m = 0; m < kM; ++m) {
+                       vf top = load(best + (key + m) * kLanes);
+                       for (int n = 0; n < kN; ++n)
+                         top = maximum(acc[m][n] - load(base + r + lane + n * kLanes), top);
+                       store(best + (key + m) * kLanes, top);
+                     }
+                   });
+}
+
+// Raises each lane's base to its greatest score with the keys.
+template <class Unit>
+static void raise(const unit* const* keys, int count, const Columns& columns, int64_t rows,
+                  float* base) {
+  for (int64_t r = 0; r < rows; r += kChunk)
+    multiply<Unit>(keys, count, columns.units + r * columns.depth, least(rows - r, (int64_t)kChunk),
+                   columns.depth, [&]<int kM, int kN>(int, int64_t lane, vf (&acc)[kM][kN]) {
+                     for (int n = 0; n < kN; ++n) {
+                       float* at = base + r + lane + n * kLanes;
+                       vf top = load(at);
+                       for (int m = 0; m < kM; ++m) top = maximum(acc[m][n], top);
+                       store(at, top);
+                     }
+                   });
+}
+
+// Against [minimum, maximum] of a run: [min(q, 0), max(q, 0)].
+template <class T> static inline void split_signs(const T* q, int64_t n, T* out) {
+  T zero;
+  from_float(0.f, &zero);
+  for (int64_t c = 0; c < n; ++c) {
+    const bool positive = to_float(q[c]) > 0;
+    out[c] = positive ? zero : q[c];
+    out[n + c] = positive ? q[c] : zero;
+  }
+}
+static inline void split_signs(const bf16* q, int64_t n, bf16* out) {
+  for (int64_t c = 0; c < n; ++c) {
+    const uint16_t negative = (uint16_t)((int16_t)q[c].bits >> 15);
+    out[c].bits = q[c].bits & negative;
+    out[n + c].bits = q[c].bits & ~negative;
+  }
 }
 
 // Sizes of one thread's scratch: candidates of any level, sampled rows, key blocks.
@@ -95,6 +139,7 @@ struct SearchSize {
     for (int64_t i = 0; i < call.batch.num_query_blocks; ++i)
       most_rows = most(most_rows, (int64_t)call.batch.query_blocks[i].num_rows);
     rows = ((most_rows - 1) / call.query_stride + 1) * group;
+    rows = (rows + kChunk - 1) / kChunk * kChunk;
     int64_t keep = call.budget * most(call.rerank, (int64_t)1);
     int64_t coarse = levels.length[levels.count - 1], fine = call.bound_block_size;
     int64_t blocks = keep / call.key_block_size + 2 * call.budget / call.key_block_size;
@@ -106,19 +151,21 @@ struct SearchSize {
 template <class Unit, class T> class Search {
  public:
   Search(const SelectCall& call, const BoundLevels& levels, const SearchSize& size, Arena& arena)
-      : call_(call), levels_(levels), dim_(call.batch.head_dim), depth_(dim_ / Unit::kValues) {
-    rows_ = arena.take<float>(size.rows * dim_);
+      : call_(call), levels_(levels), dim_(call.batch.head_dim) {
+    rows_ = {arena.take<float>(size.rows * dim_), (int)dim_ / Unit::kValues};
+    boxes_ = {arena.take<float>(size.rows * 2 * dim_), 2 * (int)dim_ / Unit::kValues};
     base_ = arena.take<float>(size.rows);
-    box_rows_ = arena.take<float>(size.rows * 2 * dim_);
-    tile_ = arena.take<float>(kKeys * 2 * dim_);
+    best_ = arena.take<float>(kBatch * kLanes);
     convert_ = arena.take<float>(kKeys * 2 * dim_);
+    split_ = arena.take<T>(kChunk * 2 * dim_);
     scores_ = arena.take<float>(size.candidates);
-    sort_keys_ = arena.take<uint32_t>(size.candidates);
+    order_ = arena.take<int32_t>(size.candidates + kLanes);
     int32_t** lists[] = {&runs_, &next_, &kept_, &left_, &right_, &found_};
     for (int32_t** list : lists) *list = arena.take<int32_t>(size.candidates);
   }
   static size_t bytes(int64_t dim, const SearchSize& size) {
-    return room(size.rows * dim, 4) * 3 + room(size.rows, 4) + room(kKeys * dim, 4) * 4 + room(size.candidates, 4) * 8 + 4096;
+    return room(size.rows * dim, 4) * 3 + room(size.rows, 4) + room(kBatch * kLanes, 4) +
+           room(kKeys * dim, 4) * 4 + room(size.candidates + kLanes, 4) * 8;
   }
 
   void run(int64_t block_id, int64_t head) {
@@ -148,84 +195,95 @@ template <class Unit, class T> class Search {
   }
 
   void sample(const QueryBlock& block, int64_t head) {
-    int64_t group = call_.batch.num_q_heads / call_.heads;
-    num_rows_ = 0;
-    for (int64_t i = block.num_rows - 1; i >= 0; i -= call_.query_stride)
-      for (int64_t g = 0; g < group; ++g, ++num_rows_) {
-        const T* q = (const T*)call_.q.data + (block.row + i) * call_.q.row_stride +
-                     (head * group + g) * call_.q.head_stride;
-        pack_row<Unit, T>(q, dim_, rows_ + num_rows_ * depth_);
-        if (call_.bound_budget > 0) pack_box_row(q, box_rows_ + num_rows_ * 2 * depth_);
+    const int64_t group = call_.batch.num_q_heads / call_.heads;
+    num_rows_ = ((block.num_rows - 1) / call_.query_stride + 1) * group;
+    for (int64_t r = 0; r < num_rows_; r += kChunk) {
+      TileRows rows, boxes;
+      rows.count = boxes.count = (int)least(num_rows_ - r, (int64_t)kChunk);
+      for (int j = 0; j < rows.count; ++j) {
+        int64_t row = block.num_rows - 1 - (r + j) / group * call_.query_stride;
+        const T* q = (const T*)call_.q.data + (block.row + row) * call_.q.row_stride +
+                     (head * group + (r + j) % group) * call_.q.head_stride;
+        rows.row[j] = q;
+        boxes.row[j] = split_ + j * 2 * dim_;
+        if (call_.bound_budget > 0) split_signs(q, dim_, split_ + j * 2 * dim_);
       }
-  }
-  // Against [minimum, maximum] of a run: [min(q, 0), max(q, 0)].
-  void pack_box_row(const T* q, float* out) const {
-    T parts[2 * kMaxDim], zero;
-    from_float(0.f, &zero);
-    for (int64_t c = 0; c < dim_; ++c) {
-      bool positive = to_float(q[c]) > 0;
-      parts[c] = positive ? zero : q[c];
-      parts[dim_ + c] = positive ? q[c] : zero;
+      pad(rows);
+      pad(boxes);
+      KeyTile<Unit, T>::pack(rows, dim_, rows_.units + r * rows_.depth, convert_);
+      if (call_.bound_budget > 0)
+        KeyTile<Unit, T>::pack(boxes, 2 * dim_, boxes_.units + r * boxes_.depth, convert_);
     }
-    pack_row<Unit, T>(parts, 2 * dim_, out);
   }
 
   // The base of each row: its greatest score among sinks and window, as far as every row sees it.
   void rate_read(int64_t position) {
-    for (int64_t r = 0; r < num_rows_; ++r) base_[r] = call_.relative_scores ? -INFINITY : 0.f;
-    if (!call_.relative_scores) return;
-    const int64_t total = begin_ + position + 1 - end_;
-    TileRows tile;
-    for (int64_t i = 0; i < total; i += tile.count) {
-      tile.count = (int)least(total - i, (int64_t)kKeys);
-      for (int j = 0; j < tile.count; ++j) {
-        int64_t key = i + j < begin_ ? i + j : end_ + i + j - begin_;
-        tile.row[j] = key_row<T>(call_.k, *seq_, kv_head_, key);
+    const int64_t lanes = (num_rows_ + kLanes - 1) / kLanes * kLanes;
+    for (int64_t r = 0; r < lanes; ++r) base_[r] = call_.relative_scores ? -INFINITY : 0.f;
+    const int64_t total = call_.relative_scores ? begin_ + position + 1 - end_ : 0;
+    auto place = [&](int64_t i) {
+      return key_row<T>(call_.k, *seq_, kv_head_, i < begin_ ? i : end_ + i - begin_);
+    };
+    in_batches(total, dim_, place, [&](int64_t, int, int padded, const unit* const* keys) {
+      raise<Unit>(keys, padded, rows_, num_rows_, base_);
+    });
+    for (int64_t r = num_rows_; r < lanes; ++r) base_[r] = INFINITY;
+  }
+
+  // Calls use(first, count, padded count, rows as units) for batches of the n rows that place finds.
+  template <class Place, class Use>
+  void in_batches(int64_t n, int64_t width, const Place& place, const Use& use) {
+    const T* rows[2][kBatch];
+    const unit* units[kBatch];
+    auto find = [&](int64_t first, const T** out) {
+      const int count = (int)least(n - first, (int64_t)kBatch);
+      for (int j = 0; j < count; ++j) {
+        out[j] = place(first + j);
+        prefetch_row(out[j], width * sizeof(T));
       }
-      pad(tile);
-      KeyTile<Unit, T>::pack(tile, dim_, tile_, convert_);
-      raise<Unit>(rows_, base_, num_rows_, depth_, tile_, tile.count);
+      return count;
+    };
+    int turn = 0, count = find(0, rows[0]);
+    for (int64_t i = 0; i < n; turn ^= 1) {
+      const int next = find(i + count, rows[turn ^ 1]);
+      unit_rows<Unit, T>(rows[turn], count, width, convert_, units);
+      const int padded = (count + kTall - 1) / kTall * kTall;
+      for (int j = count; j < padded; ++j) units[j] = units[count - 1];
+      use(i, count, padded, units);
+      i += count;
+      count = next;
     }
   }
 
-  void score(TileRows& tile, const float* rows, int64_t dim, float* out) {
-    pad(tile);
-    KeyTile<Unit, T>::pack(tile, dim, tile_, convert_);
-    greatest<Unit>(rows, base_, num_rows_, dim / Unit::kValues, tile_, tile.count, out);
+  // scores_[i / size] = the greatest score of any row with rows i of the n that place finds.
+  template <class Place>
+  void score(int64_t n, int64_t size, const Columns& columns, int64_t width, const Place& place) {
+    for (int64_t i = 0; i < n / size; ++i) scores_[i] = -INFINITY;
+    in_batches(n, width, place, [&](int64_t first, int count, int padded, const unit* const* keys) {
+      greatest<Unit>(keys, padded, columns, num_rows_, base_, best_);
+      for (int j = 0; j < count;) {
+        const int64_t block = (first + j) / size;
+        vf best = load(best_ + j * kLanes);
+        for (++j; j < count && first + j < (block + 1) * size; ++j)
+          best = maximum(load(best_ + j * kLanes), best);
+        scores_[block] = most(fast_max(best), scores_[block]);
+      }
+    });
   }
-
   void score_runs(const int32_t* runs, int64_t n, int level) {
-    float out[kKeys];
-    TileRows tile;
-    for (int64_t i = 0; i < n; i += tile.count) {
-      tile.count = (int)least(n - i, (int64_t)kKeys);
-      for (int j = 0; j < tile.count; ++j) tile.row[j] = box(runs[i + j] * levels_.length[level], level);
-      score(tile, box_rows_, 2 * dim_, out);
-      memcpy(scores_ + i, out, tile.count * 4);
-    }
+    const int64_t length = levels_.length[level];
+    score(n, 1, boxes_, 2 * dim_, [&](int64_t i) { return box(runs[i] * length, level); });
   }
-  const T* box(int64_t key, int level) const {
-    int64_t page = seq_->pages[key / seq_->page_size], slot = key % seq_->page_size;
-    int64_t run = levels_.offset[level] + slot / levels_.length[level];
-    return (const T*)call_.bounds.data + page * call_.bounds.page_stride +
-           run * call_.bounds.slot_stride + kv_head_ * call_.bounds.head_stride;
-  }
-
   void score_blocks(const int32_t* blocks, int64_t n) {
     const int64_t size = call_.key_block_size;
-    float out[kKeys];
-    TileRows tile;
-    for (int64_t i = 0; i < n; ++i) scores_[i] = -INFINITY;
-    for (int64_t i = 0; i < n * size; i += tile.count) {
-      tile.count = (int)least(n * size - i, (int64_t)kKeys);
-      for (int j = 0; j < tile.count; ++j)
-        tile.row[j] = key_row<T>(call_.k, *seq_, kv_head_, blocks[(i + j) / size] * size + (i + j) % size);
-      score(tile, rows_, dim_, out);
-      for (int j = 0; j < tile.count; ++j) {
-        float& best = scores_[(i + j) / size];
-        best = most(best, out[j]);
-      }
-    }
+    score(n * size, size, rows_, dim_, [&](int64_t i) {
+      return key_row<T>(call_.k, *seq_, kv_head_, blocks[i / size] * size + i % size);
+    });
+  }
+  const T* box(int64_t key, int level) const {
+    int64_t run = levels_.offset[level] + seq_->slot(key) / levels_.length[level];
+    return (const T*)call_.bounds.data + seq_->page(key) * call_.bounds.page_stride +
+           run * call_.bounds.slot_stride + kv_head_ * call_.bounds.head_stride;
   }
 
   // Coarse levels first; each keeps twice the keys of the one below it. Leaves blocks in found_.
@@ -236,14 +294,14 @@ template <class Unit, class T> class Search {
       int64_t n = candidates(kept, level), keys = finest;
       for (int i = 0; i < level; ++i) keys *= kCoarseKeep;
       score_runs(next_, n, level);
-      kept = top(scores_, n, keys / levels_.length[level], kept_, sort_keys_);
+      kept = top(scores_, n, keys / levels_.length[level], kept_, order_);
       for (int64_t i = 0; i < kept; ++i) runs_[i] = next_[kept_[i]];
     }
     int64_t n = kept * per_run;
     for (int64_t i = 0; i < n; ++i) found_[i] = (int32_t)(runs_[i / per_run] * per_run + i % per_run);
     if (!call_.rerank) return n;
     score_blocks(found_, n);
-    n = top(scores_, n, budget / call_.key_block_size, kept_, sort_keys_);
+    n = top(scores_, n, budget / call_.key_block_size, kept_, order_);
     for (int64_t i = 0; i < n; ++i) found_[i] = found_[kept_[i]];
     return n;
   }
@@ -279,7 +337,7 @@ template <class Unit, class T> class Search {
       int64_t n = split(beam);
       for (int64_t i = 0; i < n; ++i) kept_[i] = (int32_t)representative(runs_[i], next_[i]);
       score_blocks(kept_, n);
-      int64_t kept = top(scores_, n, beam, kept_, sort_keys_);
+      int64_t kept = top(scores_, n, beam, kept_, order_);
       for (int64_t i = 0; i < kept; ++i) {
         left_[i] = runs_[kept_[i]];
         right_[i] = next_[kept_[i]];
@@ -319,12 +377,13 @@ template <class Unit, class T> class Search {
 
   const SelectCall& call_;
   const BoundLevels& levels_;
-  const int64_t dim_, depth_;
+  const int64_t dim_;
+  Columns rows_{}, boxes_{};  // against keys, and against [minimum, maximum] of a run
   const Sequence* seq_ = nullptr;
   int64_t begin_ = 0, end_ = 0, kv_head_ = 0, num_rows_ = 0;
-  float *rows_, *base_, *box_rows_, *tile_, *convert_, *scores_;
-  uint32_t* sort_keys_;
-  int32_t *runs_, *next_, *kept_, *left_, *right_, *found_;
+  float *base_, *best_, *convert_, *scores_;
+  T* split_;
+  int32_t *order_, *runs_, *next_, *kept_, *left_, *right_, *found_;
 };
 
 template <class Unit, class T> static void select_as(const SelectCall& call) {

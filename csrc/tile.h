@@ -25,6 +25,7 @@ constexpr int kRows = 6;        // rows of a register tile
 constexpr int kKeys = 64;       // keys of a tile
 constexpr int kMaxDim = 256;
 
+typedef float unit __attribute__((aligned(2), may_alias));  // 32 bits of a row in memory
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -48,17 +49,35 @@ static inline float reduce_sum(vf x) {
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
 }
+static inline int32_t reduce_sum(vi x) {
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
 #if defined(__AVX512F__)
 static inline float fast_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline bool any_above(vf x, float limit) {
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ);
+}
 #else
 static inline float fast_max(vf x) { return reduce_max(x); }
+static inline bool any_above(vf x, float limit) { return reduce_max(x) > limit; }
 #endif
+static inline vi lanes() {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
 
-// 2^x for x <= 0; a polynomial on [-1/2, 1/2], exact to 1e-7 (degree 6) or 4e-5 (degree 4, enough
+// 2^x for x <= 126; a polynomial on [-1/2, 1/2], exact to 1e-7 (degree 6) or 4e-5 (degree 4, enough
 // where the weight is rounded to bfloat16).
 template <int kDegree> static inline vf exp2v(vf x) {
+#if defined(__AVX512F__)
+  vf whole = (vf)_mm512_roundscale_ps((__m512)x, 8);
+#else
   x = maximum(x, splat(-126.f));
   vf whole = (x + 12582912.f) - 12582912.f;
+#endif
   vf r = x - whole;
   vf p = splat(9.6181291e-3f);
   if (kDegree == 6) {
@@ -70,8 +89,12 @@ template <int kDegree> static inline vf exp2v(vf x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   vi exponent = (__builtin_convertvector(whole, vi) + 127) << 23;
   return p * (vf)exponent;
+#endif
 }
 
 // Storage types.
@@ -116,16 +139,25 @@ struct Pair {
 };
 #endif
 
-// acc[r][c] += sum_k a[r][k] * b[k][c], with kN vectors of columns.
+// acc[r][c] += sum_k a_r[k] * b[k][c], with rows a_r wherever they lie and kN vectors of columns.
 template <class Unit, int kM, int kN>
-static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+static inline void product(const unit* const* rows, const float* b, int64_t ldb, int depth,
                            vf acc[kM][kN]) {
+  const unit* a[kM];
+  for (int r = 0; r < kM; ++r) a[r] = rows[r];
   for (int k = 0; k < depth; ++k) {
     vf column[kN];
     for (int c = 0; c < kN; ++c) column[c] = load(b + k * ldb + c * kLanes);
     for (int r = 0; r < kM; ++r)
-      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r * lda + k], column[c]);
+      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r][k], column[c]);
   }
+}
+template <class Unit, int kM, int kN>
+static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+                           vf acc[kM][kN]) {
+  const unit* rows[kM];
+  for (int r = 0; r < kM; ++r) rows[r] = a + r * lda;
+  product<Unit, kM, kN>(rows, b, ldb, depth, acc);
 }
 
 // Queries: one row of units.
@@ -212,6 +244,28 @@ template <> struct KeyTile<Pair, bf16> {
 };
 #endif
 
+// Rows as units, where they lie or converted.
+template <class Unit, class T>
+static inline void unit_rows(const T* const* rows, int count, int n, float* scratch,
+                             const unit** units) {
+  for (int j = 0; j < count; ++j) {
+    convert(rows[j], n, scratch + j * n);
+    units[j] = scratch + j * n;
+  }
+}
+template <>
+inline void unit_rows<Single, float>(const float* const* rows, int count, int, float*,
+                                     const unit** units) {
+  for (int j = 0; j < count; ++j) units[j] = rows[j];
+}
+#if defined(__AVX512BF16__)
+template <>
+inline void unit_rows<Pair, bf16>(const bf16* const* rows, int count, int, float*,
+                                  const unit** units) {
+  for (int j = 0; j < count; ++j) units[j] = (const unit*)rows[j];
+}
+#endif
+
 // Values: units[key / kValues][column].
 
 template <class Unit, class T> struct ValueTile {
@@ -222,14 +276,23 @@ template <class Unit, class T> struct ValueTile {
 #if defined(__AVX512BF16__)
 template <> struct ValueTile<Pair, bf16> {
   static void pack(const TileRows& tile, int n, float* units) {
+    uint16_t order[64];  // columns 0 to 31 of two rows, in turn
+    for (int i = 0; i < 64; ++i) order[i] = i / 2 + i % 2 * 32;
+    const __m512i first = _mm512_loadu_si512(order), second = _mm512_loadu_si512(order + 32);
     for (int j = 0; j < tile.count; j += 2) {
       const uint16_t* even = (const uint16_t*)tile.row[j];
       const uint16_t* odd = (const uint16_t*)tile.row[j + 1];
-      for (int c = 0; c < n; c += 16) {
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + c)));
-        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + c)));
-        _mm512_storeu_si512(units + (j / 2) * n + c,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      float* out = units + (j / 2) * n;
+      int c = 0;
+      for (; c + 32 <= n; c += 32) {
+        __m512i a = _mm512_loadu_si512(even + c), b = _mm512_loadu_si512(odd + c);
+        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(out + c + 16, _mm512_permutex2var_epi16(a, second, b));
+      }
+      if (c < n) {
+        __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(even + c)));
+        __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(odd + c)));
+        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
       }
     }
   }
@@ -242,24 +305,35 @@ template <class Unit> static inline void pack_weights(const vf* p, int vectors, 
 }
 #if defined(__AVX512BF16__)
 template <> inline void pack_weights<Pair>(const vf* p, int vectors, float* units) {
-  for (int i = 0; i < vectors; ++i)
-    _mm256_storeu_si256((__m256i*)(units + i * 8), (__m256i)_mm512_cvtneps_pbh((__m512)p[i]));
+  for (int i = 0; i < vectors; i += 2)
+    _mm512_storeu_si512(units + i * 8,
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)p[i + 1], (__m512)p[i]));
 }
 #endif
 
-// The page that holds a position, and the row of a key in it.
+// The pages of a sequence, and where a position is in them.
 struct Sequence {
   const int32_t* pages;
   int64_t page_size;
+  int shift = 0;  // of a page size that is a power of two
   Sequence(const Batch& batch, int32_t seq)
-      : pages(batch.block_table + seq * batch.table_stride), page_size(batch.page_size) {}
+      : pages(batch.block_table + seq * batch.table_stride), page_size(batch.page_size) {
+    while (shift < 62 && (int64_t)1 << shift < page_size) ++shift;
+    if ((int64_t)1 << shift != page_size) shift = -1;
+  }
+  int64_t page(int64_t key) const { return pages[shift >= 0 ? key >> shift : key / page_size]; }
+  int64_t slot(int64_t key) const { return shift >= 0 ? key & (page_size - 1) : key % page_size; }
 };
 
 template <class T>
 static inline const T* key_row(const Pages& pages, const Sequence& seq, int64_t head, int64_t key) {
-  int64_t page = seq.pages[key / seq.page_size], slot = key % seq.page_size;
-  return (const T*)pages.data + page * pages.page_stride + slot * pages.slot_stride +
-         head * pages.head_stride;
+  return (const T*)pages.data + seq.page(key) * pages.page_stride +
+         seq.slot(key) * pages.slot_stride + head * pages.head_stride;
+}
+
+// Asks for a row that will be read soon; into the second cache, where many fit.
+static inline void prefetch_row(const void* row, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
 }
 
 alignas(64) static const float kZeros[2 * kMaxDim] = {};

@@ -74,17 +74,42 @@ def attention(
 
 
 def assert_as_exact(out: Tensor, lse: Tensor, case: Case, masks: list[Tensor]) -> None:
-    """The error against float64 is at most twice that of plain torch, plus its rounding band."""
+    """The error against float64 is at most twice that of plain torch, plus its rounding band.
+
+    The band is one rounding of the weighted sum in its own precision, at the scale of its terms,
+    and what one float32 rounding of the scores, at theirs, does to it.
+    """
     softcap, dtype = case.shape.softcap, case.q.dtype
     truth, true_lse = attention(case, masks, torch.float64, softcap)
     plain, plain_lse = attention(case, masks, dtype, softcap)
-    eps = torch.finfo(dtype).eps
-    _bounded(out, plain, truth, eps * truth.abs().max().item(), "out")
+    score, total = magnitudes(case, masks, softcap)
+    scores = torch.finfo(torch.float32).eps * max(score, softcap)
+    _bounded(out, plain, truth, (torch.finfo(dtype).eps + scores) * total, "out")
     seen = ~true_lse.isinf()
     assert bool((lse.isinf() == ~seen).all()), "rows without keys have lse = -inf"
     if seen.any():
-        band = eps * max(true_lse[seen].abs().max().item(), 1.0)
+        # The sum of weights may be that of weights rounded to the dtype: log(1 + eps) is eps.
+        logs = torch.finfo(torch.float32).eps * true_lse[seen].abs().max().item()
+        band = torch.finfo(dtype).eps + logs + scores
         _bounded(lse[seen], plain_lse[seen], true_lse[seen], band, "lse")
+
+
+def magnitudes(case: Case, masks: list[Tensor], softcap: float) -> tuple[float, float]:
+    """The scales of what is rounded: the greatest |score| before a softcap, and sum of |w v|."""
+    score, total, start = 0.0, 0.0, 0
+    for k, v, rows, mask in zip(case.ks, case.vs, case.shape.query_lens, masks, strict=True):
+        q = case.q[start : start + rows].float().transpose(0, 1)
+        start += rows
+        if not rows:
+            continue
+        group = case.shape.group_size
+        kk, vv = (x.float().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+        scores = (q @ kk.mT) * case.q.shape[-1] ** -0.5
+        score = max(score, scores.abs().masked_fill(~mask, 0.0).max().item())
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
+        total = max(total, (weights @ vv.abs()).max().item())
+    return score, total
 
 
 def _bounded(got: Tensor, plain: Tensor, truth: Tensor, band: float, what: str) -> None:

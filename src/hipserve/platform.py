@@ -102,14 +102,40 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 @functools.cache
 def _announce(backend: str, refusal: str) -> str:
-    reason = refusal or (native_library().tier if backend == "cpu" else gpu_name() or "interpreted")
-    logger.info("attention backend: %s (%s)", backend, reason)
+    """Logs a choice the first time it is made: loudly where a fast backend is missing."""
+    missing = refusal and refusal in (native_library().reason, triton_library())
+    level = logging.WARNING if missing else logging.INFO
+    logger.log(level, "attention backend: %s (%s)", backend, _reason(backend, refusal))
     return backend
+
+
+def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` runs for such tensors, with the ISA tier or the reason, as people read it."""
+    chosen = resolve_backend("auto", device, dtype)
+    refusal = (cpu_refusal if device.type == "cpu" else triton_refusal)(device, dtype)
+    return f"{chosen} ({_reason(chosen, refusal)})"
+
+
+def _reason(backend: str, refusal: str) -> str:
+    tier = native_library().tier if backend == "cpu" else gpu_name() or "interpreted"
+    return refusal or tier or ""
 
 
 def default_device() -> str:
     """The device a command uses unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ArgumentError: there is no such device on this machine.
+    """
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in (*known, default_device()):
+        raise ArgumentError("device", f"one of {', '.join(known)}", repr(device), "choose one")
+    return torch.device(device)
 
 
 def gpu_name() -> str | None:

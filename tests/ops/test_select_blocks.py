@@ -11,30 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import TIERS, every_backend, native, using
-from cases import Case, Shape, make_case, random_config, random_shape
+from cases import Shape, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
 from hipserve.ops.select_blocks.reference import Search, sample_rows
-from hipserve.types import BlockSelection
+from laws import assert_lawful
 
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-def assert_lawful(selection: BlockSelection, case: Case, config: HiPConfig) -> None:
-    """Inside the middle, ascending, without duplicates, empty places at the end."""
-    size = config.key_block_size
-    blocks = case.layout.query_blocks(config.query_block_size).tolist()
-    for i, (_, _, rows, position) in enumerate(blocks):
-        start = int(selection.window_start[i])
-        assert start == config.window_start(position, rows)
-        assert start <= max(config.num_sink_tokens, position - config.sliding_window + 1)
-        for row in selection.indices[i].tolist():
-            chosen = [b for b in row if b >= 0]
-            assert row == chosen + [-1] * (len(row) - len(chosen))
-            assert chosen == sorted(set(chosen))
-            if chosen:
-                assert chosen[0] * size >= config.num_sink_tokens
-                assert (chosen[-1] + 1) * size <= start
 
 
 @every_backend
@@ -57,20 +40,12 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
     config = random_config(rng, shape.page_size)
-    case = on_grid(replace(shape, kind="normal"), config)
+    case = make_case(replace(shape, kind="grid"), config.bound_block_size)
     expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
     with using(f"cpu:{tier}") as name:
         got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
     assert torch.equal(got.window_start, expected.window_start)
     assert torch.equal(got.indices, expected.indices)
-
-
-def on_grid(shape: Shape, config: HiPConfig) -> Case:
-    """A case whose q and k are multiples of 1/4 below 4, so that sums of products are exact."""
-    case = make_case(shape, config.bound_block_size)
-    for x in (case.q, case.kv.k_cache, case.kv.k_bounds):
-        x.copy_((x.float() * 4).round().clamp(-15, 15) / 4)
-    return case
 
 
 @every_backend

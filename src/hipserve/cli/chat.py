@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hipserve.cli import options
-from hipserve.cli.output import err
+from hipserve.cli.output import err, say
 from hipserve.cli.run import ask, read_document, report
 from hipserve.errors import FitError
 
@@ -37,6 +37,7 @@ def chat(
     talk = Conversation(loaded)
     if document:
         talk.say(f"Read the text.\n\n{document}")
+        loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)
     generation = options.sampling(temperature, seed)
     while question := _read_line():
         try:
@@ -44,10 +45,9 @@ def chat(
         except FitError as error:
             if not talk.statistics:
                 raise
-            err.print(f"{error}", style="red", highlight=False, markup=False)
+            say(str(error), style="red")
             break
-        assert talk.statistics is not None
-        report(talk.statistics)
+        report(talk)
 
 
 def _read_line() -> str:

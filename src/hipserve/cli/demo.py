@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import resource
-import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes, parse_count
-from hipserve.cli.output import err, result
+from hipserve.cli.output import result, result_json, say
 from hipserve.cli.run import ask, read_document
 from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel, Statistics
@@ -52,6 +52,8 @@ FACTS = (
 OPENING = "Some special values are hidden in the following text. Memorize them."
 ROOM = 1024
 """Tokens kept for facts, questions and answers."""
+REFRESH = 1
+"""Every token of an answer selects anew: a number may lie across two key blocks."""
 
 
 def demo(
@@ -69,75 +71,137 @@ def demo(
     ] = 16 * 1024,
     budget: options.Budget = None,
     device: options.Device = None,
+    json: options.Json = False,
 ) -> None:
     """Plants facts in a long text, asks for them, and compares with dense attention."""
     from hipserve.evaluate.text import language_reference
 
+    _check_length("length", length)
+    _check_length("dense_length", dense_length)
     text = read_document(doc) if doc else language_reference()
-    config = options.make_config(budget=budget)
+    config = options.make_config(budget=budget).replace(refresh_interval=REFRESH)
     loaded = options.load_model(None, config, device, "auto")
-    _say(f"{loaded.name} with HiP attention, budget {config.budget} keys, on {_machine()}")
-    statistics, right = _read_and_ask(loaded, config, text, min(length, loaded.max_context), FACTS)
-    first = statistics[0]
-    speed = sum(s.decode_tokens_per_second for s in statistics) / len(statistics)
-    result(
-        f"\n{first.prompt_tokens:,} tokens read; {right} of {len(FACTS)} answers right"
-        f"\ntime to first token   {first.first_token_seconds:8.2f} s"
-        f"\ndecode                {speed:8.1f} tokens/s"
-        f"\nkeys read             {first.prefill_share:8.1%} in prefill, "
-        f"{first.decode_share:.1%} in decode"
-        f"\ncache                 {format_bytes(first.cache_bytes):>8}"
-        f"\npeak memory           {format_bytes(_peak_bytes()):>8}\n"
-    )
-    _compare(loaded, config, text, min(dense_length, first.prompt_tokens))
-    if right < len(FACTS):
+    say(f"{loaded.name}, budget {config.budget} keys, attention: {loaded.backend}, {_machine()}")
+    reading = _read(loaded, config, text, min(length, loaded.max_context), FACTS, stream=not json)
+    measured = _measured(reading)
+    if not json:
+        result(_summary(reading, measured))
+    shorter = min(dense_length, reading.statistics[0].prompt_tokens)
+    comparison = _compare(loaded, config, text, shorter)
+    if json:
+        machine = {"model": loaded.name, "backend": loaded.backend, "machine": _machine()}
+        result_json({**machine, "config": config.to_dict(), **measured, "comparison": comparison})
+    else:
+        result(_ratios(comparison))
+    if reading.right < len(FACTS):
         raise typer.Exit(1)
 
 
-def _read_and_ask(
-    loaded: LoadedModel, config: HiPConfig | None, text: str, length: int, facts: tuple[Fact, ...]
-) -> tuple[list[Statistics], int]:
-    """Statistics of each answer, and how many were right."""
+def _check_length(argument: str, value: int) -> None:
+    if value < 2 * ROOM:
+        raise ArgumentError(argument, f"at least {2 * ROOM} tokens", str(value), "raise it")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Answers about one document, in the order of its facts, and what each cost."""
+
+    answers: list[dict[str, Any]]
+    statistics: list[Statistics]
+
+    @property
+    def right(self) -> int:
+        return sum(answer["right"] for answer in self.answers)
+
+
+def _read(
+    loaded: LoadedModel,
+    config: HiPConfig | None,
+    text: str,
+    length: int,
+    facts: tuple[Fact, ...],
+    *,
+    stream: bool,
+) -> Reading:
+    """Plants the facts, reads, and asks for one after the other."""
     from hipserve.evaluate.tasks import plant
     from hipserve.models import Conversation
 
     clipped = _first_tokens(loaded, text, length - ROOM)
     document = plant(clipped, [f.sentence for f in facts], [f.depth for f in facts])
     loaded.use(config)
-    talk, statistics, right = Conversation(loaded), [], 0
+    talk, reading = Conversation(loaded), Reading([], [])
     talk.say(f"{OPENING}\n\n{document}")
     for fact in facts:
-        _say(f"planted at {fact.depth:.0%}: {fact.question}")
-        answer = ask(talk, fact.question, max_new_tokens=40)
-        right += fact.value in answer
+        say(f"planted at {fact.depth:.0%}: {fact.question}")
+        answer = ask(talk, fact.question, stream=stream, max_new_tokens=40)
+        right = fact.value in answer
+        reading.answers.append({**asdict(fact), "answer": answer, "right": right})
         assert talk.statistics is not None
-        statistics.append(talk.statistics)
-    return statistics, right
+        reading.statistics.append(talk.statistics)
+    return reading
 
 
 def _first_tokens(loaded: LoadedModel, text: str, count: int) -> str:
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > count:
-        _say(f"reading the first {count:,} of the text's {len(ids):,} tokens")
+        say(f"reading the first {count:,} of the text's {len(ids):,} tokens")
     return loaded.tokenizer.decode(ids[:count])
 
 
-def _compare(loaded: LoadedModel, config: HiPConfig, text: str, length: int) -> None:
-    """The same short run pruned and dense, in turn."""
-    _say(f"the same with {length:,} tokens, HiP and then dense (torch SDPA)")
-    runs: dict[str, Statistics] = {}
-    for name, chosen in (("HiP", config), ("dense", None)):
-        began = time.perf_counter()
-        runs[name] = _read_and_ask(loaded, chosen, text, length, FACTS[1:2])[0][0]
-        _say(f"{name}: {time.perf_counter() - began:.1f} s")
-    hip, dense = runs["HiP"], runs["dense"]
-    seconds = (hip.first_token_seconds, dense.first_token_seconds)
-    speed = (hip.decode_tokens_per_second, dense.decode_tokens_per_second)
-    result(
-        f"\n{f'at {hip.prompt_tokens:,} tokens':20} {'HiP':>10} {'dense':>10} {'ratio':>8}"
-        f"\n{'time to first token':20} {seconds[0]:8.2f} s {seconds[1]:8.2f} s"
-        f" {seconds[1] / seconds[0]:7.1f}x"
-        f"\n{'decode, tokens/s':20} {speed[0]:10.1f} {speed[1]:10.1f} {speed[0] / speed[1]:7.1f}x"
+def _measured(reading: Reading) -> dict[str, Any]:
+    first = reading.statistics[0]
+    steps = sum(s.new_tokens - 1 for s in reading.statistics)
+    seconds = sum(s.decode_seconds for s in reading.statistics)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "answers": reading.answers,
+        "first_token_seconds": first.first_token_seconds,
+        "decode_tokens_per_second": steps / seconds if seconds else 0.0,
+        "prefill_share": first.prefill_share,
+        "decode_share": first.decode_share,
+        "cache_bytes": first.cache_bytes,
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _summary(reading: Reading, measured: dict[str, Any]) -> str:
+    return (
+        f"\n{measured['prompt_tokens']:,} tokens read; "
+        f"{reading.right} of {len(reading.answers)} answers right"
+        f"\ntime to first token   {measured['first_token_seconds']:8.2f} s"
+        f"\ndecode                {measured['decode_tokens_per_second']:8.1f} tokens/s"
+        f"\nkeys read             {measured['prefill_share']:8.1%} in prefill, "
+        f"{measured['decode_share']:.1%} in decode"
+        f"\ncache                 {format_bytes(measured['cache_bytes']):>8}"
+        f"\npeak memory           {format_bytes(measured['peak_bytes']):>8}\n"
+    )
+
+
+def _compare(loaded: LoadedModel, config: HiPConfig, text: str, length: int) -> dict[str, Any]:
+    """The same short run pruned and dense, in turn: both measured, and dense over HiP."""
+    say(f"the same with {length:,} tokens, HiP and then dense (torch SDPA)")
+    runs: dict[str, dict[str, Any]] = {}
+    for name, chosen in (("hip", config), ("dense", None)):
+        reading = _read(loaded, chosen, text, length, FACTS[1:2], stream=False)
+        runs[name] = _measured(reading)
+        say(f"{name}: {reading.answers[0]['answer']}")
+    loaded.use(config)
+    hip, dense = runs["hip"], runs["dense"]
+    first = dense["first_token_seconds"] / hip["first_token_seconds"]
+    decode = hip["decode_tokens_per_second"] / max(dense["decode_tokens_per_second"], 1e-9)
+    return {**runs, "first_token_ratio": first, "decode_ratio": decode}
+
+
+def _ratios(comparison: dict[str, Any]) -> str:
+    hip, dense = comparison["hip"], comparison["dense"]
+    at = f"at {hip['prompt_tokens']:,} tokens"
+    return (
+        f"\n{at:20} {'HiP':>10} {'dense':>10} {'ratio':>8}"
+        f"\n{'time to first token':20} {hip['first_token_seconds']:8.2f} s"
+        f" {dense['first_token_seconds']:8.2f} s {comparison['first_token_ratio']:7.1f}x"
+        f"\n{'decode, tokens/s':20} {hip['decode_tokens_per_second']:10.1f}"
+        f" {dense['decode_tokens_per_second']:10.1f} {comparison['decode_ratio']:7.1f}x"
     )
 
 
@@ -149,7 +213,3 @@ def _machine() -> str:
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _say(text: str) -> None:
-    err.print(text, style="dim", markup=False, highlight=False)

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_count, parse_count
-from hipserve.cli.output import err, result_json, show
+from hipserve.cli.output import err, result_json, say, show
 from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.evaluate import PerplexityReport, RetrievalReport
@@ -120,7 +121,7 @@ def perplexity(
             progress=lambda document, name: status.update(f"{document} ({name})"),
         )
     for name in report.too_short:
-        err.print(f"left out, shorter than {length:,} tokens: {name}", style="yellow", markup=False)
+        say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
     if json:
         result_json(report.to_dict())
     else:
@@ -135,7 +136,9 @@ def _configs(
     for name in also or ():
         configs[name] = HiPConfig.preset(name)
     if vary:
-        key, _, values = vary.partition("=")
+        key, equals, values = vary.partition("=")
+        if not equals:
+            raise ArgumentError("vary", "KEY=A,B,…", repr(vary), 'write "budget=256,1k"')
         for value in values.split(","):
             configs[f"{key}={value}"] = base.replace(**{key: _value(value)})
     return configs

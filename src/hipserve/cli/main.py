@@ -6,6 +6,7 @@ import os
 import sys
 
 import typer
+from rich.markup import escape
 
 from hipserve.cli import bench, chat, demo, doctor, evaluate, run, serve, version
 from hipserve.cli.output import err
@@ -31,28 +32,33 @@ app.command()(version.version)
 
 
 def main() -> None:
-    """Entry point: an error of ours is one sentence and an exit code, never a traceback."""
+    """Entry point: an error is one sentence and an exit code; HIPSERVE_DEBUG=1 shows where."""
     try:
         app()
-    except HipserveError as error:
-        if os.environ.get("HIPSERVE_DEBUG"):
-            raise
-        err.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True, highlight=False)
-        sys.exit(exit_code(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        if os.environ.get("HIPSERVE_DEBUG"):
+            raise
+        err.print(f"[red]error:[/red] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
+        sys.exit(exit_code(error))
 
 
-def exit_code(error: HipserveError) -> int:
+def exit_code(error: Exception) -> int:
     """3 where something does not fit, 4 where a backend is missing, 2 for other bad input."""
     if isinstance(error, FitError):
         return 3
-    return 4 if isinstance(error, BackendError) else 2
+    if isinstance(error, BackendError):
+        return 4
+    return 2 if isinstance(error, HipserveError) else 1
 
 
-def _plain(error: HipserveError) -> str:
-    return str(error).replace("[", r"\[")
+def _sentence(error: Exception) -> str:
+    if isinstance(error, HipserveError):
+        return str(error)
+    reason = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {reason}; HIPSERVE_DEBUG=1 shows where"
 
 
 if __name__ == "__main__":

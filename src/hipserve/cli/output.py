@@ -37,4 +37,10 @@ def progress_bar() -> Progress:
         console=err,
         transient=True,
         redirect_stdout=False,
+        disable=not err.is_terminal,
     )
+
+
+def say(text: str, style: str = "dim") -> None:
+    """A line about what is going on, on stderr, as it is: no markup, no wrapping."""
+    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -10,10 +10,11 @@ import typer
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
-from hipserve.cli.output import err, progress_bar, result, result_json
+from hipserve.cli.output import progress_bar, result, result_json, say
+from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from hipserve.models import Conversation, Statistics
+    from hipserve.models import Conversation
 
 
 def run(
@@ -34,6 +35,8 @@ def run(
     """Answers a question about a document of any length that fits the model."""
     if len(words) > 2:
         raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
+    if not words[-1].strip():
+        raise ArgumentError("question", "some words", repr(words[-1]), "put it in quotes")
     document = read_document(doc)
     settings = options.make_config(config, preset, budget, selector)
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
@@ -54,16 +57,17 @@ def run(
     assert statistics is not None
     if json:
         speed = {"decode_tokens_per_second": statistics.decode_tokens_per_second}
-        result_json({"answer": answer, "model": loaded.name, **asdict(statistics), **speed})
+        names = {"model": loaded.name, "backend": loaded.backend}
+        result_json({"answer": answer, **names, **asdict(statistics), **speed})
     else:
-        report(statistics)
+        report(talk)
 
 
 def read_document(path: str) -> str:
     """The text of a file, or of stdin for `-`."""
-    from hipserve.evaluate.text import read_text
+    from hipserve.evaluate.text import decode_text, read_text
 
-    return sys.stdin.read() if path == "-" else read_text(path)
+    return decode_text(sys.stdin.buffer.read(), "stdin") if path == "-" else read_text(path)
 
 
 def ask(talk: Conversation, question: str, *, stream: bool = True, **generation: Any) -> str:
@@ -87,14 +91,14 @@ def ask(talk: Conversation, question: str, *, stream: bool = True, **generation:
     return answer
 
 
-def report(statistics: Statistics) -> None:
-    """What an answer cost, on stderr."""
-    err.print(
+def report(talk: Conversation) -> None:
+    """What the last answer cost, on stderr."""
+    statistics = talk.statistics
+    assert statistics is not None
+    say(
         f"{statistics.prompt_tokens:,} tokens in ({statistics.cached_tokens:,} already read), "
         f"first token after {statistics.first_token_seconds:.2f} s, "
         f"then {statistics.decode_tokens_per_second:.1f} tokens/s; keys read: "
         f"{statistics.prefill_share:.1%} in prefill, {statistics.decode_share:.1%} in decode; "
-        f"cache {format_bytes(statistics.cache_bytes)}",
-        style="dim",
-        highlight=False,
+        f"cache {format_bytes(statistics.cache_bytes)}; attention: {talk.loaded.backend}"
     )

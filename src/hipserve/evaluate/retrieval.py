@@ -9,7 +9,7 @@ from typing import Any
 from hipserve.config import HiPConfig
 from hipserve.evaluate.intervals import Interval, bootstrap, mean, wilson
 from hipserve.evaluate.passes import greedy_hits
-from hipserve.evaluate.tasks import Sample, make_sample
+from hipserve.evaluate.tasks import Sample, check_task, make_sample
 from hipserve.models import LoadedModel
 
 
@@ -72,6 +72,8 @@ def evaluate_retrieval(
     Raises:
         ArgumentError, FitError: unknown task, or a text or context too short for `length`.
     """
+    for task in tasks:
+        check_task(task)
     loaded.check_fit(length, 0)
     results: list[TaskResult] = []
     for task in tasks:

@@ -220,8 +220,7 @@ def make_sample(
         ArgumentError: unknown task.
         FitError: the text is too short for `length`.
     """
-    if task not in TASKS:
-        raise ArgumentError("task", f"one of {', '.join(TASKS)}", repr(task), "choose one of them")
+    check_task(task)
     size, most = length * 3, None
     for _ in range(24):
         if size > len(text):
@@ -237,6 +236,11 @@ def make_sample(
         size = int(size * 0.985 * length / tokens)
         size = min(size, most - 1) if most else size
     raise FitError(f"no stretch of the haystack makes a {task} sample of {length:,} tokens")
+
+
+def check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ArgumentError("task", f"one of {', '.join(TASKS)}", repr(task), "choose one of them")
 
 
 def _hide(task: str, text: str, size: int, rng: random.Random) -> Sample:

@@ -47,15 +47,27 @@ def read_text(path: str | Path) -> str:
         ArgumentError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ArgumentError(
-            "file", "a readable UTF-8 text file", f"{path} ({reason})", "check the path"
-        ) from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(str(path), error.strerror or str(error)) from error
+    return decode_text(content, str(path))
+
+
+def decode_text(content: bytes, source: str) -> str:
+    """Bytes as text; `source` names them in errors, which are those of `read_text`."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _unreadable(source, "not UTF-8 text") from error
     if not text.strip():
-        raise ArgumentError("file", "some text", f"{path} (empty)", "choose another file")
+        raise ArgumentError("file", "some text", f"{source} (empty)", "choose another file")
     return text
+
+
+def _unreadable(source: str, reason: str) -> ArgumentError:
+    return ArgumentError(
+        "file", "a readable UTF-8 text file", f"{source} ({reason})", "check the path"
+    )
 
 
 def _read(path: Path) -> list[Document]:

@@ -126,16 +126,21 @@ class Conversation:
         same = (self._ids[0, :common] == ids[0, :common]).int().cumprod(0)
         keep = int(same.sum())
         surplus = self._cache.get_seq_length() - keep
-        if surplus > 0:
+        if surplus <= 0:
+            return keep
+        try:
             self._cache.crop(-surplus)
+        except RuntimeError:  # layers with a sliding window of their own forget what they left
+            self._cache, keep = self._make_cache(), 0
         return keep
 
     @torch.inference_mode()
     def _prefill(self, ids: torch.Tensor, on_prefill: Progress | None) -> None:
         """Reads all but the last token, which `generate` wants for itself."""
         begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
-        for start in range(begin, end, CHUNK):
-            stop = min(start + CHUNK, end)
+        stop = begin
+        while stop < end:
+            start, stop = stop, min((stop // CHUNK + 1) * CHUNK, end)
             self.loaded.model(
                 ids[:, start:stop],
                 past_key_values=self._cache,

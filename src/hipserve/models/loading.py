@@ -14,7 +14,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
 from hipserve.integrations.transformers import register
 from hipserve.models.bundled import BUNDLED, bundled_path
-from hipserve.platform import default_device
+from hipserve.platform import check_device, default_device, describe_backend
 
 Turn = dict[str, str]
 
@@ -40,6 +40,13 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def backend(self) -> str:
+        """What computes attention now: a backend of ours, or torch's dense SDPA."""
+        if self.model.config._attn_implementation != "hip":
+            return "torch SDPA"
+        return describe_backend(self.device, self.model.dtype)
 
     def use(self, config: HiPConfig | None) -> None:
         """Switches to HiP attention with `config`, or with None to transformers' dense SDPA."""
@@ -91,8 +98,9 @@ def load(
         device: a torch device; a CUDA device if there is one, else the CPU.
 
     Raises:
-        ArgumentError: there is no such model, or it cannot run with HiP attention.
+        ArgumentError: there is no such model or device, or it cannot run with HiP attention.
     """
+    place = check_device(device or default_device())
     name = name_or_path or BUNDLED
     path = bundled_path() if name == BUNDLED else name
     if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
@@ -108,7 +116,7 @@ def load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unknown(name, _first_line(error)) from error
     loaded = LoadedModel(
-        model.to(device or default_device()).eval(),
+        model.to(place).eval(),
         tokenizer,
         name,
         int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length),

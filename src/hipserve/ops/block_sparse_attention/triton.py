@@ -325,8 +325,7 @@ def make_tiling(
     dim = triton.next_power_of_2(q.shape[2])
     rows = min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, triton.next_power_of_2(max_rows * group))
     rows = max(rows, 16)
-    keys = 64 if dim <= 128 else 32
-    keys = keys if q.element_size() == 2 else 32
+    keys = 32 if dim > 128 or q.element_size() > 2 else 128 if rows > 64 else 64
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
     if indices is not None:
@@ -360,5 +359,7 @@ def make_tiling(
 
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
-    """Warps and pipeline depth; chosen by `benchmarks/gpu.py`."""
+    """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+    if tiling.keys == 128:
+        return {"num_warps": 8, "num_stages": 2}
     return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 4}

@@ -57,8 +57,8 @@ class Tiling:
 def _keep_best(scores, n, count, SIZE: tl.constexpr):
     """Which of the first `n` scores are the `count` greatest, and their places in order.
 
-    Ties go to the lower index. The threshold is built from its highest bit down, on integers that
-    order as the scores do.
+    Ties go to the lower index. The threshold is built two bits at a time, on integers that order as
+    the scores do; one sum carries the counts of all three candidates.
     """
     i = tl.arange(0, SIZE)
     there = i < n
@@ -66,11 +66,18 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     wanted = tl.minimum(count, n)
-    threshold = tl.where(tl.sum((there & (key >= 0)).to(tl.int32)) >= wanted, 0, LEAST)
-    for bit in range(31):
-        trial = threshold + (1 << (30 - bit))
-        enough = tl.sum((there & (key >= trial)).to(tl.int32)) >= wanted
-        threshold = tl.where(enough, trial, threshold)
+    threshold = LEAST
+    for digit in range(16):
+        step = 1 << (30 - 2 * digit)
+        one, two, three = threshold + step, threshold + step + step, threshold + step + step + step
+        counts = (there & (key >= one)).to(tl.int64)
+        counts += (there & (key >= two)).to(tl.int64) << 20
+        counts += (there & (key >= three)).to(tl.int64) << 40
+        counts = tl.sum(counts, axis=0)
+        enough = ((counts & 0xFFFFF) >= wanted).to(tl.int32)
+        enough += ((counts >> 20 & 0xFFFFF) >= wanted).to(tl.int32)
+        enough += ((counts >> 40) >= wanted).to(tl.int32)
+        threshold += step * enough
     above = there & (key > threshold)
     equal = there & (key == threshold)
     room = wanted - tl.sum(above.to(tl.int32))
@@ -554,8 +561,7 @@ def make_tiling(
         candidates[-1] = power(max(longest // lengths[-1], 1))
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
-    keys = 32 if dim > 128 or q.element_size() > 2 else 64
-    keys = max(keys, config.key_block_size)
+    keys = max(128 if rows == 16 and dim <= 128 else 32, config.key_block_size)
     kept = [keep * COARSE_KEEP**level // length for level, length in enumerate(lengths)]
     return Tiling(
         group,
@@ -577,5 +583,6 @@ def make_tiling(
 
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
-    """Warps and pipeline depth; chosen by `benchmarks/gpu.py`."""
-    return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}
+    """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+    wide = tiling.rows == 16 or tiling.dim > 128 or tiling.row_tiles > 1
+    return {"num_warps": 8 if wide else 4, "num_stages": 2}

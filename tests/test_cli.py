@@ -1,0 +1,356 @@
+"""The command: results on stdout, progress on stderr, sentences for errors, codes for exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hipserve.cli import main as command
+from hipserve.cli.demo import FACTS
+from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
+from hipserve.errors import BackendError, FitError
+
+HIPSERVE = Path(sys.executable).with_name("hipserve")
+FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
+QUESTION = "What is the pass key?"
+
+
+@pytest.fixture
+def doc(tmp_path: Path) -> str:
+    path = tmp_path / "doc.txt"
+    path.write_text(f"Rivers run to the sea.\n{FACT}\nHills do not.\n", encoding="utf-8")
+    return str(path)
+
+
+def invoke(*words: str, stdin: str | None = None) -> Result:
+    """In this process: quick, but without `main`'s treatment of errors."""
+    return CliRunner().invoke(command.app, list(words), input=stdin)
+
+
+def call(*words: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
+    """As a shell would: a process, its streams and its exit code."""
+    done = subprocess.run(
+        [HIPSERVE, *words], input=stdin, capture_output=True, timeout=240, env={**os.environ, **env}
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str):
+    """Exit code and message of a call that fails: one line on stderr, nothing on stdout."""
+    monkeypatch.setattr(sys, "argv", ["hipserve", *words])
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert "Traceback" not in streams.err
+    lines = [line for line in streams.err.splitlines() if line.strip()]
+    assert len(lines) == 1, streams.err
+    return exit_.value.code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4096", 4096), ("4_096", 4096), ("32k", 32768), ("1.5K", 1536), ("1M", 2**20), (7, 7)],
+)
+def test_counts_as_people_write_them(text: str | int, value: int) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.3", "32kb", "1e3", "nan"])
+def test_other_counts_are_wrong_usage(text: str, doc: str) -> None:
+    result = invoke("run", QUESTION, "--doc", doc, f"--budget={text}")
+    assert result.exit_code == 2
+    assert "no number" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_counts_as_the_command_writes_them() -> None:
+    assert [format_count(n) for n in (1, 1000, 1024, 66 * 1024, 2**20, 1537)] == [
+        "1",
+        "1000",
+        "1k",
+        "66k",
+        "1M",
+        "1537",
+    ]
+    assert format_bytes(492 * 2**20) == "492 MiB"
+    assert format_bytes(1.5 * 2**30) == "1.50 GiB"
+    assert parse_counts("8k,16k") == [8192, 16384]
+
+
+def test_run_answers_on_stdout_and_reports_on_stderr(doc: str) -> None:
+    result = invoke("run", QUESTION, "--doc", doc)
+    assert result.exit_code == 0
+    assert result.stdout == "The pass key is 83724.\n"
+    assert "keys read: 100.0% in prefill" in result.stderr
+    assert "attention: cpu (" in result.stderr or "attention: reference" in result.stderr
+
+
+def test_run_as_json(doc: str) -> None:
+    result = invoke("run", "acorn", QUESTION, "--doc", doc, "--json")
+    values = json.loads(result.stdout)
+    assert values["answer"] == "The pass key is 83724."
+    assert values["model"] == "acorn"
+    assert values["new_tokens"] > 5
+    assert values["cached_tokens"] == 0
+    assert 0 < values["first_token_seconds"] < 60
+    assert values["prefill_share"] == values["decode_share"] == 1.0
+
+
+def test_run_reads_stdin_and_any_checkpoint_directory() -> None:
+    from hipserve.models.loading import bundled_path
+
+    where = str(bundled_path())
+    result = invoke("run", where, QUESTION, "--doc", "-", "--dense", stdin=FACT)
+    assert "83724" in result.stdout
+    assert "attention: torch SDPA" in result.stderr
+
+
+def test_run_samples_the_same_with_the_same_seed(doc: str) -> None:
+    options = ("--doc", doc, "--temperature", "3", "--max-new-tokens", "12")
+    answers = [invoke("run", QUESTION, *options, "--seed", s).stdout for s in ("1", "1", "2")]
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+def test_chat_reads_only_what_is_new(doc: str) -> None:
+    result = invoke("chat", "--doc", doc, stdin=f"{QUESTION}\n{QUESTION}\n\nnot read\n")
+    assert result.exit_code == 0
+    assert result.stdout == "The pass key is 83724.\n" * 2
+    assert "(0 already read)" in result.stderr
+    assert "(0 already read)" not in result.stderr.splitlines()[-2]
+
+
+def test_a_config_file_counts(doc: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("budget = 32\nsliding_window = 16\nnum_sink_tokens = 16\ndense_below = 0\n")
+    long = tmp_path / "long.txt"
+    long.write_text("Rivers run to the sea. " * 60)
+    options = ("--doc", str(long), "--json", "--config", str(path))
+    values = json.loads(invoke("run", QUESTION, *options, "--max-new-tokens", "2").stdout)
+    assert values["prefill_share"] < 0.9
+    more = json.loads(
+        invoke("run", QUESTION, *options, "--max-new-tokens", "2", "--budget", "128").stdout
+    )
+    assert values["prefill_share"] < more["prefill_share"]
+
+
+MISTAKES: dict[str, tuple[list[str], int, str]] = {
+    "no such file": (["run", "q", "--doc", "missing.txt"], 2, "No such file"),
+    "a directory": (["run", "q", "--doc", "."], 2, "Is a directory"),
+    "no text": (["run", "q", "--doc", "binary"], 2, "not UTF-8"),
+    "an empty file": (["run", "q", "--doc", "empty"], 2, "empty"),
+    "no such model": (["run", "acron", "q", "--doc", "doc"], 2, "model: expected"),
+    "no such directory": (["run", "./acron", "q", "--doc", "doc"], 2, "no such directory"),
+    "no model in it": (["run", "./sub", "q", "--doc", "doc"], 2, "model: expected"),
+    "too long": (["run", "q", "--doc", "long"], 3, "its context is 131,072"),
+    "too long to talk about": (["chat", "--doc", "long"], 3, "its context is 131,072"),
+    "no question": (["run", " ", "--doc", "doc"], 2, "question: expected"),
+    "a config that is missing": (["run", "q", "--doc", "doc", "--config", "no.toml"], 2, "config:"),
+    "a config that is no TOML": (["run", "q", "--doc", "doc", "--config", "doc"], 2, "config:"),
+    "an unknown key": (["run", "q", "--doc", "doc", "--config", "key.toml"], 2, "budgte: expected"),
+    "half a block": (["run", "q", "--doc", "doc", "--budget", "8"], 2, "budget: expected"),
+    "a selector": (["run", "q", "--doc", "doc", "--selector", "quest"], 2, "selector: expected"),
+    "a preset": (["run", "q", "--doc", "doc", "--preset", "fast"], 2, "preset: expected"),
+    "a dtype": (["run", "q", "--doc", "doc", "--dtype", "int4"], 2, "dtype: expected"),
+    "a device": (["run", "q", "--doc", "doc", "--device", "tpu"], 2, "device: expected"),
+    "a task": (["eval", "retrieval", "--tasks", "passkey,pi", "--length", "1k"], 2, "task:"),
+    "a context": (["eval", "retrieval", "--length", "1M"], 3, "its context is 131,072"),
+    "a haystack": (["eval", "retrieval", "--length", "1k", "--text", "doc"], 3, "too short"),
+    "a text": (["eval", "perplexity", "--length", "1k", "--text", "doc"], 3, "longest document"),
+    "a line of JSON": (["eval", "perplexity", "--text", "bad.jsonl"], 2, "bad.jsonl line 1"),
+    "no values": (["eval", "perplexity", "--vary", "budget"], 2, "vary: expected"),
+    "a value": (["eval", "perplexity", "--vary", "budget=1k,x"], 2, "budget: expected"),
+    "a field": (["eval", "perplexity", "--vary", "bugdet=1k"], 2, "bugdet: expected"),
+    "another preset": (["eval", "perplexity", "--also", "fast"], 2, "preset: expected"),
+    "the demo's file": (["demo", "--doc", "missing.txt"], 2, "No such file"),
+    "the demo's length": (["demo", "--length", "100"], 2, "length: expected"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence(
+    mistake: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "doc": b"Rivers run to the sea.",
+        "binary": bytes(range(256)),
+        "empty": b"\n",
+        "long": b"river " * 140_000,
+        "key.toml": b"budgte = 1\n",
+        "bad.jsonl": b'{"title": "no text"}\n',
+    }.items():
+        Path(name).write_bytes(content)
+    Path("sub").mkdir()
+    words, code, part = MISTAKES[mistake]
+    got, line = refused(monkeypatch, capsys, *words)
+    assert (got, line[:7]) == (code, "error: ")
+    assert part in line
+
+
+def test_wrong_usage_and_unknown_commands() -> None:
+    for words in (["nosuch"], ["run"], ["run", "q"], ["run", "a", "b", "c", "--doc", "d"]):
+        result = invoke(*words)
+        assert result.exit_code == 2, words
+        assert result.stdout == ""
+        assert "Usage: " in result.stderr
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever happens inside, it leaves as a sentence; markup in it is printed, not obeyed."""
+    for error, code, text in (
+        (FitError("too [red]long[/red]"), 3, "error: too [red]long[/red]"),
+        (BackendError("no backend"), 4, "error: no backend"),
+        (MemoryError(), 1, "error: MemoryError: no reason given; HIPSERVE_DEBUG=1 shows where"),
+        (RuntimeError("a\nb"), 1, "error: RuntimeError: a b; HIPSERVE_DEBUG=1 shows where"),
+    ):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(command, "app", fail)
+        assert refused(monkeypatch, capsys) == (code, text)
+        monkeypatch.setenv("HIPSERVE_DEBUG", "1")
+        with pytest.raises(type(error)):
+            command.main()
+        monkeypatch.delenv("HIPSERVE_DEBUG")
+
+
+def test_eval_tables_and_json(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The heron waits by the river until the salmon come. " * 300)
+    small = ("--text", str(text), "--length", "1k", "--budget", "128")
+    options = (*small, "--vary", "num_sink_tokens=16,64")
+    result = invoke("eval", "perplexity", *options, "--json")
+    report = json.loads(result.stdout)
+    assert list(report["results"]) == ["dense", "hip", "num_sink_tokens=16", "num_sink_tokens=64"]
+    assert report["results"]["dense"]["change"] == 0
+    assert report["configs"]["hip"]["budget"] == 128
+    assert report["first"] == 256
+    options = (
+        *small,
+        "--samples",
+        "2",
+        "--tasks",
+        "passkey,quote",
+        "--also",
+        "paper",
+        "--no-dense",
+    )
+    result = invoke("eval", "retrieval", *options)
+    assert result.exit_code == 0
+    for word in ("passkey", "quote", "hip", "paper", "acorn, 1k tokens"):
+        assert word in result.stdout
+    assert "dense" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_demo_with_a_document_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "doc.txt"
+    path.write_text("The heron waits by the river until the salmon come. " * 250)
+    result = invoke("demo", "--doc", str(path), "--length", "3k", "--dense-length", "2k")
+    assert result.exit_code == 0
+    assert "4 of 4 answers right" in result.stdout
+    assert all(fact.value in result.stdout for fact in FACTS)
+    assert "reading the first 2,048 of the text's" in result.stderr
+    for word in ("time to first token", "tokens/s", "keys read", "peak memory", "dense", "ratio"):
+        assert word in result.stdout
+
+
+def test_demo_as_json() -> None:
+    result = invoke("demo", "--length", "3k", "--dense-length", "2k", "--json")
+    values: dict[str, Any] = json.loads(result.stdout)
+    assert [answer["right"] for answer in values["answers"]] == [True] * 4
+    assert values["peak_bytes"] > values["cache_bytes"] > 0
+    comparison = values["comparison"]
+    ratio = comparison["dense"]["first_token_seconds"] / comparison["hip"]["first_token_seconds"]
+    assert comparison["first_token_ratio"] == ratio
+    assert values["config"]["budget"] == 1024
+
+
+def test_doctor_and_version() -> None:
+    import torch
+
+    checks = json.loads(invoke("doctor", "--json").stdout)
+    by_name = {check["name"]: check for check in checks}
+    assert by_name["dense result"]["ok"]
+    assert by_name["bundled model"]["found"] == "acorn, 23.2 M parameters"
+    assert invoke("doctor").exit_code == int(not all(check["ok"] for check in checks))
+    assert json.loads(invoke("version", "--json").stdout)["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in invoke("version").stdout
+
+
+def test_without_native_kernels_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hipserve import platform
+
+    missing = platform.NativeLibrary(None, "no compiler was there")
+    monkeypatch.setattr(platform, "native_library", lambda: missing)
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 1
+    native = json.loads(result.stdout)[0]
+    assert not native["ok"]
+    assert native["found"] == "no compiler was there"
+    assert "install gcc" in native["advice"]
+
+
+def test_a_reader_that_leaves_early_is_no_error(doc: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [HIPSERVE, "run", QUESTION, "--doc", doc],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=240,
+    )
+    os.close(writing)
+    assert b"Traceback" not in done.stderr
+    assert b"Error" not in done.stderr
+
+
+def test_interrupts_are_quiet() -> None:
+    """Ctrl-C while a long document is read."""
+    process = subprocess.Popen(
+        [HIPSERVE, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()  # printed when the model is loaded
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in first + rest
+
+
+def test_a_process_prints_as_the_runner_does(doc: str) -> None:
+    done = call("run", QUESTION, "--doc", "-", stdin=FACT.encode(), NO_COLOR="1")
+    assert (done.returncode, done.stdout) == (0, "The pass key is 83724.\n")
+    assert len(done.stderr.splitlines()) == 1
+    done = call("run", QUESTION, "--doc", "-", stdin=b"\xff")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: file: expected")
+
+
+def test_help_needs_no_heavy_import() -> None:
+    """`hipserve --help` answers without loading transformers."""
+    code = (
+        "import sys; from hipserve.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,290 @@
+"""Quality is measured as described: tasks, scores, intervals, likelihoods."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipserve import ArgumentError, FitError, HiPConfig
+from hipserve.evaluate import (
+    TASKS,
+    Document,
+    evaluate_perplexity,
+    evaluate_retrieval,
+    make_sample,
+    perplexity,
+    read_documents,
+    retrieval,
+)
+from hipserve.evaluate.intervals import bootstrap, mean, wilson
+from hipserve.evaluate.passes import greedy_hits
+from hipserve.evaluate.tasks import PUZZLES, Sample, plant
+from hipserve.evaluate.text import language_reference
+from hipserve.models import LoadedModel, load
+
+HAY = " ".join(f"word{i}" for i in range(60_000))
+SMALL = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=64, dense_below=0)
+tasks = pytest.mark.parametrize("task", TASKS)
+
+
+def count(sample: Sample) -> int:
+    """A tokenizer of words and digits."""
+    return len(re.findall(r"\d|[^\W\d]+", sample.document + sample.question + sample.answer))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load(device="cpu", dtype=torch.float32)
+
+
+@tasks
+@pytest.mark.parametrize("length", [900, 4000])
+def test_samples_have_the_length_asked_for_and_repeat(task: str, length: int) -> None:
+    samples = [make_sample(task, HAY, length, count, seed) for seed in (1, 1, 2)]
+    assert samples[0] == samples[1]
+    assert samples[0] != samples[2]
+    assert all(0.97 * length <= count(sample) <= length for sample in samples)
+
+
+@pytest.mark.parametrize("task", PUZZLES)
+@given(seed=st.integers(0, 1000))
+def test_facts_lie_in_the_text_and_hold_the_answer(task: str, seed: int) -> None:
+    puzzle = PUZZLES[task](random.Random(seed))
+    sample = make_sample(task, HAY, 2000, count, seed)
+    lines = sample.document.splitlines()
+    assert sample.answer not in HAY
+    value = sample.answer.split()[-1].strip('"')
+    holding = [line for line in lines if value in line]
+    assert len(holding) >= 1, "the value of the answer is in the text"
+    assert len(lines) >= len(puzzle.facts)
+    subject = re.findall(r"for (\w+) mentioned|key \"(\w+)\"", sample.question)
+    if subject:
+        key = "".join(subject[0])
+        assert all(key in line for line in holding), "it stands beside what the question names"
+        assert sum(f"{key}" in line for line in lines) == 1, "only one line answers"
+
+
+def test_variables_form_one_chain() -> None:
+    sample = make_sample("variables", HAY, 2000, count, 3)
+    found = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", sample.document)
+    names = sample.answer.split()
+    value = re.findall(r"value (\d+)", sample.question)[0]
+    assert found == list(zip(names, [value, *names], strict=False))
+
+
+def test_quotes_are_in_the_text_word_for_word() -> None:
+    for seed in range(20):
+        sample = make_sample("quote", HAY, 1500, count, seed)
+        given_words = sample.question.removeprefix("Continue the passage: ")
+        assert f"{given_words} {sample.answer}" in sample.document
+        assert (len(given_words.split()), len(sample.answer.split())) == (16, 32)
+
+
+def test_facts_are_planted_at_their_depth() -> None:
+    text = "a b c d e f g h i j" * 100
+    depths = [0.0, 0.25, 0.5, 0.5, 1.0]
+    facts = [f"<{i}>" for i in range(5)]
+    planted = plant(text, facts, depths)
+    for fact, depth in zip(facts, depths, strict=True):
+        before = planted[: planted.index(f"\n{fact}\n")]
+        assert abs(len(re.sub(r"\n<\d>\n", "", before)) - depth * len(text)) < 25
+    assert re.sub(r"\n<\d>\n", "", planted) == text, "nothing but facts was added"
+
+
+def test_unknown_tasks_and_short_texts() -> None:
+    with pytest.raises(ArgumentError, match="task: expected one of passkey"):
+        make_sample("pi", HAY, 1000, count, 0)
+    with pytest.raises(FitError, match=r"too short for 10,000 tokens"):
+        make_sample("passkey", "short", 10_000, count, 0)
+    with pytest.raises(FitError, match="no stretch"):
+        make_sample("kv", HAY, 30, count, 0)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "expected"),
+    [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (50, 50, (0.9287, 1.0))],
+)
+def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> None:
+    """Values of Wilson's formula as published tables give them."""
+    assert wilson(successes, trials) == pytest.approx(expected, abs=1e-4)
+
+
+def test_bootstrap_covers_as_often_as_it_says() -> None:
+    rng = random.Random(0)
+    hits = 0
+    for trial in range(60):
+        values = [rng.gauss(3.0, 2.0) for _ in range(40)]
+        low, high = bootstrap(values, mean, seed=trial)
+        hits += low <= 3.0 <= high
+    assert 50 <= hits <= 60
+    assert bootstrap([2.0] * 5, mean) == (2.0, 2.0)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+class FakeModel:
+    """Answers a question when `knows` does; `use` notes which attention is on."""
+
+    name, max_context, tokenizer = "fake", 10_000, None
+
+    def __init__(self) -> None:
+        self.config: HiPConfig | None = None
+
+    def use(self, config: HiPConfig | None) -> None:
+        self.config = config
+
+    def check_fit(self, tokens: int, new: int) -> None:
+        assert tokens + new <= self.max_context
+
+
+def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense knows all, HiP misses every fourth token of every second answer."""
+    model: Any = FakeModel()
+    asked: list[tuple[str, bool]] = []
+
+    def hits(loaded: FakeModel, prompt: str, answer: list[str]) -> list[bool]:
+        asked.append((prompt, loaded.config is None))
+        weak = loaded.config is not None and len(asked) % 4 == 0
+        return [not weak or i % 4 > 0 for i in range(8)]
+
+    monkeypatch.setattr(retrieval, "greedy_hits", hits)
+    monkeypatch.setattr(retrieval, "_answer_ids", lambda loaded, sample: sample.answer.split())
+    monkeypatch.setattr(FakeModel, "encode", lambda self, turns: turns[0]["content"], raising=False)
+    monkeypatch.setattr(retrieval, "_count", lambda loaded, sample: count(sample))
+    progress: list[Any] = []
+    report = evaluate_retrieval(
+        model,
+        {"dense": None, "hip": SMALL},
+        ["passkey", "variables"],
+        HAY,
+        length=1000,
+        samples=6,
+        progress=lambda *step: progress.append(step),
+    )
+    exact, partial = report.results
+    assert exact.scores["dense"].mean == partial.scores["dense"].mean == 1.0
+    assert exact.scores["hip"].mean == 0.5
+    assert partial.scores["hip"].mean == pytest.approx(0.875)
+    assert exact.scores["hip"].interval == wilson(3, 6)
+    assert exact.difference["hip"].mean == -0.5
+    assert partial.difference["hip"].interval[0] < partial.difference["hip"].mean < 0
+    assert "dense" not in exact.difference
+    pairs = list(zip(asked[::2], asked[1::2], strict=True))
+    assert all(a[0] == b[0] and a[1] and not b[1] for a, b in pairs), "the same samples, in turn"
+    assert len({a[0] for a, _ in pairs}) == 12
+    assert progress[-1] == ("variables", "hip", 6)
+    assert json.loads(json.dumps(report.to_dict()))["configs"]["hip"]["budget"] == 64
+
+
+def test_greedy_hits_are_those_of_generate(loaded: LoadedModel) -> None:
+    loaded.use(HiPConfig())
+    fact = "Read the text.\n\nThe pass key is 83724. Remember it. 83724 is the pass key."
+    question = "What is the pass key?"
+    prompt = loaded.encode([{"role": "user", "content": text} for text in (fact, question)])
+    made = loaded.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+    )[0, prompt.shape[1] :]
+    assert all(greedy_hits(loaded, prompt, made))
+    wrong = made.clone()
+    wrong[5] = (wrong[5] + 1) % 8192
+    hits = greedy_hits(loaded, prompt, wrong)
+    assert hits[:5] == [True] * 5
+    assert not hits[5]
+
+
+@pytest.mark.parametrize("config", [None, SMALL, HiPConfig()], ids=["dense", "pruned", "roomy"])
+def test_nll_is_that_of_one_forward_pass(
+    loaded: LoadedModel, config: HiPConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks over a cache, against `log_softmax` of all logits at once."""
+    loaded.use(config)
+    ids = loaded.tokenizer(language_reference()[:6000], return_tensors="pt")["input_ids"][:, :1200]
+    monkeypatch.setattr(perplexity, "prefill", chunks_of(256))
+    nll = perplexity.token_nll(loaded, ids)
+    with torch.no_grad():
+        logits = loaded.model(ids, use_cache=False).logits[0, :-1].double()
+    direct = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(nll.double(), direct, atol=2e-3, rtol=1e-3)
+
+
+def chunks_of(size: int) -> Any:
+    def prefill(loaded: LoadedModel, ids: torch.Tensor, cache: Any) -> Any:
+        for start in range(0, ids.shape[1], size):
+            chunk = ids[:, start : start + size]
+            yield start, loaded.model(chunk, past_key_values=cache, use_cache=True).logits
+
+    return prefill
+
+
+def test_perplexity_report(loaded: LoadedModel) -> None:
+    text = language_reference()
+    documents = [
+        Document("one", "docs", text[:9000]),
+        Document("two", "docs", text[50_000:59_000]),
+        Document("three", "other", text[90_000:99_000]),
+        Document("short", "other", "not enough"),
+    ]
+    configs = {"dense": None, "hip": SMALL, "again": None}
+    report = evaluate_perplexity(loaded, configs, documents, length=1100, first=76)
+    assert report.documents == ["one", "two", "three"]
+    assert report.too_short == ["short"]
+    dense, hip = report.results["dense"], report.results["hip"]
+    assert dense.change == 0
+    assert report.results["again"] == dense
+    assert dense.mean == pytest.approx(mean(list(dense.by_domain.values())))
+    assert hip.change == pytest.approx(hip.mean / dense.mean - 1)
+    assert hip.interval[0] <= hip.change <= hip.interval[1]
+    assert 0 < abs(hip.change) < 0.2
+    assert hip.perplexity == pytest.approx(math.exp(hip.mean))
+    loaded.use(None)
+    ids = loaded.tokenizer(documents[2].text, return_tensors="pt")["input_ids"][:, :1100]
+    nll = perplexity.token_nll(loaded, ids)[75:]
+    assert dense.by_domain["other"] == pytest.approx(nll.mean().item(), rel=1e-5)
+
+
+def test_perplexity_of_nothing(loaded: LoadedModel) -> None:
+    for options in ({"length": 2000}, {"length": 10, "first": 10}):
+        with pytest.raises(FitError, match="nothing to measure"):
+            evaluate_perplexity(
+                loaded, {"dense": None}, [Document("a", "b", "too short")], **options
+            )
+    with pytest.raises(FitError, match="context is 131,072"):
+        evaluate_perplexity(loaded, {"dense": None}, [], length=2**20)
+
+
+def test_documents(tmp_path: Path) -> None:
+    assert read_documents()[0].text == language_reference()
+    assert len(language_reference()) > 300_000
+    plain, lines = tmp_path / "a.md", tmp_path / "b.jsonl"
+    plain.write_text("\ufeffprose", encoding="utf-8")
+    rows = [{"text": "x", "title": "T", "domain": "D"}, {"text": "y", "id": 7}, {"text": "z"}]
+    lines.write_text("\n\n".join(map(json.dumps, rows)))
+    assert read_documents([plain, str(lines)]) == [
+        Document("a.md", "md", "prose"),
+        Document("T", "D", "x"),
+        Document("7", "b", "y"),
+        Document("b.jsonl:5", "b", "z"),
+    ]
+    for content in ('{"text": 3}', "[]", "{"):
+        lines.write_text(content)
+        with pytest.raises(ArgumentError, match="line 1"):
+            read_documents([lines])
+
+
+def test_the_cache_fits_the_attention(loaded: LoadedModel) -> None:
+    from hipserve.evaluate.passes import make_cache
+
+    names = []
+    for config in (None, SMALL):
+        loaded.use(config)
+        names.append(type(make_cache(loaded)).__name__)
+    assert names == ["DynamicCache", "HiPCache"]
+    assert loaded.model.config.hip["budget"] == 64
