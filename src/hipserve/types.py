@@ -95,6 +95,13 @@ class BatchLayout:
             self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
         return self._query_blocks[query_block_size]
 
+    def split_on_host(self, query_block_size: int, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
+        """Makes the query blocks from copies that the host has, so that no device is waited for."""
+        rows = _split_rows(seq_lens, cu_seqlens_q, query_block_size)
+        blocks = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+        device = self.seq_lens.device
+        self._query_blocks[query_block_size] = blocks.to(device, non_blocking=True)
+
     def only(self, query_block_size: int, chosen: Tensor) -> BatchLayout:
         """The same batch, of which `select_blocks` sees the query blocks `chosen` (int64) alone."""
         blocks = self.query_blocks(query_block_size)[chosen]

@@ -86,6 +86,7 @@ def test_compiled_models_give_the_same_tokens(pruned: dict[str, Any], folder: Pa
     assert scenario("compiled", folder)["together"] == pruned["alone"]
 
 
+@pytest.mark.slow
 def test_traced_models_give_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:
     together = scenario("compiled", folder, VLLM_CPU_CI_ENV="1")["together"]
     assert together == pruned["alone"]

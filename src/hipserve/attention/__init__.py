@@ -2,9 +2,18 @@
 
 from hipserve.attention.hip import hip_attention
 from hipserve.attention.layer import SelectionReuse, attend
-from hipserve.attention.requests import RefreshSchedule, RequestSelections, SequenceStep, StepPlan
+from hipserve.attention.requests import (
+    CapturedPlan,
+    DecodeBuffers,
+    RefreshSchedule,
+    RequestSelections,
+    SequenceStep,
+    StepPlan,
+)
 
 __all__ = [
+    "CapturedPlan",
+    "DecodeBuffers",
     "RefreshSchedule",
     "RequestSelections",
     "SelectionReuse",

@@ -136,14 +136,75 @@ class StepPlan:
         )
 
 
+class DecodeBuffers:
+    """Plans of pure decode steps at fixed addresses, for CUDA graphs.
+
+    At replay no Python runs between the layers: kernels read what was written here beforehand, and
+    whether a row selects afresh is a number on the device. Rows beyond the batch are padding; they
+    have no query row and share the last slot, which belongs to nobody.
+
+    Args:
+        num_slots: most requests that are alive at a time, and most rows of a step.
+        device: where the kernels run.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.query_blocks = torch.zeros(num_slots, 4, dtype=torch.int32, device=device)
+        self.query_blocks[:, 0] = torch.arange(num_slots)
+        self.slots = torch.full((num_slots,), num_slots, dtype=torch.int64, device=device)
+        self.refresh = torch.zeros(num_slots, dtype=torch.int32, device=device)
+
+    def plan(
+        self,
+        layout: BatchLayout,
+        query_block_size: int,
+        decisions: Sequence[tuple[int, bool]],
+    ) -> CapturedPlan:
+        """Writes a step of one row a sequence; nothing is allocated on the device, nothing waits.
+
+        Lengths are read on the device, where they are exact; `decisions` covers the real rows.
+        """
+        rows, real = layout.num_seqs, len(decisions)
+        blocks, slots, refresh = (x[:rows] for x in (self.query_blocks, self.slots, self.refresh))
+        starts = layout.cu_seqlens_q
+        blocks[:, 1] = starts[:-1]
+        blocks[:, 2] = starts[1:] - starts[:-1]
+        blocks[:, 3] = layout.seq_lens - blocks[:, 2]
+        own = [slot if slot >= 0 else self.num_slots for slot, _ in decisions]
+        slots[:real].copy_(torch.tensor(own), non_blocking=True)
+        slots[real:] = self.num_slots
+        fresh = torch.tensor([is_fresh for _, is_fresh in decisions], dtype=torch.int32)
+        refresh[:real].copy_(fresh, non_blocking=True)
+        refresh[real:] = 0
+        parts = (layout.block_table, layout.seq_lens, starts)
+        return CapturedPlan(BatchLayout(*parts, {query_block_size: blocks}), slots, refresh)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedPlan:
+    """What all layers of a decode step share, at addresses that stay from step to step.
+
+    Attributes:
+        layout: lengths and pages of the batch; query block i is row i.
+        slots: `[num_seqs]` int64, slot of every row's request.
+        refresh: `[num_seqs]` int32, 1 where a row selects afresh.
+    """
+
+    layout: BatchLayout
+    slots: Tensor
+    refresh: Tensor
+
+
 @dataclass(slots=True)
 class RequestSelections:
     """The selections of one layer, one a slot.
 
     Attributes:
         num_slots: most requests that are alive at a time.
-        indices: `[num_slots, heads, max_selected]` int32, allocated with the first selection.
-        window_start: `[num_slots]` int32.
+        indices: `[num_slots + 1, heads, max_selected]` int32, allocated with the first selection;
+            the last slot is nobody's.
+        window_start: `[num_slots + 1]` int32.
     """
 
     num_slots: int
@@ -151,9 +212,16 @@ class RequestSelections:
     window_start: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def select(
-        self, q: Tensor, kv: PagedKV, plan: StepPlan, config: HiPConfig, backend: str = "auto"
+        self,
+        q: Tensor,
+        kv: PagedKV,
+        plan: StepPlan | CapturedPlan,
+        config: HiPConfig,
+        backend: str = "auto",
     ) -> BlockSelection:
         """The selection of every query block: made now, or kept from an earlier decode step."""
+        if isinstance(plan, CapturedPlan):
+            return self._select_captured(q, kv, plan, config, backend)
         size = config.query_block_size
         if plan.fresh is None:
             selection = select_blocks(
@@ -169,6 +237,24 @@ class RequestSelections:
             self._store(selection, plan)
         return selection
 
+    def _select_captured(
+        self, q: Tensor, kv: PagedKV, plan: CapturedPlan, config: HiPConfig, backend: str
+    ) -> BlockSelection:
+        """The same launches whatever the step: a row that keeps its own drops the new one."""
+        made = select_blocks(q, kv, plan.layout, config=config, backend=backend, check=False)
+        self._allocate(made)
+        fresh = plan.refresh > 0
+        indices = torch.where(fresh[:, None, None], made.indices, self.indices[plan.slots])
+        window_start = torch.where(fresh, made.window_start, self.window_start[plan.slots])
+        self.indices[plan.slots], self.window_start[plan.slots] = indices, window_start
+        return BlockSelection(indices, window_start)
+
+    def _allocate(self, selection: BlockSelection) -> None:
+        if not self.indices.numel():
+            shape = (self.num_slots + 1, *selection.indices.shape[1:])
+            self.indices = selection.indices.new_full(shape, -1)
+            self.window_start = selection.window_start.new_zeros(self.num_slots + 1)
+
     def _kept(self, slots: Tensor) -> BlockSelection:
         return BlockSelection(self.indices[slots], self.window_start[slots])
 
@@ -182,9 +268,6 @@ class RequestSelections:
         return BlockSelection(indices, window_start)
 
     def _store(self, selection: BlockSelection, plan: StepPlan) -> None:
-        if not self.indices.numel():
-            shape = (self.num_slots, *selection.indices.shape[1:])
-            self.indices = selection.indices.new_empty(shape)
-            self.window_start = selection.window_start.new_empty(self.num_slots)
+        self._allocate(selection)
         self.indices[plan.stored_slots] = selection.indices[plan.stored]
         self.window_start[plan.stored_slots] = selection.window_start[plan.stored]

@@ -21,13 +21,21 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from hipserve.attention import RefreshSchedule, RequestSelections, SequenceStep, StepPlan
+from hipserve.attention import (
+    CapturedPlan,
+    DecodeBuffers,
+    RefreshSchedule,
+    RequestSelections,
+    SequenceStep,
+    StepPlan,
+)
 from hipserve.config import HiPConfig
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, settings
 from hipserve.integrations.vllm.metrics import tally
 from hipserve.ops import block_sparse_attention, write_kv
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.platform import triton_refusal
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,7 +110,7 @@ class HiPStep(AttentionMetadata):
     """
 
     num_tokens: int
-    plan: StepPlan
+    plan: StepPlan | CapturedPlan
     counted_layer: str
 
 
@@ -117,10 +125,13 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refuse_without_kernels(device, kv_cache_spec.dtype)
         compat.follow_requests()
         self.config = settings.hip_config(vllm_config)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
+        # Only GPUs replay graphs; elsewhere a step selects for the rows that need it alone.
+        self.buffers = DecodeBuffers(slots, device) if device.type == "cuda" else None
         self.tally = tally(vllm_config.instance_id)
         layers: Any = vllm_config.compilation_config.static_forward_context
         impls: dict[str, HiPImpl] = {name: layers[name].impl for name in layer_names}
@@ -138,13 +149,24 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         fast_build: bool = False,  # noqa: ARG002
     ) -> HiPStep:
         common = common_attn_metadata
-        layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         requests = compat.step_requests(common)
         self.schedule.forget(requests.ended)
-        decisions = self.schedule.step(_sequences(common, requests.rows))
-        plan = StepPlan.make(layout, self.config.query_block_size, decisions)
+        decisions = self.schedule.step(sequences(common, requests.rows))
+        return HiPStep(
+            int(common.query_start_loc_cpu[-1]), self._plan(common, decisions), self.counted_layer
+        )
+
+    def _plan(
+        self, common: CommonAttentionMetadata, decisions: list[tuple[int, bool]]
+    ) -> StepPlan | CapturedPlan:
+        layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        size = self.config.query_block_size
+        if self.buffers is not None and common.max_query_len == 1:
+            return self.buffers.plan(layout, size, decisions)
+        layout.split_on_host(size, host_seq_lens(common), common.query_start_loc_cpu)
+        plan = StepPlan.make(layout, size, decisions)
         self._count(plan)
-        return HiPStep(int(common.query_start_loc_cpu[-1]), plan, self.counted_layer)
+        return plan
 
     def _count(self, plan: StepPlan) -> None:
         blocks = plan.layout.query_blocks(self.config.query_block_size)[:, 2:].tolist()
@@ -160,10 +182,26 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
 
 
-def _sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
+def refuse_without_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises BackendError on a GPU without kernels: eager torch would be slower than dense."""
+    refusal = triton_refusal(device, dtype) if device.type == "cuda" else ""
+    if refusal:
+        raise BackendError(
+            f"HiP attention cannot serve on {device}: {refusal}; install triton, or leave out "
+            "--attention-backend CUSTOM"
+        )
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
+    """`[num_reqs]` int32 on the host, without waiting for a device."""
+    bound = common.seq_lens_cpu_upper_bound
+    return common.seq_lens.cpu() if bound is None else bound[: common.num_reqs]
+
+
+def sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
-    seq_lens = common.seq_lens.tolist()
+    seq_lens = host_seq_lens(common).tolist()
     return [
         SequenceStep(
             rows[i] if rows else None,
@@ -270,13 +308,19 @@ class HiPImpl(AttentionImpl[HiPStep]):
             check=False,
         )
         output[:count] = out
-        if selection and layer.layer_name == attn_metadata.counted_layer:
+        if isinstance(plan, StepPlan) and output.device.type == "cpu":
+            counted = layer.layer_name == attn_metadata.counted_layer
+            self._count(selection if counted else None, plan, selected - began)
+            self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
+        return output
+
+    def _count(self, selection: BlockSelection | None, plan: StepPlan, seconds: float) -> None:
+        """Reading numbers back would stall a GPU, so that only CPUs count."""
+        self.tally.add("hipserve_selection_seconds", seconds)
+        if selection is not None:
             read, visible = selection.keys_read(plan.layout, self.config)
             self.tally.add("hipserve_keys_read", float(read))
             self.tally.add("hipserve_keys_visible", float(visible))
-        self.tally.add("hipserve_selection_seconds", selected - began)
-        self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
-        return output
 
 
 def page_views(kv_cache: Tensor, config: HiPConfig, prunable: bool) -> PagedKV:

@@ -83,11 +83,11 @@ def follow_requests() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     runner: Any = GPUModelRunner
-    runner._update_states = _noting_the_ended(runner._update_states)
-    runner._build_attention_metadata = _telling_the_rows(runner._build_attention_metadata)
+    runner._update_states = noting_the_ended(runner._update_states)
+    runner._build_attention_metadata = telling_the_rows(runner._build_attention_metadata)
 
 
-def _noting_the_ended(update: Callable[..., Any]) -> Callable[..., Any]:
+def noting_the_ended(update: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(update)
     def update_states(runner: Any, scheduled: Any) -> Any:
         ended = set(scheduled.finished_req_ids) | set(scheduled.preempted_req_ids or ())
@@ -99,7 +99,7 @@ def _noting_the_ended(update: Callable[..., Any]) -> Callable[..., Any]:
     return update_states
 
 
-def _telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
+def telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(build)
     def build_attention_metadata(runner: Any, *positional: Any, **named: Any) -> Any:
         global _current

@@ -1,0 +1,232 @@
+"""The translator's parts without an engine: blocks, steps, versions, options, metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from hipserve import BackendError, HiPConfig
+from hipserve.integrations.vllm import backend, compat, metrics, server, settings
+from hipserve.ops import compute_bounds, write_kv
+
+BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+
+
+def kv_blocks(blocks: int, size: int, heads: int, dim: int) -> torch.Tensor:
+    """`[blocks, heads, size, 2 * dim]` as vLLM hands it out, in pages that are poisoned around."""
+    layout = settings.BlockLayout(size, heads, dim, torch.float32, 16)
+    stride = layout.padded_bytes // 4
+    raw = torch.full((blocks * stride,), float("nan"))
+    return raw.as_strided((blocks, heads, size, 2 * dim), (stride, 2 * dim, heads * 2 * dim, 1))
+
+
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
+    cache = kv_blocks(4, size, 2, dim)
+    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    k, v = torch.randn(2, size, 2, dim)
+    slots = 2 * size + torch.arange(size)  # block 2, whole
+    write_kv(k, v, pages, slots)
+    assert torch.equal(cache[2, 1, :, :dim], k[:, 1])
+    assert torch.equal(cache[2, 1, :, dim:], v[:, 1])
+    assert pages.k_bounds is not None
+    assert torch.equal(pages.k_bounds[2], compute_bounds(k[None], backend="reference")[0])
+    assert torch.isnan(cache[[0, 1, 3]]).all()
+    assert torch.isnan(pages.k_bounds[[0, 1, 3]]).all()
+
+
+def test_padding_slots_write_nothing() -> None:
+    cache = kv_blocks(2, 64, 2, 64)
+    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    k, v = torch.randn(2, 3, 2, 64)
+    write_kv(k, v, pages, torch.tensor([-1, 64, -1]))
+    assert torch.equal(cache[1, :, 0, :64], k[1])
+    assert torch.isnan(cache[0]).all()
+    assert torch.isnan(cache[1, :, 1:]).all()
+
+
+def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
+    cache = kv_blocks(2, 64, 2, 64)
+    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    k, v = 100 * torch.randn(2, 64, 2, 64)
+    write_kv(k, v, pages, 64 + torch.arange(64))
+    fresh, v = torch.randn(2, 5, 2, 64)
+    write_kv(fresh, v, pages, 64 + torch.arange(5))
+    assert pages.k_bounds is not None
+    expected = torch.stack([fresh.amin(0), fresh.amax(0)], dim=1)
+    assert torch.equal(pages.k_bounds[1, 0], expected)
+    assert torch.equal(pages.k_bounds[1, 4], expected)  # the run of 64 keys above it
+
+
+def test_a_layer_without_bounds_pads_nothing() -> None:
+    layout = settings.BlockLayout(128, 2, 64, torch.bfloat16, None)
+    assert layout.num_runs == 0
+    assert layout.padded_bytes == 128 * 2 * 128 * 2
+
+
+def common(lens: list[int], seq_lens: list[int], prefilling: list[bool], **more: Any) -> Any:
+    starts = torch.tensor([0, *lens]).cumsum(0).int()
+    values = {
+        "block_table_tensor": torch.zeros(len(lens), 4, dtype=torch.int32),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        "seq_lens_cpu_upper_bound": None,
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "num_reqs": len(lens),
+        "max_query_len": max(lens),
+        "is_prefilling": torch.tensor(prefilling),
+        "req_idx": None,
+    }
+    return SimpleNamespace(**{**values, **more})
+
+
+def test_the_end_of_a_prompt_is_no_decode_step() -> None:
+    step = common([1, 1, 7, 1], [10, 20, 30, 40], [False, True, True, False])
+    rows = backend.sequences(step, ("a", "b", "c", "d"))
+    assert [row.decoding for row in rows] == [True, False, False, True]
+    assert [row.request for row in rows] == ["a", "b", "c", "d"]
+    assert [row.seq_len for row in rows] == [10, 20, 30, 40]
+
+
+def test_requests_of_the_second_model_runner() -> None:
+    step = common([1, 1], [10, 20], [False, False], req_idx=torch.tensor([7, 3]).numpy())
+    assert compat.step_requests(step).rows == (7, 3)
+
+
+def test_steps_without_known_requests_keep_nothing() -> None:
+    assert compat.step_requests(common([1], [10], [False])).rows is None
+
+
+def test_a_runner_tells_rows_and_who_has_ended() -> None:
+    seen: list[compat.StepRequests] = []
+
+    def build(runner: Any) -> None:
+        seen.append(compat.step_requests(common([1, 1], [5, 6], [False, False])))
+
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["x", "y"]))
+    update = compat.noting_the_ended(lambda *_: None)
+    new = SimpleNamespace(req_id="y")
+    cached = SimpleNamespace(resumed_req_ids={"r"})
+    update(runner, SimpleNamespace(
+        finished_req_ids={"f"}, preempted_req_ids=None, scheduled_new_reqs=[new],
+        scheduled_cached_reqs=cached,
+    ))  # fmt: skip
+    compat.telling_the_rows(build)(runner)
+    compat.telling_the_rows(build)(runner)
+    assert seen[0] == compat.StepRequests(("x", "y"), frozenset({"f", "y", "r"}))
+    assert seen[1] == compat.StepRequests(("x", "y"), frozenset())
+
+
+def test_an_unknown_version_of_vllm_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", "0.99.1")
+    with pytest.raises(BackendError) as error:
+        compat.check_version()
+    assert re.fullmatch(r"vllm 0\.99\.1 is not supported: [^\n]+", str(error.value))
+    assert "0.32" in str(error.value)
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "triton_refusal", lambda *_: "Triton is not installed")
+    backend.refuse_without_kernels(torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(BackendError, match="cannot serve on cuda: Triton is not installed"):
+        backend.refuse_without_kernels(torch.device("cuda"), torch.bfloat16)
+
+
+def test_workers_are_added_up(tmp_path: Path) -> None:
+    first, second = metrics.Tally(tmp_path / "e"), metrics.Tally(tmp_path / "e")
+    second.path = tmp_path / "e" / "worker-other"
+    second._values = type(second._values)(second.path, float, "w+", shape=len(metrics.METRICS))
+    first.add("hipserve_refreshes", 3)
+    second.add("hipserve_refreshes", 4)
+    second.add("hipserve_dense_query_blocks", 5, "short")
+    collector = metrics.HiPCollector()
+    collector.folders.add(tmp_path / "e")
+    samples = {
+        (sample.name, sample.labels.get("reason")): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+    assert samples["hipserve_refreshes_total", None] == 7
+    assert samples["hipserve_dense_query_blocks_total", "short"] == 5
+    assert samples["hipserve_page_bound_bytes", None] == 0
+    first.remove()
+    second.remove()
+    assert not (tmp_path / "e").exists()
+
+
+def test_every_metric_of_the_board_exists() -> None:
+    """Ours as the collector names them, vLLM's as its sources do."""
+    import vllm.v1.metrics
+
+    text = json.dumps(json.loads(BOARD.read_text()))
+    ours = {sample.name for family in metrics.HiPCollector().collect() for sample in family.samples}
+    named = set(re.findall(r"hipserve_\w+", text))
+    assert named
+    assert named <= ours
+    sources = "".join(p.read_text() for p in Path(vllm.v1.metrics.__path__[0]).glob("*.py"))
+    theirs = set(re.findall(r"vllm:\w+", text))
+    assert theirs
+    for name in theirs:
+        assert re.sub("_(total|bucket|sum|count)$", "", name) in sources, name
+
+
+def serve(*flags: str, **options: Any) -> server.Server:
+    return server.Server("m", "name", HiPConfig(), flags=flags, **options)
+
+
+def test_command_line() -> None:
+    words = serve("--max-model-len", "4096").command()
+    assert words[words.index("--served-model-name") + 1] == "name"
+    assert words[words.index("--attention-backend") + 1] == "CUSTOM"
+    options = json.loads(words[words.index("--additional-config") + 1])
+    assert HiPConfig.from_dict(options["hip"]) == HiPConfig()
+    assert words[-2:] == ["--max-model-len", "4096"]
+    assert "--trust-remote-code" not in words
+    own = serve("--served_model_name=x", "--gpu-memory-utilization", "0.3").command()
+    assert own.count("--served-model-name") == 0
+    assert "--kv-cache-memory-bytes" not in own
+    dense = server.Server("m", "name", None).command()
+    assert "--attention-backend" not in dense
+
+
+def test_the_key_is_not_on_the_command_line() -> None:
+    one = serve(api_key="secret")
+    assert "secret" not in " ".join(one.command())
+    assert one.environment()["VLLM_API_KEY"] == "secret"
+
+
+@pytest.mark.parametrize(
+    ("workers", "shared"), [(1, "0,1,2,3"), (2, "0,1|2,3"), (3, "0|1|2"), (8, "0|1|2|3|" * 2)]
+)
+def test_workers_share_the_cores(workers: int, shared: str) -> None:
+    text = server.share_cores([0, 1, 2, 3], workers)
+    assert len(text.split("|")) == workers
+    if workers <= 4:
+        assert text == shared
+
+
+def test_loopback() -> None:
+    assert all(map(server.is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(map(server.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+
+
+def test_why_a_server_did_not_start() -> None:
+    lines = [
+        "(APIServer pid=1) INFO something",
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig",
+        "  Value error, block_size: expected 256, got 320; use 256 [type=value_error]",
+    ]
+    assert server.complaint(lines) == "block_size: expected 256, got 320; use 256"
+    assert server.complaint(["OSError: no such file"]) == "no such file"
+    assert "--verbose" in server.complaint(["INFO fine"])
