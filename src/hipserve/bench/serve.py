@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +67,7 @@ class Throughput:
 
 
 @contextmanager
-def running(server: Server, log: Path) -> Iterator[Server]:
+def running(server: Server, log: Path) -> Generator[Server]:
     """The server, answering; its output goes to a file.
 
     Raises:
