@@ -51,6 +51,7 @@ serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name f
 
 test: .venv/dev lint  ## lint, types, imports, and every test
 	$(BIN)/python -m pytest -m 'not slow'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
 
 test-slow: .venv/dev  ## what takes minutes a test: compiled models, pipelines, load
 	$(BIN)/python -m pytest -m slow

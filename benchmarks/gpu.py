@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py check            # kernels against the definition
     python benchmarks/gpu.py tune             # launch options, timed
-    python benchmarks/gpu.py compile --first 0   # one row's kernels into the cache, to run in parallel
+    python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
     python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
 
 `speed` runs `check` first and times nothing if it fails. One layer, 32/8 heads, head_dim 128,
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
 from hipserve.ops.block_sparse_attention import triton as attention
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
@@ -83,7 +83,7 @@ def check_one(seed: int) -> None:
         expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
         assert torch.equal(host.indices, expected.indices), "selection differs"
         assert torch.equal(host.window_start, expected.window_start)
-    case.ks = [k for k in gather(case, case.kv.k_cache)]
+    case.ks = gather(case, case.kv.k_cache)
     for choice, mask in ((chosen, host), (None, None)):
         out, lse = block_sparse_attention(
             gpu.q, gpu.kv, gpu.layout, choice, config=config, softcap=shape.softcap
@@ -320,7 +320,9 @@ ATTEND = [
 ]  # fmt: skip
 SELECT = [
     {"num_warps": w, "num_stages": s, "keys": k}
-    for w, s, k in ((8, 3, 64), (8, 2, 64), (8, 4, 64), (4, 3, 64), (4, 3, 32), (8, 3, 32), (8, 2, 128))
+    for w, s, k in (
+        (8, 3, 64), (8, 2, 64), (8, 4, 64), (4, 3, 64), (4, 3, 32), (4, 2, 32), (8, 2, 128),
+    )
 ]  # fmt: skip
 
 
@@ -365,6 +367,10 @@ def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]
     ]
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def speed(path: str | None, deadline: float) -> None:
     rows: Rows = []
     for job in jobs(HiPConfig()):
@@ -373,12 +379,7 @@ def speed(path: str | None, deadline: float) -> None:
             break
         try:
             rows.append(job())
-            say(
-                " ".join(
-                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                    for k, v in rows[-1].items()
-                )
-            )
+            say(" ".join(f"{name}={_short(value)}" for name, value in rows[-1].items()))
         except Exception as error:  # the other rows still count
             say(f"{type(error).__name__}: {str(error)[:400]}")
         torch.cuda.empty_cache()

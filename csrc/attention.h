@@ -2,6 +2,7 @@
 // head and some rows of one query block, the query heads of the group stacked into its rows; keys
 // come in tiles of 64, in position order, gathered by row pointer, so that pages cost nothing.
 #pragma once
+#include "few_rows.h"
 #include "tile.h"
 
 namespace hipserve {
@@ -9,7 +10,7 @@ namespace HIPSERVE_TIER {
 
 constexpr int64_t kMaxRows = 384;     // stacked rows of one item
 constexpr int64_t kSplitRows = 64;    // items this small split a long key list ...
-constexpr int64_t kSplitKeys = 4096;  // ... into parts of this many keys
+constexpr int64_t kSplitKeys = 2048;  // ... into parts of this many keys
 constexpr float kSlack = 8.f;  // a row's reference moves when a score is 2^8 times above it
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -17,6 +18,7 @@ struct Item {
   int32_t block, head, first_row, num_rows;
   int64_t begin, end;  // its part of the key list
   int32_t part, parts;
+  int64_t place;  // its first row among those of all parts
 };
 
 // The keys that one query block reads, as ascending segments of positions.
@@ -68,7 +70,7 @@ struct Scratch {
   int32_t* high;  // lanes of the tile that a group of rows reads, at its first row
   static size_t bytes(int64_t dim) {
     return room(kMaxRows * dim, 4) * 2 + room(kMaxRows, 4) * 2 + room(kMaxRows * kLanes, 4) +
-           room(kKeys * dim, 4) * 3 + room(kRows * kKeys, 4) + room(kMaxRows * kKeys, 4);
+           room(kKeys * dim, 4) * 3 + room(kFewRows * kKeys, 4) + room(kMaxRows * kKeys, 4);
   }
   Scratch(Arena& arena, int64_t dim) {
     q = arena.take<float>(kMaxRows * dim);
@@ -79,7 +81,7 @@ struct Scratch {
     keys = arena.take<float>(kKeys * dim);
     values = arena.take<float>(kKeys * dim);
     convert = arena.take<float>(kKeys * dim);
-    scores = arena.take<float>(kRows * kKeys);
+    scores = arena.take<float>(kFewRows * kKeys);
     weights = arena.take<float>(kMaxRows * kKeys);
   }
 };
@@ -104,12 +106,28 @@ template <class Unit, class T> class Attention {
     const QueryBlock& block = call_.batch.query_blocks[item.block];
     KeyList list(call_, block, item.block, item.head);
     Sequence seq(call_.batch, block.seq);
+    if (few_) read_few(list, seq);
+    else read(list, seq);
+    if (part) keep(part); else finish();
+  }
+
+  void read(const KeyList& list, const Sequence& seq) {
     Tile tile;
-    for (int64_t n = item.begin; n < item.end; n += tile.k.count) {
-      gather(list, seq, n, item.end, tile);
+    for (int64_t n = item_->begin; n < item_->end; n += tile.k.count) {
+      gather(list, seq, n, tile);
       take(tile);
     }
-    if (part) keep(part); else finish();
+  }
+  // Few rows wait for memory: the next tile is asked for meanwhile.
+  void read_few(const KeyList& list, const Sequence& seq) {
+    Tile tiles[2];
+    gather(list, seq, item_->begin, tiles[0]);
+    int turn = 0;
+    for (int64_t n = item_->begin; n < item_->end; turn ^= 1) {
+      n += tiles[turn].k.count;
+      gather(list, seq, n, tiles[turn ^ 1]);
+      take_few(tiles[turn], tiles[turn ^ 1]);
+    }
   }
 
   // Joins the parts of one item by their log-sum-exp.
@@ -139,6 +157,7 @@ template <class Unit, class T> class Attention {
     group_ = call_.batch.num_q_heads / heads;
     kv_head_ = item.head * call_.batch.num_kv_heads / heads;
     rows_ = item.num_rows * group_;
+    few_ = few_rows<Unit>(rows_, dim_);
     token_ = block.row + item.first_row;
     position_ = block.position + item.first_row;
     for (int64_t r = 0; r < rows_; ++r) {
@@ -153,9 +172,9 @@ template <class Unit, class T> class Attention {
            (item_->head * group_ + r % group_) * call_.q.head_stride;
   }
 
-  void gather(const KeyList& list, const Sequence& seq, int64_t n, int64_t end, Tile& tile) const {
+  void gather(const KeyList& list, const Sequence& seq, int64_t n, Tile& tile) const {
     int count = 0;
-    int64_t limit = least(end - n, (int64_t)kKeys);
+    int64_t limit = least(item_->end - n, (int64_t)kKeys);
     while (count < limit) {
       int64_t run, key = list.at(n + count, &run);
       run = least(run, limit - count);
@@ -179,15 +198,22 @@ template <class Unit, class T> class Attention {
 
   // All rows over one tile: first the weights, while its keys are in the cache, then the values.
   void take(const Tile& tile) {
-    const int64_t last = position_ + (rows_ - 1) / group_;
-    const bool whole = tile.k.count == kKeys && tile.positions[kKeys - 1] <= position_ &&
-                       (!call_.sliding_window || tile.positions[0] > last - call_.sliding_window);
+    const bool whole = all_see(tile);
     KeyTile<Unit, T>::pack(tile.k, dim_, s_.keys, s_.convert);
-    for (int64_t row = 0; row < rows_; row += kRows) weigh(row, tile, whole);
+    for (int64_t row = 0; row < rows_; row += kRows) {
+      const int64_t count = least(rows_ - row, (int64_t)kRows);
+      weigh(row, count, tile, whole, [&](int padded) { score(row, count, padded); });
+    }
     ValueTile<Unit, T>::pack(tile.v, dim_, s_.values);
     for (int64_t row = 0; row < rows_; row += kRows) add(row);
   }
 
+  // Every row reads every key of the tile.
+  bool all_see(const Tile& tile) const {
+    const int64_t last = position_ + (rows_ - 1) / group_;
+    return tile.k.count == kKeys && tile.positions[kKeys - 1] <= position_ &&
+           (!call_.sliding_window || tile.positions[0] > last - call_.sliding_window);
+  }
   Visible visible(int64_t row, const Tile& tile) const {
     int64_t p = position_ + row / group_;
     Visible seen{0, tile.k.count};
@@ -197,9 +223,9 @@ template <class Unit, class T> class Attention {
     return seen;
   }
 
-  void weigh(int64_t row, const Tile& tile, bool whole) {
-    const int64_t count = least(rows_ - row, (int64_t)kRows);
-    Visible seen[kRows] = {};
+  template <class Score>
+  void weigh(int64_t row, int64_t count, const Tile& tile, bool whole, const Score& score) {
+    Visible seen[kFewRows] = {};
     int high = whole ? kKeys : 0;
     for (int64_t r = 0; r < count && !whole; ++r) {
       seen[r] = visible(row + r, tile);
@@ -207,7 +233,7 @@ template <class Unit, class T> class Attention {
     }
     s_.high[row] = high;
     if (!high) return;
-    score(row, count, (high + 15) / 16 * 16);
+    score((high + 15) / 16 * 16);
     for (int64_t r = 0; r < count; ++r) {
       float* scores = s_.scores + r * kKeys;
       if (call_.softcap > 0)
@@ -318,6 +344,18 @@ template <class Unit, class T> class Attention {
         store(s_.out + (row + r) * dim_ + column + c * kLanes, acc[r][c]);
   }
 
+  void take_few(const Tile& tile, const Tile& next) {
+#if defined(__AVX512BF16__)
+    const bool whole = all_see(tile);
+    with_rows(rows_, [&]<int kM>() {
+      weigh(0, kM, tile, whole, [&](int) {
+        score_few<kM>(s_.q, tile.k.row, tile.k.count, dim_, s_.scores, next.k);
+      });
+      add_few<kM>(s_.weights, tile.v, (s_.high[0] + 1) / 2, dim_, s_.out, next.v);
+    });
+#endif
+  }
+
   float sum(int64_t row) const { return reduce_sum(load(s_.sum + row * kLanes)); }
 
   void keep(float* part) const {
@@ -344,79 +382,93 @@ template <class Unit, class T> class Attention {
   Scratch& s_;
   const int64_t dim_, depth_;
   const Item* item_ = nullptr;
+  bool few_ = false;
   int64_t group_ = 1, kv_head_ = 0, rows_ = 0, token_ = 0, position_ = 0;
 };
 
 // Cuts the call into items; the split of a key list depends on its length alone, never on threads.
+// Parts come before heads, so that all heads of a page are read at about the same time.
 class Plan {
  public:
-  explicit Plan(const AttentionCall& call) {
+  explicit Plan(const AttentionCall& call) : call_(call) {
     const Batch& batch = call.batch;
-    int64_t heads = most(call.index_heads, batch.num_kv_heads);
-    int64_t group = batch.num_q_heads / heads;
-    int64_t most_rows = most(kMaxRows / group, (int64_t)1);
+    heads_ = most(call.index_heads, batch.num_kv_heads);
+    group_ = batch.num_q_heads / heads_;
+    lists_ = (List*)malloc(sizeof(List) * heads_);
+    const int64_t most_rows = most(kMaxRows / group_, (int64_t)1);
     for (int pass = 0; pass < 2; ++pass) {
-      count = 0;
-      part_rows = 0;
+      count = part_rows = 0;
       for (int64_t b = batch.num_query_blocks - 1; b >= 0; --b)
-        for (int64_t head = 0; head < heads; ++head)
-          add(call, b, head, group, most_rows, pass);
+        for (int64_t row = 0; row < batch.query_blocks[b].num_rows; row += most_rows)
+          add(b, row, least(most_rows, batch.query_blocks[b].num_rows - row), pass);
       if (!pass) items = (Item*)malloc(sizeof(Item) * most(count, (int64_t)1));
     }
   }
-  ~Plan() { free(items); }
+  ~Plan() {
+    free(items);
+    free(lists_);
+  }
   Item* items = nullptr;
   int64_t count = 0, part_rows = 0;  // rows of all parts that must be merged
 
  private:
-  void add(const AttentionCall& call, int64_t b, int64_t head, int64_t group, int64_t most_rows,
-           bool write) {
-    const QueryBlock& block = call.batch.query_blocks[b];
-    int64_t keys = KeyList(call, block, b, head).size();
-    for (int64_t first = 0; first < block.num_rows; first += most_rows) {
-      int64_t rows = least(most_rows, block.num_rows - first);
-      bool split = rows * group <= kSplitRows && keys > 2 * kSplitKeys;
-      int64_t size = split ? kSplitKeys : keys, parts = split ? (keys + size - 1) / size : 1;
-      for (int64_t p = 0; p < parts; ++p, ++count)
-        if (write)
-          items[count] = {(int32_t)b, (int32_t)head, (int32_t)first, (int32_t)rows, p * size,
-                          least(keys, (p + 1) * size), (int32_t)p, (int32_t)parts};
-      if (split) part_rows += parts * rows * group;
+  struct List {
+    int64_t keys, parts, place;
+  };
+  void add(int64_t b, int64_t first, int64_t rows, bool write) {
+    int64_t most_parts = 1;
+    for (int64_t head = 0; head < heads_; ++head) {
+      const int64_t keys = KeyList(call_, call_.batch.query_blocks[b], b, head).size();
+      const bool split = rows * group_ <= kSplitRows && keys > 2 * kSplitKeys;
+      const int64_t parts = split ? (keys + kSplitKeys - 1) / kSplitKeys : 1;
+      lists_[head] = {keys, parts, part_rows};
+      if (split) part_rows += parts * rows * group_;
+      most_parts = most(most_parts, parts);
     }
+    for (int64_t p = 0; p < most_parts; ++p)
+      for (int64_t head = 0; head < heads_; ++head) {
+        const List& list = lists_[head];
+        if (p >= list.parts) continue;
+        if (write) {
+          const int64_t size = list.parts > 1 ? kSplitKeys : list.keys;
+          items[count] = {(int32_t)b, (int32_t)head, (int32_t)first, (int32_t)rows, p * size,
+                          least(list.keys, (p + 1) * size), (int32_t)p, (int32_t)list.parts,
+                          list.place + p * rows * group_};
+        }
+        ++count;
+      }
   }
+
+  const AttentionCall& call_;
+  int64_t heads_ = 1, group_ = 1;
+  List* lists_;
 };
 
 template <class Unit, class T> static void attention_as(const AttentionCall& call) {
   Plan plan(call);
-  const int64_t dim = call.batch.head_dim;
-  int64_t heads = most(call.index_heads, call.batch.num_kv_heads);
-  int64_t group = call.batch.num_q_heads / heads;
-  float* parts = plan.part_rows ? (float*)malloc(plan.part_rows * (dim + 2) * 4) : nullptr;
-  int64_t* place = (int64_t*)malloc(sizeof(int64_t) * (plan.count + 1));
-  int64_t rows = 0;
-  for (int64_t i = 0; i < plan.count; ++i) {
-    place[i] = rows * (dim + 2);
-    if (plan.items[i].parts > 1) rows += plan.items[i].num_rows * group;
-  }
+  const int64_t dim = call.batch.head_dim, heads = most(call.index_heads, call.batch.num_kv_heads);
+  const int64_t group = call.batch.num_q_heads / heads, row = dim + 2;
+  float* parts = plan.part_rows ? (float*)malloc(plan.part_rows * row * 4) : nullptr;
 #pragma omp parallel if (plan.count > 1)
   {
     Arena arena(Scratch::bytes(dim));
     Scratch scratch(arena, dim);
     Attention<Unit, T> attention(call, scratch);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < plan.count; ++i)
-      attention.run(plan.items[i], plan.items[i].parts > 1 ? parts + place[i] : nullptr);
-    if (plan.part_rows) {
+    for (int64_t i = 0; i < plan.count; ++i) {
+      const Item& item = plan.items[i];
+      attention.run(item, item.parts > 1 ? parts + item.place * row : nullptr);
+    }
+    if (parts) {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < plan.count; ++i) {
         const Item& item = plan.items[i];
         if (item.parts > 1 && item.part == 0)
-          attention.merge(item, parts + place[i], item.num_rows * group * (dim + 2));
+          attention.merge(item, parts + item.place * row, item.num_rows * group * row);
       }
     }
   }
   free(parts);
-  free(place);
 }
 
 static void attention(const AttentionCall& call) {

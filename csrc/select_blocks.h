@@ -2,12 +2,13 @@
 // head at a time. Sampled rows are columns and keys are scored where they lie, reduced to the
 // greatest score of each as they come; only sets are kept, never orders.
 #pragma once
+#include "few_rows.h"
 #include "tile.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in reference.py
+constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in types.py
 
 // Positions of the `count` greatest scores, ascending; ties go to the lower position. The threshold
 // is found bit by bit on order-preserving integers; `keys` has room for a vector more than n.
@@ -55,6 +56,7 @@ constexpr int kChunk = kKeys;          // sampled rows side by side
 
 // Sampled rows of a query block as columns, so that a key is scored where it lies: chunks of 64
 // rows, units[k][row]. Lanes beyond the last row have a base of infinity and never count.
+// Few rows (few_rows.h) are one behind the other instead.
 struct Columns {
   float* units;
   int depth;
@@ -197,6 +199,7 @@ template <class Unit, class T> class Search {
   void sample(const QueryBlock& block, int64_t head) {
     const int64_t group = call_.batch.num_q_heads / call_.heads;
     num_rows_ = ((block.num_rows - 1) / call_.query_stride + 1) * group;
+    few_ = few_rows<Unit>(num_rows_, dim_);
     for (int64_t r = 0; r < num_rows_; r += kChunk) {
       TileRows rows, boxes;
       rows.count = boxes.count = (int)least(num_rows_ - r, (int64_t)kChunk);
@@ -208,11 +211,17 @@ template <class Unit, class T> class Search {
         boxes.row[j] = split_ + j * 2 * dim_;
         if (call_.bound_budget > 0) split_signs(q, dim_, split_ + j * 2 * dim_);
       }
+      place(rows, dim_, rows_, r);
+      if (call_.bound_budget > 0) place(boxes, 2 * dim_, boxes_, r);
+    }
+  }
+  void place(TileRows& rows, int64_t width, const Columns& columns, int64_t first) {
+    if (few_) {
+      for (int j = 0; j < rows.count; ++j)
+        pack_row<Unit, T>((const T*)rows.row[j], width, columns.units + j * columns.depth);
+    } else {
       pad(rows);
-      pad(boxes);
-      KeyTile<Unit, T>::pack(rows, dim_, rows_.units + r * rows_.depth, convert_);
-      if (call_.bound_budget > 0)
-        KeyTile<Unit, T>::pack(boxes, 2 * dim_, boxes_.units + r * boxes_.depth, convert_);
+      KeyTile<Unit, T>::pack(rows, width, columns.units + first * columns.depth, convert_);
     }
   }
 
@@ -224,8 +233,9 @@ template <class Unit, class T> class Search {
     auto place = [&](int64_t i) {
       return key_row<T>(call_.k, *seq_, kv_head_, i < begin_ ? i : end_ + i - begin_);
     };
-    in_batches(total, dim_, place, [&](int64_t, int, int padded, const unit* const* keys) {
-      raise<Unit>(keys, padded, rows_, num_rows_, base_);
+    in_batches(total, dim_, place, [&](int64_t, int count, int padded, const unit* const* keys) {
+      if (few_) raise_few(keys, count);
+      else raise<Unit>(keys, padded, rows_, num_rows_, base_);
     });
     for (int64_t r = num_rows_; r < lanes; ++r) base_[r] = INFINITY;
   }
@@ -248,7 +258,7 @@ template <class Unit, class T> class Search {
       const int next = find(i + count, rows[turn ^ 1]);
       unit_rows<Unit, T>(rows[turn], count, width, convert_, units);
       const int padded = (count + kTall - 1) / kTall * kTall;
-      for (int j = count; j < padded; ++j) units[j] = units[count - 1];
+      for (int j = count; j < kBatch; ++j) units[j] = units[count - 1];
       use(i, count, padded, units);
       i += count;
       count = next;
@@ -260,6 +270,7 @@ template <class Unit, class T> class Search {
   void score(int64_t n, int64_t size, const Columns& columns, int64_t width, const Place& place) {
     for (int64_t i = 0; i < n / size; ++i) scores_[i] = -INFINITY;
     in_batches(n, width, place, [&](int64_t first, int count, int padded, const unit* const* keys) {
+      if (few_) return greatest_few(keys, first, count, size, columns);
       greatest<Unit>(keys, padded, columns, num_rows_, base_, best_);
       for (int j = 0; j < count;) {
         const int64_t block = (first + j) / size;
@@ -270,18 +281,64 @@ template <class Unit, class T> class Search {
       }
     });
   }
+  // The same two reductions for few rows, whose scores come as best_[row][key].
+  void greatest_few(const unit* const* keys, int64_t first, int count, int64_t size,
+                    const Columns& columns) {
+    multiply_few(keys, count, columns);
+    for (int j = 0; j < count; j += kLanes) {
+      vf best = load(best_ + j) - base_[0];
+      for (int64_t r = 1; r < num_rows_; ++r)
+        best = maximum(load(best_ + r * kKeys + j) - base_[r], best);
+      store(best_ + j, best);
+    }
+    int64_t block = first / size, end = (block + 1) * size - first;
+    for (int j = 0; j < count; ++j) {
+      if (j == end) {
+        ++block;
+        end += size;
+      }
+      scores_[block] = most(best_[j], scores_[block]);
+    }
+  }
+  void raise_few(const unit* const* keys, int count) {
+    multiply_few(keys, count, rows_);  // beyond count: the last key again
+    for (int64_t r = 0; r < num_rows_; ++r) {
+      vf best = splat(base_[r]);
+      for (int j = 0; j < count; j += kLanes) best = maximum(load(best_ + r * kKeys + j), best);
+      base_[r] = fast_max(best);
+    }
+  }
+  void multiply_few(const unit* const* keys, int count, const Columns& columns) {
+#if defined(__AVX512BF16__)
+    TileRows none;
+    none.count = 0;
+    with_rows(num_rows_, [&]<int kM>() {
+      score_few<kM>(columns.units, (const void* const*)keys, (count + kLanes - 1) / kLanes * kLanes,
+                    2 * columns.depth, best_, none);
+    });
+#endif
+  }
   void score_runs(const int32_t* runs, int64_t n, int level) {
     const int64_t length = levels_.length[level];
     score(n, 1, boxes_, 2 * dim_, [&](int64_t i) { return box(runs[i] * length, level); });
   }
   void score_blocks(const int32_t* blocks, int64_t n) {
     const int64_t size = call_.key_block_size;
-    score(n * size, size, rows_, dim_, [&](int64_t i) {
-      return key_row<T>(call_.k, *seq_, kv_head_, blocks[i / size] * size + i % size);
+    int64_t offset = 0;
+    const T* row = nullptr;
+    score(n * size, size, rows_, dim_, [&](int64_t) {  // called for one key after the other
+      if (offset == size) {
+        offset = 0;
+        ++blocks;
+      }
+      const int64_t key = *blocks * size + offset++;
+      const bool same_page = offset > 1 && seq_->slot(key) > 0;
+      row = same_page ? row + call_.k.slot_stride : key_row<T>(call_.k, *seq_, kv_head_, key);
+      return row;
     });
   }
   const T* box(int64_t key, int level) const {
-    int64_t run = levels_.offset[level] + seq_->slot(key) / levels_.length[level];
+    int64_t run = levels_.offset[level] + (uint32_t)seq_->slot(key) / (uint32_t)levels_.length[level];
     return (const T*)call_.bounds.data + seq_->page(key) * call_.bounds.page_stride +
            run * call_.bounds.slot_stride + kv_head_ * call_.bounds.head_stride;
   }
@@ -380,6 +437,7 @@ template <class Unit, class T> class Search {
   const int64_t dim_;
   Columns rows_{}, boxes_{};  // against keys, and against [minimum, maximum] of a run
   const Sequence* seq_ = nullptr;
+  bool few_ = false;
   int64_t begin_ = 0, end_ = 0, kv_head_ = 0, num_rows_ = 0;
   float *base_, *best_, *convert_, *scores_;
   T* split_;

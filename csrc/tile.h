@@ -274,25 +274,39 @@ template <class Unit, class T> struct ValueTile {
   }
 };
 #if defined(__AVX512BF16__)
+// Columns of two rows in turn: column c of both is unit c.
+struct ColumnPairs {
+  __m512i low, high;
+  ColumnPairs() {
+    uint16_t order[64];
+    for (int i = 0; i < 64; ++i) order[i] = i / 2 + i % 2 * 32;
+    low = _mm512_loadu_si512(order);
+    high = _mm512_loadu_si512(order + 32);
+  }
+  // Units of 32 columns, in two vectors.
+  void of(const uint16_t* even, const uint16_t* odd, vf units[2]) const {
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    units[0] = (vf)_mm512_permutex2var_epi16(a, low, b);
+    units[1] = (vf)_mm512_permutex2var_epi16(a, high, b);
+  }
+};
 template <> struct ValueTile<Pair, bf16> {
   static void pack(const TileRows& tile, int n, float* units) {
-    uint16_t order[64];  // columns 0 to 31 of two rows, in turn
-    for (int i = 0; i < 64; ++i) order[i] = i / 2 + i % 2 * 32;
-    const __m512i first = _mm512_loadu_si512(order), second = _mm512_loadu_si512(order + 32);
+    const ColumnPairs pair;
     for (int j = 0; j < tile.count; j += 2) {
       const uint16_t* even = (const uint16_t*)tile.row[j];
       const uint16_t* odd = (const uint16_t*)tile.row[j + 1];
       float* out = units + (j / 2) * n;
       int c = 0;
       for (; c + 32 <= n; c += 32) {
-        __m512i a = _mm512_loadu_si512(even + c), b = _mm512_loadu_si512(odd + c);
-        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
-        _mm512_storeu_si512(out + c + 16, _mm512_permutex2var_epi16(a, second, b));
+        vf both[2];
+        pair.of(even + c, odd + c, both);
+        store(out + c, both[0]);
+        store(out + c + kLanes, both[1]);
       }
-      if (c < n) {
-        __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(even + c)));
-        __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(odd + c)));
-        _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(a, first, b));
+      for (; c < n; ++c) {
+        uint32_t bits = even[c] | (uint32_t)odd[c] << 16;
+        memcpy(out + c, &bits, 4);
       }
     }
   }
@@ -331,8 +345,10 @@ static inline const T* key_row(const Pages& pages, const Sequence& seq, int64_t 
          seq.slot(key) * pages.slot_stride + head * pages.head_stride;
 }
 
-// Asks for a row that will be read soon; into the second cache, where many fit.
+// Asks for a row that will be read soon; into the second cache, where many fit. The empty statement
+// keeps gcc from taking a function that only prefetches for one that does nothing.
 static inline void prefetch_row(const void* row, size_t bytes) {
+  asm volatile("");
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
 }
 

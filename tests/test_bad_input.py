@@ -192,7 +192,7 @@ def test_config_fields(field: str, value: object) -> None:
 
 def test_config_keys_and_files(tmp_path: Path) -> None:
     refused("budgte", lambda: HiPConfig.from_dict({"budgte": 1}))
-    refused("preset", lambda: HiPConfig.preset("fast"))
+    refused("preset", lambda: HiPConfig.preset("none"))
     refused("config", lambda: HiPConfig.load(tmp_path / "missing.toml"))
     for name, text in (
         ("a.toml", "budget = "),

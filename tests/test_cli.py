@@ -161,7 +161,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "an unknown key": (["run", "q", "--doc", "doc", "--config", "key.toml"], 2, "budgte: expected"),
     "half a block": (["run", "q", "--doc", "doc", "--budget", "8"], 2, "budget: expected"),
     "a selector": (["run", "q", "--doc", "doc", "--selector", "quest"], 2, "selector: expected"),
-    "a preset": (["run", "q", "--doc", "doc", "--preset", "fast"], 2, "preset: expected"),
+    "a preset": (["run", "q", "--doc", "doc", "--preset", "none"], 2, "preset: expected"),
     "a dtype": (["run", "q", "--doc", "doc", "--dtype", "int4"], 2, "dtype: expected"),
     "a device": (["run", "q", "--doc", "doc", "--device", "tpu"], 2, "device: expected"),
     "a task": (["eval", "retrieval", "--tasks", "passkey,pi", "--length", "1k"], 2, "task:"),
@@ -172,7 +172,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no values": (["eval", "perplexity", "--vary", "budget"], 2, "vary: expected"),
     "a value": (["eval", "perplexity", "--vary", "budget=1k,x"], 2, "budget: expected"),
     "a field": (["eval", "perplexity", "--vary", "bugdet=1k"], 2, "bugdet: expected"),
-    "another preset": (["eval", "perplexity", "--also", "fast"], 2, "preset: expected"),
+    "another preset": (["eval", "perplexity", "--also", "none"], 2, "preset: expected"),
     "the demo's file": (["demo", "--doc", "missing.txt"], 2, "No such file"),
     "the demo's length": (["demo", "--length", "100"], 2, "length: expected"),
 }

@@ -52,10 +52,10 @@ class HiPConfig:
     """
 
     budget: int = 1024
-    selector: Selector = "bound"
+    selector: Selector = "tree+bound"
     representative: Representative = "middle"
     query_block_size: int = 64
-    key_block_size: int = 16
+    key_block_size: int = 2
     query_stride: int = 2
     bound_block_size: int = 16
     rerank: int = 2
@@ -66,7 +66,7 @@ class HiPConfig:
     sliding_window: int = 512
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 2048
-    refresh_interval: int = 8
+    refresh_interval: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -189,7 +189,9 @@ class HiPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HiPConfig:
-        """`default`, or `paper`: the settings of arXiv 2406.09827 (its appendix)."""
+        """`default`; `fast`, a cheaper and less exact search (docs/quality.md); or `paper`: the
+        settings of arXiv 2406.09827 (its appendix).
+        """
         return cls.from_dict({"preset": name, **changes})
 
     @classmethod
@@ -226,6 +228,7 @@ class HiPConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "fast": {"selector": "bound", "key_block_size": 16},
     "paper": {
         "budget": 512,
         "selector": "tree",

@@ -32,3 +32,7 @@ class BackendError(HipserveError, RuntimeError):
 
 class FitError(HipserveError):
     """The document, the request or the cache does not fit a limit; the message gives the sum."""
+
+
+class NumericsError(HipserveError):
+    """A result that is about to be timed is wrong; the message says which and by how much."""

@@ -121,6 +121,15 @@ def _reason(backend: str, refusal: str) -> str:
     return refusal or tier or ""
 
 
+@functools.cache
+def gpu_shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; a Hopper GPU's where there is no GPU."""
+    if device.type != "cuda":
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def default_device() -> str:
     """The device a command uses unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,6 +16,10 @@ NUM_BOUND_LEVELS = 3
 """Bound levels kept in a page: 16, 64 and 256 keys with the default `bound_block_size`."""
 
 
+COARSE_KEEP = 2
+"""The search keeps, of each bound level, this many times the keys of the level below it."""
+
+
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
     """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries."""
     lengths = [bound_block_size * LEVEL_RATIO**level for level in range(NUM_BOUND_LEVELS)]

@@ -1,6 +1,6 @@
 """Inputs that a selection has work with: Gaussian noise with planted topics.
 
-Each stretch of keys shares a topic direction, and each block of queries looks for a few topics of
+Each stretch of keys shares a topic direction, and each stretch of queries looks for a few topics of
 its past. Values are Gaussian.
 """
 
@@ -16,12 +16,12 @@ TOPIC_KEYS = 256
 
 TOPICS_SOUGHT = 3
 STRENGTH = 0.5
-"""Length of a topic direction per channel, beside noise of 1."""
+"""Size of a topic direction in each channel, beside noise of 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Heads of one attention layer."""
+    """Heads of one attention layer; the default is that of Llama-3.1-8B."""
 
     num_q_heads: int = 32
     num_kv_heads: int = 8
@@ -34,7 +34,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """q `[num_tokens, num_q_heads, head_dim]`; k, v `[kv_len, num_kv_heads, head_dim]`."""
+    """q `[num_queries, num_q_heads, head_dim]`; k, v `[kv_len, num_kv_heads, head_dim]`."""
 
     q: Tensor
     k: Tensor
@@ -42,15 +42,14 @@ class Inputs:
 
 
 def make_prefill(shape: LayerShape, length: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """One GQA group of a layer: k and v are strided as in the whole layer, q is its group alone."""
+    """One GQA group of a layer: its q, and its k and v strided as in the whole layer."""
     g = torch.Generator().manual_seed(seed)
     topics = _topics(length, 1, shape.head_dim, g)
-    k = torch.empty(length, shape.num_kv_heads, shape.head_dim, dtype=dtype)[:, :1]
-    v = torch.empty(length, shape.num_kv_heads, shape.head_dim, dtype=dtype)[:, :1]
+    layer = (length, shape.num_kv_heads, shape.head_dim)
+    k, v = (torch.empty(layer, dtype=dtype)[:, :1] for _ in range(2))
     k.copy_(_keys(topics, length, g))
     v.copy_(torch.randn(v.shape, generator=g))
-    positions = torch.arange(length)
-    q = _queries(topics, positions, shape.group_size, g)
+    q = _queries(topics, torch.arange(length), shape.group_size, g)
     return Inputs(q.to(dtype), k, v)
 
 
@@ -62,9 +61,14 @@ def make_decode(
     topics = _topics(length, shape.num_kv_heads, shape.head_dim, g)
     k = _keys(topics, length, g).to(dtype)
     v = torch.randn(k.shape, generator=g).to(dtype)
-    positions = torch.full((num_queries,), length - 1)
-    q = torch.cat([_queries(topics, p[None], shape.group_size, g) for p in positions])
-    return Inputs(q.to(dtype), k, v)
+    last = torch.tensor([length - 1])
+    steps = [_queries(topics, last, shape.group_size, g) for _ in range(num_queries)]
+    return Inputs(torch.cat(steps).to(dtype), k, v)
+
+
+def on_grid(x: Tensor) -> Tensor:
+    """Multiples of 1/4 below 4: their dot products are exact in float32, in any order."""
+    return (x.float() * 4).round().clamp(-15, 15).div(4).to(x.dtype)
 
 
 def _topics(length: int, heads: int, dim: int, g: torch.Generator) -> Tensor:

@@ -4,27 +4,70 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-Times = dict[str, list[float]]
+from torch import Tensor
+
+Clock = Literal["wall", "cpu"]
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], rounds: Mapping[str, int]) -> Times:
-    """Seconds of each call in each round; a call with fewer `rounds` sits the last ones out."""
-    times: Times = {name: [] for name in calls}
-    for turn in range(max(rounds.values())):
-        for name, call in calls.items():
-            if turn < rounds[name]:
-                times[name].append(seconds(call))
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """What is timed: `call(turn)` in round `turn`; its time times `scale` is that of a layer."""
+
+    call: Callable[[int], object]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a contender may go on: rounds, or seconds if they are spent first.
+
+    The `cpu` clock counts what this process used, so that a busy machine disturbs it little; it is
+    for one thread.
+    """
+
+    rounds: int = 7
+    seconds: float = 4.0
+    clock: Clock = "wall"
+
+    def reached(self, times: list[float]) -> bool:
+        return len(times) >= self.rounds or sum(times) >= self.seconds
+
+
+def in_turn(
+    contenders: dict[str, Contender], limits: Limits, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each round of each contender, scaled to a layer; `before` runs ahead of each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(limits.rounds):
+        for name, contender in contenders.items():
+            if limits.reached(spent[name]):
+                continue
+            if before:
+                before()
+            spent[name].append(seconds(contender.call, turn, limits.clock))
+            times[name].append(spent[name][-1] * contender.scale)
     return times
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def seconds(call: Callable[[int], object], turn: int, clock: Clock = "wall") -> float:
+    """Time of one call."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    start = now()
+    call(turn)
+    return now() - start
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def median_of_cycles(times: list[float], cycle: int) -> float:
+    """Median over whole cycles of the mean time within a cycle."""
+    whole = [times[i : i + cycle] for i in range(0, len(times) - cycle + 1, cycle)]
+    return statistics.median(map(statistics.fmean, whole or [times]))
+
+
+def sweep(memory: Tensor) -> None:
+    """Reads memory larger than the caches, so that what was in them is gone."""
+    memory.sum()

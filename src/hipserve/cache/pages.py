@@ -30,6 +30,24 @@ def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def empty_pages(pool: int, page_size: int, bound_block_size: int | None, like: Tensor) -> PagedKV:
+    """Pages for keys `[..., num_kv_heads, head_dim]` with the dtype and device of `like`.
+
+    In memory a page holds one head after the other: a head reads its keys as one stretch, which
+    is twice as fast on a CPU as picking them out between those of the other heads.
+    """
+    heads, dim = like.shape[-2:]
+
+    def of(slots: int, *rest: int) -> Tensor:
+        shape = (pool, heads, slots, *rest)
+        return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
+
+    keys, values = of(page_size, dim), of(page_size, dim)
+    if bound_block_size is None:
+        return PagedKV(keys, values)
+    return PagedKV(keys, values, of(bound_offsets(page_size, bound_block_size)[-1], 2, dim))
+
+
 class PagedLayer:
     """Keys and values of one layer, in pages that sequences own or share.
 
@@ -160,18 +178,14 @@ class PagedLayer:
     def _grow(self, k: Tensor, missing: int) -> None:
         held = self._owners.shape[0]
         pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
-        heads, dim = k.shape[2:]
-        shapes: list[tuple[int, ...]] = [(pool, self.page_size, heads, dim)] * 2
-        if self.bound_block_size:
-            runs = bound_offsets(self.page_size, self.bound_block_size)[-1]
-            shapes.append((pool, runs, heads, 2, dim))
-        pages = [torch.empty(shape, dtype=k.dtype, device=k.device) for shape in shapes]
+        new_kv = empty_pages(pool, self.page_size, self.bound_block_size, k)
         if self.kv is not None:
             held_pages = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds)
-            for new, old in zip(pages, held_pages, strict=False):
-                if old is not None:
+            new_pages = (new_kv.k_cache, new_kv.v_cache, new_kv.k_bounds)
+            for new, old in zip(new_pages, held_pages, strict=True):
+                if new is not None and old is not None:
                     new[:held] = old
-        self.kv = PagedKV(*pages)
+        self.kv = new_kv
         self._owners = torch.cat([self._owners, torch.zeros(pool - held, dtype=torch.int32)])
 
     def _slots(self, counts: list[int], device: torch.device) -> Tensor:

@@ -38,3 +38,20 @@ def format_count(value: int) -> str:
 
 def format_bytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def format_seconds(value: float) -> str:
+    """Three digits, in the unit that fits: 12.3 s, 4.56 ms, 789 µs."""
+    factor, unit = 1e6, "µs"
+    if value >= 1e-3:
+        factor, unit = (1.0, "s") if value >= 1 else (1e3, "ms")
+    return f"{three_digits(value * factor)} {unit}"
+
+
+def format_ratio(value: float) -> str:
+    """148x, 38.5x, 9.80x"""
+    return f"{three_digits(value)}x"
+
+
+def three_digits(value: float) -> str:
+    return f"{value:.{max(3 - len(str(int(value))), 0)}f}"

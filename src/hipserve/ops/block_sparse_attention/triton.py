@@ -16,11 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hipserve.ops.gather import key_offsets, load_tile
+from hipserve.platform import gpu_shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 MAX_ROWS = 128
+WIDE_BYTES = 163840
+"""Shared memory of a program with 128 rows and tiles of 128 keys."""
 PROGRAMS = 256
 """Fewer programs than this leave a large GPU idle: their keys are split."""
 
@@ -325,7 +328,9 @@ def make_tiling(
     dim = triton.next_power_of_2(q.shape[2])
     rows = min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, triton.next_power_of_2(max_rows * group))
     rows = max(rows, 16)
-    keys = 32 if dim > 128 or q.element_size() > 2 else 128 if rows > 64 else 64
+    keys = 32 if dim > 128 or q.element_size() > 2 else 64
+    if keys == 64 and rows > 64 and gpu_shared_memory(q.device) >= WIDE_BYTES:
+        keys = 128
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
     if indices is not None:
@@ -362,4 +367,4 @@ def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
     if tiling.keys == 128:
         return {"num_warps": 8, "num_stages": 2}
-    return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 4}
+    return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}

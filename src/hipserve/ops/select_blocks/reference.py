@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.types import bound_levels, bound_offsets
-
-COARSE_KEEP = 2
-"""Each bound level keeps this many times the keys of the level below it."""
+from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
 
 
 def select_blocks(

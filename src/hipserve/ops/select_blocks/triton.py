@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hipserve.config import HiPConfig
+from hipserve.errors import BackendError
 from hipserve.ops.gather import key_offsets, load_tile
-from hipserve.ops.select_blocks.reference import COARSE_KEEP
-from hipserve.types import bound_levels, bound_offsets
+from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
 
 MAX_ROWS = 128
 SCRATCH_BYTES = 256 * 2**20
@@ -47,6 +47,7 @@ class Tiling:
     beam: int
     score_size: int
     list_size: int
+    keep: int = COARSE_KEEP
 
     @property
     def levels(self) -> int:
@@ -186,11 +187,11 @@ def _descend(
     _, _, table, page_size = keys_at
     LENGTH: tl.constexpr = TILING.lengths[LEVEL]
     SIZE: tl.constexpr = TILING.candidates[LEVEL]
-    KEEP: tl.constexpr = CONFIG.bound_budget * max(CONFIG.rerank, 1) * 2**LEVEL // LENGTH
+    KEEP: tl.constexpr = CONFIG.bound_budget * max(CONFIG.rerank, 1) * TILING.keep**LEVEL // LENGTH
     first = (begin + LENGTH - 1) // LENGTH
     behind = tl.maximum(first, end // LENGTH)
     low, high = behind, behind
-    if LEVEL < TILING.levels - 1:
+    if TILING.levels - 1 > LEVEL:
         low = (begin + LENGTH * 4 - 1) // (LENGTH * 4) * 4
         high = end // (LENGTH * 4) * 4
         parents = low < high
@@ -502,6 +503,12 @@ def refresh_blocks(
 
     Launches depend on shapes alone, so a call can be captured into a CUDA graph.
     """
+    size = config.key_block_size
+    if size & (size - 1):
+        raise BackendError(
+            f"the Triton kernels need a key_block_size that is a power of two, not {size}; "
+            'change it or use backend="reference"'
+        )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
     per_block = heads * 4 * (tiling.score_size + 4 * tiling.list_size)

@@ -1,0 +1,113 @@
+"""`bench attention`: HiP attention beside dense attention, checked and then timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hipserve.bench.decode import Decode
+from hipserve.bench.inputs import LayerShape
+from hipserve.bench.numerics import require
+from hipserve.bench.prefill import Prefill, check_whole_budget
+from hipserve.bench.provenance import provenance
+from hipserve.bench.report import AttentionReport, Phase, Point, Timing
+from hipserve.bench.timing import Limits, in_turn, median_of_cycles, sweep
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+from hipserve.platform import resolve_backend
+
+SWEPT_BYTES = 256 * 2**20
+"""Memory read before each decode step, more than the caches hold."""
+
+Progress = Callable[[str], object]
+
+
+def bench_attention(
+    lengths: Sequence[int],
+    *,
+    phases: Sequence[Phase] = ("prefill", "decode"),
+    shape: LayerShape | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    config: HiPConfig | None = None,
+    backend: str = "auto",
+    device: str = "cpu",
+    limits: Limits | None = None,
+    progress: Progress = lambda _: None,
+) -> AttentionReport:
+    """Times one layer at each length, beside our dense kernel and torch's SDPA.
+
+    Args:
+        lengths: context lengths, in tokens.
+        phases: `prefill` of all of them, `decode` of one more token.
+        shape: heads of the layer; 32/8 of 128 if None.
+        config: what is kept; the defaults if None.
+        device: only `cpu` has timing so far.
+        limits: rounds and seconds of each contender; a few seconds if None.
+        progress: is told what is being done.
+
+    Raises:
+        NumericsError: a result is wrong; no time of a wrong result is reported.
+        ArgumentError: a length or the device cannot be used.
+    """
+    shape, config, limits = shape or LayerShape(), config or HiPConfig(), limits or Limits()
+    _check(lengths, shape, device, limits)
+    backend = resolve_backend(backend, torch.device(device), dtype)
+    checks = require([check_whole_budget(shape, dtype, backend)])
+    points: list[Point] = []
+    for phase in phases:
+        for length in lengths:
+            progress(f"{phase} at {length:,} tokens: checking")
+            case = (Prefill if phase == "prefill" else Decode)(
+                shape, length, dtype, config, backend
+            )
+            checks += require(case.checks())
+            progress(f"{phase} at {length:,} tokens: timing")
+            timings = _time(case, limits)
+            points.append(Point(phase, length, timings))
+    name = str(dtype).removeprefix("torch.")
+    return AttentionReport(provenance(limits.clock), shape, name, backend, config, checks, points)
+
+
+def _time(case: Prefill | Decode, limits: Limits) -> dict[str, Timing]:
+    return time_prefill(case, limits) if isinstance(case, Prefill) else time_decode(case, limits)
+
+
+def time_prefill(case: Prefill, limits: Limits) -> dict[str, Timing]:
+    """Medians of the rounds, scaled from the heads that ran to the layer."""
+    contenders, q_heads = case.contenders(), case.shape.num_q_heads
+    return {
+        name: Timing(statistics.median(t), len(t), round(q_heads / contenders[name].scale))
+        for name, t in in_turn(contenders, limits).items()
+    }
+
+
+def time_decode(case: Decode, limits: Limits) -> dict[str, Timing]:
+    """Medians over cycles: as many steps as share a selection."""
+    memory = torch.zeros(SWEPT_BYTES // 4)
+    rounds = max(limits.rounds, 3) * case.cycle
+    longer = Limits(rounds, limits.seconds)
+    times = in_turn(case.contenders(), longer, before=lambda: sweep(memory))
+    return {
+        name: Timing(
+            median_of_cycles(t, case.cycle if name == "hip reused" else 1),
+            len(t),
+            case.shape.num_q_heads,
+        )
+        for name, t in times.items()
+    }
+
+
+def _check(lengths: Sequence[int], shape: LayerShape, device: str, limits: Limits) -> None:
+    for length in lengths:
+        if length < 1:
+            raise ArgumentError("lengths", "1 or more tokens", str(length), "give longer ones")
+    if shape.num_kv_heads < 1 or shape.num_q_heads % shape.num_kv_heads:
+        heads = f"{shape.num_q_heads}/{shape.num_kv_heads}"
+        raise ArgumentError("heads", "query heads divisible by KV heads", heads, "write 32/8")
+    if limits.clock == "cpu" and torch.get_num_threads() > 1:
+        threads = f"{torch.get_num_threads()} threads"
+        raise ArgumentError("clock", "one thread for the cpu clock", threads, "add --threads 1")
+    if device != "cpu":
+        raise ArgumentError("device", "cpu", repr(device), "leave it out: no GPU is timed yet")

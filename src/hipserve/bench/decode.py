@@ -1,0 +1,123 @@
+"""One decode step of a whole layer at the end of a long context: checks and contenders.
+
+Queries differ from step to step, and the caches are swept before every call, as if other layers
+had run: keys and values come from memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hipserve.attention import SelectionReuse, attend
+from hipserve.bench.inputs import LayerShape, make_decode
+from hipserve.bench.numerics import Check, check_rows, keys_of
+from hipserve.bench.timing import Contender
+from hipserve.cache.pages import empty_pages
+from hipserve.config import HiPConfig
+from hipserve.ops import block_sparse_attention, select_blocks, write_kv
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+
+NUM_QUERIES = 32
+"""Different queries, one after the other."""
+
+PAGE_SIZE = 256
+
+
+class Decode:
+    """Steps `refresh_interval` - 1 before the end of `length` keys up to the end, again and again.
+
+    A step writes its key and value and attends with q `[1, num_q_heads, head_dim]`.
+    """
+
+    def __init__(
+        self, shape: LayerShape, length: int, dtype: torch.dtype, config: HiPConfig, backend: str
+    ) -> None:
+        self.shape, self.length, self.config, self.backend = shape, length, config, backend
+        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
+        inputs = make_decode(shape, length, NUM_QUERIES, dtype)
+        self.q, self.k, self.v = inputs.q, inputs.k, inputs.v
+        self.cycle = min(config.refresh_interval, length)
+        self.layouts = [self._layout(length - self.cycle + 1 + i) for i in range(self.cycle)]
+        self.kv = self._pages()
+        self.reuse = SelectionReuse()
+        self.selections: dict[int, BlockSelection] = {}
+
+    def _layout(self, seq_len: int) -> BatchLayout:
+        """Made once for all layers of a model's step, so its making is not timed."""
+        pages = torch.arange(-(-self.length // PAGE_SIZE), dtype=torch.int32)[None]
+        lengths = torch.tensor([seq_len], dtype=torch.int32)
+        layout = BatchLayout(pages, lengths, torch.tensor([0, 1], dtype=torch.int32))
+        layout.query_blocks(self.config.query_block_size)
+        return layout
+
+    def _pages(self) -> PagedKV:
+        count, config = -(-self.length // PAGE_SIZE), self.config
+        size = config.bound_block_size if config.uses_bounds else None
+        kv = empty_pages(count, PAGE_SIZE, size, self.k)
+        self._write(kv, 0, self.length)
+        return kv
+
+    def _write(self, kv: PagedKV, first: int, end: int) -> None:
+        slots, size = torch.arange(first, end), self.config.bound_block_size
+        k, v = self.k[first:end], self.v[first:end]
+        write_kv(k, v, kv, slots, bound_block_size=size, backend=self.backend, check=False)
+
+    def query(self, turn: int) -> Tensor:
+        i = turn % NUM_QUERIES
+        return self.q[i : i + 1]
+
+    def step(self, turn: int, reuse: SelectionReuse | None) -> Tensor:
+        """Writes one key and value and attends, selecting where `reuse` holds no selection."""
+        layout = self.layouts[turn % self.cycle]
+        last = self.length - self.cycle + turn % self.cycle
+        self._write(self.kv, last, last + 1)
+        if reuse and turn % self.cycle == 0:
+            reuse.clear()
+        return attend(self.query(turn), self.kv, layout, reuse=reuse, **self.options)[0]
+
+    def select(self, turn: int) -> BlockSelection:
+        self.selections[turn] = select_blocks(
+            self.query(turn), self.kv, self.layouts[-1], **self.options
+        )
+        return self.selections[turn]
+
+    def attend(self, turn: int, selection: BlockSelection | None) -> Tensor:
+        operation, layout = block_sparse_attention, self.layouts[-1]
+        return operation(self.query(turn), self.kv, layout, selection, **self.options)[0]
+
+    def contenders(self) -> dict[str, Contender]:
+        """Steps that select, steps that mostly reuse, and dense ones; SDPA's keys are its own."""
+        heads, group, dim = self.shape.num_kv_heads, self.shape.group_size, self.shape.head_dim
+        k, v = (x.transpose(0, 1).contiguous()[None] for x in (self.k, self.v))
+
+        def sdpa(turn: int) -> Tensor:
+            folded = self.query(turn).view(1, heads, group, dim)
+            return F.scaled_dot_product_attention(folded, k, v)
+
+        return {
+            "hip": Contender(lambda turn: self.step(turn, None)),
+            "hip reused": Contender(lambda turn: self.step(turn, self.reuse)),
+            "dense": Contender(lambda turn: self.attend(turn, None)),
+            "sdpa": Contender(sdpa),
+            "select": Contender(self.select),
+            "attend": Contender(lambda turn: self.attend(turn, self.selections[turn])),
+        }
+
+    def checks(self) -> list[Check]:
+        turn = self.cycle - 1
+        q, kv, positions = self.query(turn), (self.k, self.v), torch.tensor([self.length - 1])
+        sizes = (self.config.key_block_size, self.config.num_sink_tokens)
+        keys = keys_of(self.select(turn), 0, self.length, *sizes)
+        sparse, dense = self.step(turn, None), self.attend(turn, None)
+        name = f"decode at {self.length}, attention over the chosen keys"
+        everything = [torch.arange(self.length)]
+        return [
+            check_rows(name, sparse, q, *kv, positions, keys),
+            check_rows(
+                f"decode at {self.length}, dense attention", dense, q, *kv, positions, everything
+            ),
+        ]

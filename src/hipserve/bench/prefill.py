@@ -1,0 +1,138 @@
+"""Prefill of one GQA group: checks and contenders. Work is linear in groups and heads."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hipserve.attention.hip import hip_attention, whole_sequences
+from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
+from hipserve.bench.numerics import Check, check_equal, check_rows, keys_of
+from hipserve.bench.timing import Contender
+from hipserve.config import HiPConfig
+from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+
+CHECKED_BLOCKS = 4
+"""Query blocks of the timed call whose rows are compared to float64."""
+
+GRID_BLOCKS = 2
+"""Query blocks at the end whose selection is compared to the definition."""
+
+DENSE_ROWS = 16
+"""Rows at the end whose dense attention is compared to float64."""
+
+
+class Prefill:
+    """One length: `q` `[length, group_size, head_dim]` against a KV head of the layer."""
+
+    def __init__(
+        self, shape: LayerShape, length: int, dtype: torch.dtype, config: HiPConfig, backend: str
+    ) -> None:
+        self.shape, self.length, self.config, self.backend = shape, length, config, backend
+        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
+        inputs = make_prefill(shape, length, dtype)
+        self.q, self.k, self.v = inputs.q, inputs.k[None], inputs.v[None]
+
+    @functools.cached_property
+    def layout(self) -> BatchLayout:
+        return whole_sequences(1, self.length, self.length, self.q.device)
+
+    @functools.cached_property
+    def kv(self) -> PagedKV:
+        return PagedKV(self.k, self.v, self.bounds())
+
+    @functools.cached_property
+    def selection(self) -> BlockSelection:
+        return self.select()
+
+    def hip(self) -> Tensor:
+        out = hip_attention(self.q[None], self.k, self.v, config=self.config, backend=self.backend)
+        return cast("Tensor", out)[0]
+
+    def bounds(self) -> Tensor | None:
+        if not self.config.uses_bounds:
+            return None
+        size = self.config.bound_block_size
+        return compute_bounds(self.k, bound_block_size=size, backend=self.backend)
+
+    def select(self) -> BlockSelection:
+        return select_blocks(self.q, self.kv, self.layout, **self.options)
+
+    def attend(self, selection: BlockSelection | None) -> Tensor:
+        operation = block_sparse_attention
+        return operation(self.q, self.kv, self.layout, selection, **self.options)[0]
+
+    def contenders(self) -> dict[str, Contender]:
+        """Our operation whole and in its parts, our dense kernel, and torch's SDPA on one head."""
+        kv_heads, q_heads = self.shape.num_kv_heads, self.shape.num_q_heads
+        q, k, v = (x.contiguous() for x in (self.q[:, 0], self.k[0, :, 0], self.v[0, :, 0]))
+        head = (q[None, None], k[None, None], v[None, None])
+        sdpa = functools.partial(F.scaled_dot_product_attention, *head, is_causal=True)
+        return {
+            "hip": Contender(lambda _: self.hip(), kv_heads),
+            "dense": Contender(lambda _: self.attend(None), kv_heads),
+            "sdpa": Contender(lambda _: sdpa(), q_heads),
+            "bounds": Contender(lambda _: self.bounds(), kv_heads),
+            "select": Contender(lambda _: self.select(), kv_heads),
+            "attend": Contender(lambda _: self.attend(self.selection), kv_heads),
+        }
+
+    def checks(self) -> list[Check]:
+        return [self._check_sparse(), self._check_dense(), self._check_selection()]
+
+    def _check_sparse(self) -> Check:
+        """Rows of several query blocks of the very call that is timed."""
+        out, blocks = self.hip(), self.layout.query_blocks(self.config.query_block_size)
+        picked = torch.linspace(0, len(blocks) - 1, CHECKED_BLOCKS).long().unique().tolist()
+        name = f"prefill {self.length}, attention over the chosen keys"
+        checks: list[Check] = []
+        for i in picked:
+            _, row, count, position = blocks[i].tolist()
+            rows, last = slice(row, row + count), position + count
+            sizes = (self.config.key_block_size, self.config.num_sink_tokens)
+            keys = keys_of(self.selection, i, last, *sizes)
+            positions = torch.arange(position, last)
+            kv = (self.k[0], self.v[0])
+            checks.append(check_rows(name, out[rows], self.q[rows], *kv, positions, keys))
+        return max(checks, key=lambda check: check.error / check.allowed)
+
+    def _check_dense(self) -> Check:
+        count = min(self.length, DENSE_ROWS)
+        q, layout = self.q[-count:], whole_sequences(1, count, self.length, self.q.device)
+        kv = PagedKV(self.k, self.v)
+        out, _ = block_sparse_attention(
+            q, kv, layout, config=self.config, backend=self.backend, check=False
+        )
+        positions, keys = torch.arange(self.length)[-count:], [torch.arange(self.length)]
+        name = f"prefill {self.length}, dense attention"
+        return check_rows(name, out, q, self.k[0], self.v[0], positions, keys)
+
+    def _check_selection(self) -> Check:
+        """On inputs whose scores are exact, the search equals its definition index for index."""
+        count = min(self.length, GRID_BLOCKS * self.config.query_block_size)
+        q, k = on_grid(self.q[-count:]), on_grid(self.k)
+        size = self.config.bound_block_size
+        bounds = compute_bounds(k, bound_block_size=size) if self.config.uses_bounds else None
+        kv, layout = PagedKV(k, k, bounds), whole_sequences(1, count, self.length, q.device)
+        found, defined = (
+            select_blocks(q, kv, layout, config=self.config, backend=backend, check=False)
+            for backend in (self.backend, "reference")
+        )
+        name = f"prefill {self.length}, chosen blocks against the definition"
+        return check_equal(name, found.indices, defined.indices)
+
+
+def check_whole_budget(shape: LayerShape, dtype: torch.dtype, backend: str) -> Check:
+    """A budget of everything gives the dense result."""
+    length, config = 1024, HiPConfig(budget=1024, dense_below=0)
+    case = Prefill(shape, length, dtype, config, backend)
+    positions, rows = torch.arange(length - DENSE_ROWS, length), slice(-DENSE_ROWS, None)
+    everything = [torch.arange(length)]
+    name = "a budget of everything is dense attention"
+    kv = (case.k[0], case.v[0])
+    return check_rows(name, case.hip()[rows], case.q[rows], *kv, positions, everything)

@@ -1,0 +1,163 @@
+"""Compiles every kernel ahead of time for one GPU and prints what each needs, as JSON.
+
+    python tests/gpu/ahead.py 90
+
+No GPU is needed: a driver that only names the target stands in for it, and the wheel's own ptxas
+reports registers and spills.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia as nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hipserve import HiPConfig
+from hipserve.ops.block_sparse_attention import triton as attention
+from hipserve.ops.select_blocks import triton as selection
+from hipserve.ops.write_kv import triton as writing
+from hipserve.types import bound_offsets
+
+SHARED = {80: 166912, 89: 101376, 90: 232448}
+PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
+
+
+class NamedTarget:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:  # noqa: ARG002
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+class Recorder:
+    """Stands in for a kernel: a launch compiles it and notes what it needs."""
+
+    def __init__(self, name: str, kernel: Any, found: dict[str, dict[str, int]]) -> None:
+        self.name, self.kernel, self.found, self.case = name, kernel, found, ""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: Any, *arguments: Any, **options: Any) -> None:
+        compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+        self.found[f"{self.name} {self.case}".strip()] = needs(compiled)
+
+
+def needs(compiled: Any) -> dict[str, int]:
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [PTXAS, "-v", f"--gpu-name={target[1]}", source, "-o", f"{folder}/out"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert registers
+    assert spilled
+    return {
+        "registers": int(registers[1]),
+        "spilled_bytes": int(spilled[1]),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def attend(recorder: Recorder, case: str, query_len: int, selected: bool, head_dim: int) -> None:
+    recorder.case = case
+    q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(64, 256, 8, head_dim, dtype=torch.bfloat16)
+    blocks = -(-query_len // 64)
+    attention.block_sparse_attention(
+        q,
+        pages,
+        pages,
+        torch.zeros(1, 64, dtype=torch.int32),
+        torch.zeros(blocks, 4, dtype=torch.int32),
+        torch.zeros(blocks, 8, 64, dtype=torch.int32) if selected else None,
+        torch.zeros(blocks, dtype=torch.int32) if selected else None,
+        num_sink_tokens=64,
+        key_block_size=16,
+        sliding_window=0,
+        sm_scale=0.1,
+        softcap=0.0,
+        query_block_size=64,
+    )
+
+
+def select(recorder: Recorder, case: str, query_len: int, config: HiPConfig) -> None:
+    recorder.case = case
+    q = torch.empty(query_len, 32, 128, dtype=torch.bfloat16)
+    pages = torch.empty(16, 256, 8, 128, dtype=torch.bfloat16)
+    runs = bound_offsets(256, config.bound_block_size)[-1]
+    bounds = torch.empty(16, runs, 8, 2, 128, dtype=torch.bfloat16)
+    blocks = -(-query_len // 64)
+    selection.select_blocks(
+        q,
+        pages,
+        bounds if config.uses_bounds else None,
+        torch.zeros(1, 512, dtype=torch.int32),
+        torch.zeros(blocks, 4, dtype=torch.int32),
+        config,
+    )
+
+
+def write() -> None:
+    k = torch.empty(64, 8, 128, dtype=torch.bfloat16)
+    pages = torch.empty(4, 256, 8, 128, dtype=torch.bfloat16)
+    bounds = torch.empty(4, 21, 8, 2, 128, dtype=torch.bfloat16)
+    writing.write_kv(k, k, pages, pages, bounds, torch.zeros(64, dtype=torch.int64), 16)
+    writing.compute_bounds(pages, 16)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    driver.set_active(NamedTarget(capability))
+    attention.gpu_shared_memory = lambda device: SHARED[capability]
+    found: dict[str, dict[str, int]] = {}
+    recorders: dict[str, Recorder] = {}
+    for module in (attention, selection, writing):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            recorders[name] = Recorder(name, getattr(module, name), found)
+            setattr(module, name, recorders[name])
+    attend(recorders["attention_kernel"], "prefill", 4096, True, 128)
+    select(recorders["select_kernel"], "prefill", 4096, HiPConfig())
+    if capability == 90:
+        attend(recorders["attention_kernel"], "dense", 4096, False, 128)
+        attend(recorders["attention_kernel"], "decode", 1, True, 128)
+        attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
+        select(recorders["select_kernel"], "decode", 1, HiPConfig())
+        write()
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

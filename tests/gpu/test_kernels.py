@@ -1,0 +1,179 @@
+"""The Triton kernels against the definition: on a GPU, or in Triton's interpreter without one.
+
+`TRITON_INTERPRET=1 python -m pytest tests/gpu` interprets; bfloat16 is for GPUs alone, as the
+interpreter computes it wrongly.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cases import Case, Shape, empty_pages, make_case, random_config, random_shape
+from hipserve import BackendError, HiPConfig, hip_attention
+from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.platform import interpreting
+from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from oracle import assert_as_exact, readable
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not (GPU or interpreting()), reason="no GPU and no interpreter")
+
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if GPU else ()))
+SMALL = HiPConfig(
+    budget=64, sliding_window=32, num_sink_tokens=16, query_block_size=16, dense_below=0
+)
+CASES = 300 if GPU else 10
+
+
+def on_grid(case: Case) -> Case:
+    """Multiples of 1/4 below 4: dot products are exact in any order."""
+    for x in (case.q, case.kv.k_cache, case.kv.k_bounds):
+        x.copy_((x.float() * 4).round().clamp(-15, 15) / 4)
+    return case
+
+
+def moved(case: Case) -> tuple[torch.Tensor, PagedKV, BatchLayout]:
+    kv, layout = case.kv, case.layout
+    assert kv.k_bounds is not None
+    return (
+        case.q.to(DEVICE),
+        PagedKV(*(x.to(DEVICE) for x in (kv.k_cache, kv.v_cache, kv.k_bounds))),
+        BatchLayout(
+            *(x.to(DEVICE) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
+        ),
+    )
+
+
+def small(seed: int) -> tuple[Shape, HiPConfig]:
+    """A random case with few query rows, so that it can be interpreted."""
+    rng = random.Random(seed)
+    shape = random_shape(rng, DTYPES)
+    rows = tuple(min(n, rng.choice([1, 3, 40])) for n in shape.query_lens)
+    return replace(shape, query_lens=rows), random_config(rng, shape.page_size)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_selection_equals_the_definition(seed: int) -> None:
+    shape, config = small(seed)
+    case = on_grid(make_case(replace(shape, kind="normal"), config.bound_block_size))
+    q, kv, layout = moved(case)
+    got = select_blocks(q, kv, layout, config=config, backend="triton")
+    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    assert torch.equal(got.indices.cpu(), expected.indices)
+    assert torch.equal(got.window_start.cpu(), expected.window_start)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_attention_is_exact_over_what_was_chosen(seed: int) -> None:
+    shape, config = small(1000 + seed)
+    case = make_case(shape, config.bound_block_size)
+    q, kv, layout = moved(case)
+    chosen = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    there = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
+    out, lse = block_sparse_attention(
+        q, kv, layout, there, config=config, softcap=shape.softcap, backend="triton"
+    )
+    assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, chosen, config))
+
+
+@pytest.mark.parametrize("sliding_window", [0, 37])
+def test_dense_and_windowed_layers(sliding_window: int) -> None:
+    case = make_case(Shape((150, 1, 70), (20, 1, 0), group_size=3, head_dim=80))
+    q, kv, layout = moved(case)
+    out, lse = block_sparse_attention(
+        q, kv, layout, sliding_window=sliding_window, backend="triton"
+    )
+    masks = readable(case, None, HiPConfig(), sliding_window)
+    assert_as_exact(out.cpu(), lse.cpu(), case, masks)
+
+
+def test_decode_splits_its_keys_and_merges_them() -> None:
+    case = make_case(Shape((700, 3), (1, 1), num_kv_heads=1, group_size=4))
+    q, kv, layout = moved(case)
+    out, lse = block_sparse_attention(q, kv, layout, backend="triton")
+    assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, None, HiPConfig()))
+
+
+def test_only_flagged_blocks_select_anew() -> None:
+    from hipserve.ops.select_blocks import triton
+
+    case = on_grid(make_case(Shape((400, 300, 350), (1, 1, 1))))
+    q, kv, layout = moved(case)
+    fresh = select_blocks(q, kv, layout, config=SMALL, backend="triton")
+    indices, starts = torch.full_like(fresh.indices, 7), torch.full_like(fresh.window_start, 9)
+    flags = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
+    blocks = layout.query_blocks(SMALL.query_block_size)
+    triton.refresh_blocks(
+        q, kv.k_cache, kv.k_bounds, layout.block_table, blocks, SMALL, flags, indices, starts
+    )
+    assert torch.equal(indices[[0, 2]], fresh.indices[[0, 2]])
+    assert torch.equal(starts[[0, 2]], fresh.window_start[[0, 2]])
+    assert bool((indices[1] == 7).all())
+    assert int(starts[1]) == 9
+
+
+def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hipserve.ops.select_blocks import triton
+
+    case = on_grid(make_case(Shape((400,), (64,), num_kv_heads=1)))
+    q, kv, layout = moved(case)
+    whole = select_blocks(q, kv, layout, config=SMALL, backend="triton")
+    monkeypatch.setattr(triton, "SCRATCH_BYTES", 1)
+    assert torch.equal(
+        whole.indices, select_blocks(q, kv, layout, config=SMALL, backend="triton").indices
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pages_and_bounds(seed: int) -> None:
+    """Jumping, repeated and skipped slots; compared where the definition is finite."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape = Shape((1,), (1,), num_kv_heads=rng.choice([1, 2, 3]), page_size=rng.choice([16, 64]))
+    pages = [empty_pages(4, shape, 16) for _ in range(2)]
+    first = pages[0]
+    assert first.k_bounds is not None
+    moved_pages = (x.to(DEVICE) for x in (first.k_cache, first.v_cache, first.k_bounds))
+    pages[0] = PagedKV(*moved_pages)
+    for _ in range(4):
+        count = rng.choice([1, 3, 20])
+        slots = torch.randperm(4 * shape.page_size, generator=g)[:count]
+        if rng.random() < 0.6:
+            slots = slots[0] % (3 * shape.page_size) + torch.arange(count)
+        slots[torch.rand(count, generator=g) < 0.1] = -1
+        k = torch.randn(count, shape.num_kv_heads, shape.head_dim, generator=g)
+        write_kv(k.to(DEVICE), 2 * k.to(DEVICE), pages[0], slots.to(DEVICE), backend="triton")
+        write_kv(k, 2 * k, pages[1], slots, backend="reference")
+        for name in ("k_cache", "v_cache", "k_bounds"):
+            got, expected = getattr(pages[0], name).cpu(), getattr(pages[1], name)
+            seen = expected.isfinite()
+            assert torch.equal(got[seen], expected[seen]), name
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 300])
+def test_bounds_of_whole_sequences(length: int) -> None:
+    k = torch.randn(2, length, 2, 80)
+    got = compute_bounds(k.to(DEVICE), backend="triton").cpu()
+    assert torch.equal(got, compute_bounds(k, backend="reference"))
+
+
+def test_a_budget_of_everything_is_dense_attention() -> None:
+    q, k, v = (torch.randn(1, 96, heads, 64).to(DEVICE) for heads in (4, 2, 2))
+    options: dict[str, Any] = {"config": SMALL.replace(budget=128)}
+    got = hip_attention(q, k, v, backend="triton", **options)
+    expected = hip_attention(q.cpu(), k.cpu(), v.cpu(), backend="reference", **options)
+    assert isinstance(got, torch.Tensor)
+    torch.testing.assert_close(got.cpu(), expected)
+
+
+def test_key_blocks_that_are_no_power_of_two_are_refused() -> None:
+    case = make_case(Shape((100,), (1,)))
+    q, kv, layout = moved(case)
+    config = HiPConfig(key_block_size=24, budget=48, num_sink_tokens=0, selector="tree")
+    with pytest.raises(BackendError, match="power of two, not 24"):
+        select_blocks(q, kv, layout, config=config, backend="triton")

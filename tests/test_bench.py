@@ -1,0 +1,202 @@
+"""The benchmark refuses wrong results, scales heads rightly, says where numbers come from."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hipserve import HiPConfig
+from hipserve.bench import LayerShape, Limits, bench_attention, fit_exponent
+from hipserve.bench import decode as decode_module
+from hipserve.bench import prefill as prefill_module
+from hipserve.bench.attention import time_prefill
+from hipserve.bench.numerics import check_rows
+from hipserve.bench.prefill import Prefill
+from hipserve.bench.timing import Contender, in_turn, median_of_cycles
+from hipserve.cli.main import app, exit_code
+from hipserve.cli.numbers import format_ratio, format_seconds
+from hipserve.errors import ArgumentError, NumericsError
+
+SHAPE = LayerShape(4, 2, 64)
+SMALL = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
+FAST = Limits(rounds=2, seconds=0.2)
+RUN = ["bench", "attention", "--lengths", "300,600", "--heads", "4/2", "--head-dim", "64"]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return bench_attention([300, 600], shape=SHAPE, config=SMALL, limits=FAST)
+
+
+def test_every_length_has_every_contender(report) -> None:
+    assert [(p.phase, p.length) for p in report.points] == [
+        ("prefill", 300),
+        ("prefill", 600),
+        ("decode", 300),
+        ("decode", 600),
+    ]
+    for point in report.points:
+        assert {"hip", "dense", "sdpa", "select", "attend"} <= set(point.timings)
+        assert all(t.seconds > 0 and t.rounds >= 1 for t in point.timings.values())
+    assert all(check.passed for check in report.checks)
+
+
+def test_the_report_says_where_it_comes_from(report) -> None:
+    made = json.loads(json.dumps(report.to_dict()))
+    assert made["provenance"]["torch"] == torch.__version__
+    assert made["provenance"]["threads"] == torch.get_num_threads()
+    assert made["config"]["budget"] == 64
+    assert len(made["points"]) == 4
+
+
+def test_the_csv_holds_every_time_and_its_origin(report) -> None:
+    text = report.to_csv()
+    comments = [line for line in text.splitlines() if line.startswith("# ")]
+    for name in ("cpu", "isa", "threads", "torch", "commit", "date", "config.budget", "heads"):
+        assert any(line.startswith(f"# {name}: ") for line in comments), name
+    rows = list(csv.DictReader(io.StringIO(text[text.index("phase,") :])))
+    assert len(rows) == sum(len(point.timings) for point in report.points)
+    first = report.points[0].timings["hip"]
+    assert math.isclose(float(rows[0]["seconds"]), first.seconds, rel_tol=1e-4)
+
+
+def test_heads_scale_to_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 2 KV heads runs for ours, one of 4 query heads for SDPA."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    timings = time_prefill(Prefill(SHAPE, 64, torch.float32, SMALL, "reference"), Limits(1))
+    assert (timings["hip"].seconds, timings["hip"].heads_timed) == (2.0, 2)
+    assert (timings["dense"].seconds, timings["dense"].heads_timed) == (2.0, 2)
+    assert (timings["sdpa"].seconds, timings["sdpa"].heads_timed) == (4.0, 1)
+
+
+def wrong(function):
+    """An operation whose results are off by a little."""
+
+    def call(*args, **options):
+        out, lse = function(*args, **options)
+        return out * 1.05, lse
+
+    return call
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_wrong_attention_is_refused(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = prefill_module if phase == "prefill" else decode_module
+    broken = wrong(module.block_sparse_attention)
+    monkeypatch.setattr(module, "block_sparse_attention", broken)
+    with pytest.raises(NumericsError, match=f"{phase}.*dense attention: error"):
+        bench_attention([600], phases=[phase], shape=SHAPE, config=SMALL, limits=FAST)
+
+
+def test_a_wrong_selection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    select = prefill_module.select_blocks
+
+    def shifted(*args, backend: str = "auto", **options):
+        selection = select(*args, backend=backend, **options)
+        if backend != "reference":
+            selection.indices.clamp_(max=5)
+        return selection
+
+    monkeypatch.setattr(prefill_module, "select_blocks", shifted)
+    with pytest.raises(NumericsError, match="chosen"):
+        bench_attention([600], phases=["prefill"], shape=SHAPE, config=SMALL, limits=FAST)
+
+
+def test_the_command_prints_nothing_of_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = wrong(prefill_module.block_sparse_attention)
+    monkeypatch.setattr(prefill_module, "block_sparse_attention", broken)
+    result = CliRunner().invoke(app, RUN)
+    assert isinstance(result.exception, NumericsError)
+    assert exit_code(result.exception) == 1
+    assert result.stdout == ""
+
+
+def test_nan_passes_no_check() -> None:
+    q, kv = torch.randn(1, 2, 64), torch.randn(8, 1, 64)
+    out = torch.full((1, 2, 64), torch.nan)
+    positions, keys = torch.tensor([7]), [torch.arange(8)]
+    assert not check_rows("nan", out, q, kv, kv, positions, keys).passed
+
+
+def test_the_command_prints_tables_and_writes_the_csv(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "speed.csv"
+    result = CliRunner().invoke(app, [*RUN, "--rounds", "1", "--csv", str(target)])
+    assert result.exit_code == 0, result.output
+    for word in ("numeric check", "machine:", "x SDPA", "x dense", "prefill", "decode", "600"):
+        assert word in result.stdout
+    assert target.read_text().count("\n") > 20
+    root = ElementTree.fromstring(plot().draw(*plot().read(target)))
+    assert len([e for e in root.iter() if e.tag.endswith("polyline")]) == 6
+
+
+def plot():
+    path = Path(__file__).parent.parent / "benchmarks" / "plot.py"
+    spec = importlib.util.spec_from_file_location("plot", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--phase", "both of them"),
+        ("--heads", "32"),
+        ("--heads", "5/2"),
+        ("--dtype", "float64"),
+        ("--device", "cuda"),
+        ("--clock", "sun"),
+        ("--lengths", "0"),
+        ("--csv", "/dev/null/x.csv"),
+    ],
+)
+def test_bad_options_are_named(option: str, value: str) -> None:
+    result = CliRunner().invoke(app, [*RUN[:3], "64", *RUN[4:], "--rounds", "1", option, value])
+    assert isinstance(result.exception, ArgumentError)
+    assert str(result.exception).startswith(option[2:])
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.08, 2.0])
+def test_the_fit_finds_the_exponent(exponent: float) -> None:
+    lengths = [8192, 16384, 32768, 131072]
+    assert math.isclose(
+        fit_exponent(lengths, [3e-7 * n**exponent for n in lengths]), exponent, abs_tol=1e-9
+    )
+
+
+def test_contenders_take_turns_until_their_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+
+    def lasting(name: str, seconds: float):
+        def call(turn: int) -> None:
+            order.append((name, turn))
+            now[0] += seconds
+
+        return Contender(call, scale=10)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    contenders = {"slow": lasting("slow", 5.0), "fast": lasting("fast", 1.0)}
+    times = in_turn(contenders, Limits(rounds=3, seconds=4.0))
+    assert order == [("slow", 0), ("fast", 0), ("fast", 1), ("fast", 2)]
+    assert times == {"slow": [50.0], "fast": [10.0, 10.0, 10.0]}
+
+
+def test_cycles_average_and_then_take_the_median() -> None:
+    assert median_of_cycles([9.0, 1.0, 8.0, 2.0, 100.0, 0.0, 7.0], 2) == 5.0
+
+
+def test_numbers_are_short() -> None:
+    assert [format_seconds(x) for x in (12.34, 0.00456, 2.5e-5)] == ["12.3 s", "4.56 ms", "25.0 µs"]
+    assert [format_ratio(x) for x in (148.2, 38.46, 9.8)] == ["148x", "38.5x", "9.80x"]
