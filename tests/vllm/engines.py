@@ -202,7 +202,7 @@ def refused(report: dict[str, Any]) -> None:
     """Options that nobody can mean, refused before a model is loaded."""
     cases: dict[str, dict[str, Any]] = {
         "unknown key": {"hip": {"budgte": 1}},
-        "bad value": {"hip": {"budget": 7}},
+        "bad value": {"hip": {"refresh_interval": 0}},
         "no table": {"hip": 3},  # type: ignore[dict-item]
         "block size": {"hip": {}, "block_size": 320},
         "kv dtype": {"hip": {}, "kv_cache_dtype": "fp8"},

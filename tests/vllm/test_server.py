@@ -115,7 +115,7 @@ def test_stopping_lets_requests_end(server: Running) -> None:
         (["--host", "0.0.0.0"], "host: expected 127.0.0.1, or an API key"),
         (["--trust-remote-code"], "--trust-remote-code: expected no code from checkpoints"),
         (["--trust_remote_code=true"], "--trust-remote-code: expected no code"),
-        (["--budget", "7"], "budget: expected at least one block"),
+        (["--selector", "best"], "selector: expected one of"),
         (["--additional-config", "{}"], "--additional-config: expected HiP attention"),
     ],
 )

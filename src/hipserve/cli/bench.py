@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hipserve.cli import options
+from hipserve.cli import bench_serve, options
 from hipserve.cli.numbers import format_count, format_ratio, format_seconds, parse_counts
 from hipserve.cli.output import err, result, result_json, show
 from hipserve.errors import ArgumentError
@@ -27,6 +27,9 @@ Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every
 
 @app.callback()
 def _bench() -> None: ...
+
+
+app.command()(bench_serve.serve)
 
 
 @app.command()

@@ -1,0 +1,260 @@
+"""Speed of a server with HiP attention beside the same engine with its own dense attention.
+
+Both servers run at the same time and answer in turn, so that whatever else the machine does meets
+both. Every prompt hides a pass key; unless both servers find it, there are no numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hipserve.config import HiPConfig
+from hipserve.errors import HipserveError
+from hipserve.integrations.vllm.server import Client, Server
+
+KEY = "83724"
+NEEDLE = f"\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n"
+QUESTION = "What is the pass key?"
+START_SECONDS = 300
+
+
+class WrongAnswerError(HipserveError):
+    """A server did not find what was hidden: its speed is worth nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One streamed answer: its text, seconds to its first token, seconds between the others."""
+
+    text: str
+    first: float
+    between: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt length, dense beside HiP."""
+
+    prompt_tokens: int
+    dense_first_seconds: float
+    hip_first_seconds: float
+    first_ratio: float
+    dense_decode_ms: float
+    hip_decode_ms: float
+    decode_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Several clients at once."""
+
+    clients: int
+    prompt_tokens: int
+    dense_tokens_per_second: float
+    hip_tokens_per_second: float
+    ratio: float
+
+
+@contextmanager
+def running(server: Server, log: Path) -> Generator[Server]:
+    """The server, answering; its output goes to a file.
+
+    Raises:
+        HipserveError: it does not start.
+    """
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            server.command(), env=server.environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline, client = time.monotonic() + START_SECONDS, Client(server)
+        while not client.healthy():
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise HipserveError(f"the server for {server.name} did not start; see {log}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(60)
+        child.kill()
+
+
+class Prompts:
+    """Prompts of a given length in tokens that hide a pass key in a text."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._needle: list[int] = tokenizer(NEEDLE, add_special_tokens=False)["input_ids"]
+
+    def make(self, length: int, offset: int = 0) -> list[int]:
+        """`length` token ids; another `offset` starts elsewhere in the text."""
+        mark = "<DOCUMENT>"
+        turns = [{"role": "user", "content": f"Read the text.\n\n{mark}"}]
+        turns.append({"role": "user", "content": QUESTION})
+        frame = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
+        before, after = (
+            self._tokenizer(part, add_special_tokens=False)["input_ids"]
+            for part in frame.split(mark)
+        )
+        room = length - len(before) - len(after) - len(self._needle)
+        start = offset * 997 % len(self._ids)
+        source = (self._ids[start:] + self._ids) * (room // len(self._ids) + 2)
+        half = room // 2
+        return [*before, *source[:half], *self._needle, *source[half:room], *after]
+
+
+def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
+    """Streams an answer; `salt` keeps prompts from meeting in the prefix cache."""
+    body = {
+        "model": server.name,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "cache_salt": salt,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    began, times, text = time.perf_counter(), list[float](), ""
+    with urllib.request.urlopen(request, timeout=3600) as stream:
+        for line in stream:
+            if line.startswith(b"data: {"):
+                times.append(time.perf_counter())
+                text += json.loads(line[6:])["choices"][0]["text"]
+    gaps = tuple(b - a for a, b in itertools.pairwise(times))
+    return Answer(text, times[0] - began, gaps)
+
+
+def measure(
+    dense: Server,
+    hip: Server,
+    prompts: Prompts,
+    length: int,
+    *,
+    repeats: int = 3,
+    new_tokens: int = 64,
+) -> Row:
+    """Dense and HiP in turn, the medians of `repeats` answers each.
+
+    Raises:
+        WrongAnswerError: an answer lacks the pass key.
+    """
+    answers: dict[str, list[Answer]] = {dense.name: [], hip.name: []}
+    for repeat in range(repeats):
+        prompt = prompts.make(length, repeat)
+        for server in (dense, hip):
+            answer = ask(server, prompt, new_tokens, f"{length}-{repeat}-{time.time_ns()}")
+            check(server, length, answer)
+            answers[server.name].append(answer)
+    first = {name: statistics.median(a.first for a in of) for name, of in answers.items()}
+    decode = {
+        name: 1e3 * statistics.median(gap for a in of for gap in a.between)
+        for name, of in answers.items()
+    }
+    return Row(
+        length,
+        first[dense.name],
+        first[hip.name],
+        first[dense.name] / first[hip.name],
+        decode[dense.name],
+        decode[hip.name],
+        decode[dense.name] / decode[hip.name],
+    )
+
+
+def check(server: Server, length: int, answer: Answer) -> None:
+    """Raises WrongAnswerError where the pass key is missing."""
+    if KEY not in answer.text:
+        raise WrongAnswerError(
+            f"{server.name} did not find the pass key in {length:,} tokens, it said "
+            f"{answer.text[:60]!r}: no numbers"
+        )
+
+
+def measure_together(
+    dense: Server, hip: Server, prompts: Prompts, length: int, *, clients: int = 8, rounds: int = 2
+) -> Throughput:
+    """Tokens per second that `clients` get together, the median of `rounds` each, in turn."""
+    rates: dict[str, list[float]] = {dense.name: [], hip.name: []}
+    for turn in range(rounds):
+        for server in (dense, hip):
+            rates[server.name].append(_rate(server, prompts, length, clients, turn))
+    speed = {name: statistics.median(of) for name, of in rates.items()}
+    ratio = speed[hip.name] / speed[dense.name]
+    return Throughput(clients, length, speed[dense.name], speed[hip.name], ratio)
+
+
+def _rate(server: Server, prompts: Prompts, length: int, clients: int, turn: int) -> float:
+    def one(client: int) -> int:
+        prompt = prompts.make(length, client)
+        answer = ask(server, prompt, 64, f"{turn}-{client}-{time.time_ns()}")
+        return len(answer.between) + 1
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        tokens = sum(pool.map(one, range(clients)))
+    return tokens / (time.perf_counter() - began)
+
+
+def compare(
+    model: str,
+    lengths: Sequence[int],
+    config: HiPConfig,
+    folder: Path,
+    ports: tuple[int, int],
+    *,
+    flags: Sequence[str] = (),
+    repeats: int = 3,
+    on_row: Callable[[Row], None] | None = None,
+) -> tuple[list[Row], Throughput]:
+    """Starts both servers and measures them at every length.
+
+    Raises:
+        HipserveError: a server does not start.
+        WrongAnswerError: an answer is wrong.
+    """
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    prompts = Prompts(AutoTokenizer.from_pretrained(model), text)
+    dense = Server(model, "dense", None, port=ports[0], flags=tuple(flags))
+    hip = replace(dense, name="hip", config=config, port=ports[1])
+    with running(dense, folder / "dense.log"), running(hip, folder / "hip.log"):
+        for server in (dense, hip):
+            ask(server, prompts.make(256), 8, "warm-up")
+        rows: list[Row] = []
+        for length in lengths:
+            rows.append(measure(dense, hip, prompts, length, repeats=repeats))
+            if on_row:
+                on_row(rows[-1])
+        return rows, measure_together(dense, hip, prompts, min(lengths))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line a length."""
+    lines = [",".join(asdict(rows[0]))]
+    for row in rows:
+        length, *numbers = asdict(row).values()
+        lines.append(",".join([str(length), *(f"{number:.4g}" for number in numbers)]))
+    return "\n".join(lines) + "\n"

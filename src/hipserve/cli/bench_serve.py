@@ -1,0 +1,87 @@
+"""`hipserve bench serve`: a server with HiP attention beside vLLM's own dense attention."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from hipserve.cli import options
+from hipserve.cli.numbers import parse_counts
+from hipserve.cli.output import err, result_json, show
+from hipserve.models.bundled import BUNDLED, bundled_path
+
+if TYPE_CHECKING:
+    from hipserve.bench.serve import Row
+
+
+def serve(
+    model: options.Model = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "512,8k,32k",
+    repeats: Annotated[int, typer.Option(min=1, help="Answers a length and server.")] = 3,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows here.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""
+    from hipserve.bench.serve import as_csv, compare
+    from hipserve.integrations.vllm.server import quick_start
+
+    settings = options.make_config(config, preset, budget, selector)
+    name = model or BUNDLED
+    path = str(bundled_path()) if name == BUNDLED else name
+    wanted = parse_counts(lengths)
+    memory = ["--kv-cache-memory-bytes", str(3 << 29)]
+    flags = [*memory, *(quick_start(()) if name == BUNDLED else ())]
+    ports = (free_port(), free_port())
+
+    def tell(row: Row) -> None:
+        err.print(f"{row.prompt_tokens:,} tokens: first {row.first_ratio:.1f}x, ", end="")
+        err.print(f"decode {row.decode_ratio:.2f}x", highlight=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        err.print("starting two servers; then they answer in turn", highlight=False)
+        rows, together = compare(
+            path, wanted, settings, Path(folder), ports, flags=flags, repeats=repeats, on_row=tell
+        )
+    if csv:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        csv.write_text(as_csv(rows))
+    if json:
+        result_json({"rows": [asdict(row) for row in rows], "together": asdict(together)})
+        return
+    show(table(rows))
+    speeds = f"{together.dense_tokens_per_second:.0f} -> {together.hip_tokens_per_second:.0f}"
+    clients = f"{together.clients} clients x {together.prompt_tokens:,} tokens"
+    show(f"{clients}: dense -> HiP {speeds} tokens/s ({together.ratio:.2f}x)")
+
+
+def table(rows: list[Row]) -> Table:
+    """Rows as people read them."""
+    shown = Table("prompt", "first token: dense", "HiP", "", "between tokens: dense", "HiP", "")
+    for row in rows:
+        shown.add_row(
+            f"{row.prompt_tokens:,}",
+            f"{row.dense_first_seconds:.2f} s",
+            f"{row.hip_first_seconds:.2f} s",
+            f"{row.first_ratio:.1f}x",
+            f"{row.dense_decode_ms:.1f} ms",
+            f"{row.hip_decode_ms:.1f} ms",
+            f"{row.decode_ratio:.2f}x",
+        )
+    return shown
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
