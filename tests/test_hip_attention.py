@@ -140,9 +140,9 @@ def test_a_selection_serves_refresh_interval_steps_and_the_window_grows(backend:
             seen.append(reuse.selection)
             assert reuse.selection is not None
             start = int(reuse.selection.window_start[0])
-            keys = {*range(16), *range(start, i + 1)}
+            keys, size = {*range(16), *range(start, i + 1)}, config.key_block_size
             for block in reuse.selection.indices[0, 0].tolist():
-                keys |= set(range(block * 16, block * 16 + 16)) if block >= 0 else set()
+                keys |= set(range(block * size, block * size + size)) if block >= 0 else set()
             assert set(range(i - 31, i + 1)) <= keys
             expected = head_zero(q[i], k, v, sorted(keys))
             torch.testing.assert_close(out[0, 0], expected, atol=1e-5, rtol=1e-5)
@@ -195,3 +195,46 @@ def test_compiled_equals_eager() -> None:
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q[0]), layer(q[0]))
+
+
+@every_backend
+@selectors
+def test_decode_steps_equal_rows_of_prefill(backend: str, selector: str) -> None:
+    """In pages, token by token, a selection for each: what one pass of single-row blocks gives."""
+    q, k, v = (x[0] for x in qkv(660, 660))
+    config = HiPConfig(
+        selector=selector, query_block_size=1, query_stride=1, refresh_interval=1, **SMALL
+    )
+    with using(backend) as name:
+        whole = Sequence(660, config, name, torch.float32).extend(q, k, v)
+        grown, reuse = Sequence(660, config, name, torch.float32), SelectionReuse()
+        grown.extend(q[:640], k[:640], v[:640], reuse)
+        steps = [
+            grown.extend(q[i : i + 1], k[i : i + 1], v[i : i + 1], reuse) for i in range(640, 660)
+        ]
+    assert torch.equal(torch.cat(steps), whole[640:])
+
+
+@every_backend
+@selectors
+@pytest.mark.parametrize("interval", [3, 40])
+def test_no_key_falls_between_window_and_selection(
+    backend: str, selector: str, interval: int
+) -> None:
+    """However long a selection serves: with room for every key at its time, all keys are read."""
+    q, k, v = (x[0] for x in qkv(200, 200))
+    room = {**SMALL, "budget": 128, "sliding_window": 16}
+    config = HiPConfig(selector=selector, refresh_interval=interval, **room)
+    with using(backend) as name:
+        sequence, reuse = Sequence(200, config, name, torch.float32), SelectionReuse()
+        sequence.extend(q[:120], k[:120], v[:120])
+        for i in range(120, 160):
+            out = sequence.extend(q[i : i + 1], k[i : i + 1], v[i : i + 1], reuse)
+            if interval == 40:
+                dense = head_zero(q[i], k, v, list(range(i + 1)))
+                torch.testing.assert_close(out[0, 0], dense, atol=1e-5, rtol=1e-5)
+            assert reuse.selection is not None
+            start = int(reuse.selection.window_start[0])
+            assert start <= i + 1 - 16
+            blocks = reuse.selection.indices[0, 0]
+            assert int(blocks.max()) < max(start // config.key_block_size, 1)

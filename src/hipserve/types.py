@@ -90,15 +90,14 @@ class BatchLayout:
         `query_block_size` has the same blocks as the whole.
         """
         if query_block_size not in self._query_blocks:
-            rows = _split_rows(self.seq_lens, self.cu_seqlens_q, query_block_size)
-            blocks = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+            lengths, starts = self.seq_lens.tolist(), self.cu_seqlens_q.tolist()
+            blocks = split_rows(lengths, starts, query_block_size)
             self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
         return self._query_blocks[query_block_size]
 
     def split_on_host(self, query_block_size: int, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
         """Makes the query blocks from copies that the host has, so that no device is waited for."""
-        rows = _split_rows(seq_lens, cu_seqlens_q, query_block_size)
-        blocks = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+        blocks = split_rows(seq_lens.tolist(), cu_seqlens_q.tolist(), query_block_size)
         device = self.seq_lens.device
         self._query_blocks[query_block_size] = blocks.to(device, non_blocking=True)
 
@@ -109,11 +108,11 @@ class BatchLayout:
         return BatchLayout(*parts, {query_block_size: blocks})
 
 
-def _split_rows(seq_lens: Tensor, cu_seqlens_q: Tensor, size: int) -> list[list[int]]:
+def split_rows(seq_lens: list[int], starts: list[int], size: int) -> Tensor:
+    """`BatchLayout.query_blocks` of lengths that are known as numbers, on the CPU."""
     blocks: list[list[int]] = []
-    starts = cu_seqlens_q.tolist()
     for seq, (seq_len, begin, end) in enumerate(
-        zip(seq_lens.tolist(), starts[:-1], starts[1:], strict=True)
+        zip(seq_lens, starts[:-1], starts[1:], strict=True)
     ):
         first = seq_len - (end - begin)
         position = first
@@ -121,7 +120,7 @@ def _split_rows(seq_lens: Tensor, cu_seqlens_q: Tensor, size: int) -> list[list[
             stop = min((position // size + 1) * size, seq_len)
             blocks.append([seq, begin + position - first, stop - position, position])
             position = stop
-    return blocks
+    return torch.tensor(blocks, dtype=torch.int32).reshape(-1, 4)
 
 
 @dataclass(frozen=True, slots=True)

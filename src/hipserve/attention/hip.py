@@ -12,7 +12,7 @@ from hipserve.attention.layer import attend
 from hipserve.config import HiPConfig
 from hipserve.ops import checks, compute_bounds
 from hipserve.platform import resolve_backend
-from hipserve.types import BatchLayout, PagedKV, bound_offsets
+from hipserve.types import BatchLayout, PagedKV, bound_offsets, split_rows
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -58,7 +58,8 @@ def hip_attention(
     """
     config = config or HiPConfig()
     _check(q, k, v, config, causal, sm_scale, softcap)
-    resolve_backend(backend, q.device, q.dtype)
+    if not torch.compiler.is_compiling():
+        resolve_backend(backend, q.device, q.dtype)
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -67,7 +68,7 @@ def hip_attention(
     out, lse = attend(
         q.reshape(batch * query_len, num_q_heads, head_dim),
         kv,
-        whole_sequences(batch, query_len, k.shape[1], q.device),
+        whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size),
         config=config,
         sm_scale=sm_scale,
         softcap=softcap,
@@ -78,13 +79,22 @@ def hip_attention(
     return (out, lse) if return_lse else out
 
 
-def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
-    """The layout of a batch of equally long sequences, each of them one page."""
+def whole_sequences(
+    batch: int, query_len: int, kv_len: int, device: torch.device, query_block_size: int = 64
+) -> BatchLayout:
+    """The layout of a batch of equally long sequences, each of them one page.
+
+    Its query blocks of `query_block_size` rows are made from these numbers: nothing is read back
+    from the device, and torch.compile can trace it.
+    """
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    starts = [seq * query_len for seq in range(batch + 1)]
+    blocks = split_rows([kv_len] * batch, starts, query_block_size)
     return BatchLayout(
         torch.arange(batch, **ints)[:, None],
         torch.full((batch,), kv_len, **ints),
         torch.arange(batch + 1, **ints) * query_len,
+        {query_block_size: blocks.to(device)},
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
 from hipserve.platform import resolve_backend
-from hipserve.types import PagedKV
+from hipserve.types import PagedKV, bound_offsets
 
 
 def _backend(name: str, k: Tensor) -> Any:
@@ -67,7 +67,8 @@ def compute_bounds(k: Tensor, *, bound_block_size: int = 16, backend: str = "aut
         `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
     """
     checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
-    return _backend(backend, k).compute_bounds(k, bound_block_size)
+    run = _bounds_operator if torch.compiler.is_compiling() else _compute_bounds
+    return run(k, bound_block_size, backend)
 
 
 def _check(k: Tensor, v: Tensor, kv: PagedKV, slot_mapping: Tensor, bound_block_size: int) -> None:
@@ -113,3 +114,19 @@ _operator = torch.library.custom_op(
 @_operator.register_fake
 def _(*_: object) -> None:
     return None
+
+
+def _compute_bounds(k: Tensor, bound_block_size: int, backend: str) -> Tensor:
+    return _backend(backend, k).compute_bounds(k, bound_block_size)
+
+
+_bounds_operator = torch.library.custom_op(
+    "hipserve::compute_bounds", _compute_bounds, mutates_args=()
+)
+
+
+@_bounds_operator.register_fake
+def _(k: Tensor, bound_block_size: int, backend: str) -> Tensor:  # noqa: ARG001
+    pages, page_size, heads, head_dim = k.shape
+    runs = bound_offsets(page_size, bound_block_size)[-1]
+    return k.new_empty((pages, runs, heads, 2, head_dim))

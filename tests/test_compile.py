@@ -1,0 +1,76 @@
+"""torch.compile sees custom operators whole: no graph breaks, the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from backends import NATIVE
+from cases import Case, Shape, make_case
+from hipserve import HiPConfig, hip_attention
+from hipserve.ops import select_blocks
+from hipserve.ops.block_sparse_attention import operator as attention
+from hipserve.ops.select_blocks import operator as selection
+from hipserve.ops.write_kv import api as writing
+
+CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
+BACKENDS = ["reference", "cpu"] if NATIVE else ["reference"]
+every = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def qkv(batch: int = 1) -> tuple[torch.Tensor, ...]:
+    return torch.randn(batch, 128, 4, 64), *torch.randn(2, batch, 900, 2, 64)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("selector", ["tree", "bound", "tree+bound"])
+def test_hip_attention_compiles_without_a_break(compiler: str, selector: str) -> None:
+    torch.compiler.reset()
+    config = CONFIG.replace(selector=selector)
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out, lse = hip_attention(q * 2, k, v, config=config, return_lse=True)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, backend=compiler, fullgraph=True)
+    for batch in (1, 2):
+        q, k, v = qkv(batch)
+        for got, expected in zip(compiled(q, k, v), layer(q, k, v), strict=True):
+            assert torch.equal(got, expected)
+
+
+def case() -> Case:
+    return make_case(Shape((700, 130), (100, 1)))
+
+
+@every
+def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
+    c = case()
+    blocks = c.layout.query_blocks(CONFIG.query_block_size)
+    for config in (CONFIG, CONFIG.replace(share_group=False), CONFIG.replace(selector="tree")):
+        bounds = c.kv.k_bounds if config.uses_bounds else None
+        tensors = (c.q, c.kv.k_cache, bounds, c.layout.block_table, blocks)
+        torch.library.opcheck(selection._operator, (*tensors, config.dumps("json"), backend))
+
+
+@every
+def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
+    c = case()
+    blocks = c.layout.query_blocks(CONFIG.query_block_size)
+    chosen = select_blocks(c.q, c.kv, c.layout, config=CONFIG, backend=backend)
+    pages = (c.kv.k_cache.nan_to_num(), c.kv.v_cache.nan_to_num(), c.layout.block_table)
+    sizes = (CONFIG.num_sink_tokens, CONFIG.key_block_size)
+    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, backend)
+    for read in ((chosen.indices, chosen.window_start), (None, None)):
+        torch.library.opcheck(attention._operator, (c.q, *pages, blocks, *read, *numbers))
+
+
+@every
+def test_write_kv_and_compute_bounds_are_lawful_operators(backend: str) -> None:
+    c = case()
+    pages = [x.nan_to_num() for x in (c.kv.k_cache, c.kv.v_cache, c.kv.k_bounds)]
+    k, slots = torch.randn(20, 2, 64), torch.arange(20)
+    torch.library.opcheck(writing._operator, (k, k, *pages, slots, 16, backend))
+    torch.library.opcheck(writing._bounds_operator, (pages[0], 16, backend))
