@@ -171,7 +171,7 @@ def test_write_kv(argument: str, changes: dict[str, Any]) -> None:
         ("query_block_size", 0),
         ("query_stride", 65),
         ("key_block_size", -1),
-        ("bound_block_size", 24),
+        ("bound_block_size", 15),
         ("rerank", -1),
         ("bound_share", math.nan),
         ("bound_share", 1.5),

@@ -130,6 +130,7 @@ def test_later_keys_change_no_earlier_row(backend: str, selector: str) -> None:
 def test_a_selection_serves_refresh_interval_steps_and_the_window_grows(backend: str) -> None:
     q, k, v = (x[0] for x in qkv(700, 700))
     config = HiPConfig(refresh_interval=4, **SMALL)
+    size = config.key_block_size
     with using(backend) as name:
         sequence, reuse = Sequence(700, config, name, torch.float32), SelectionReuse()
         sequence.extend(q[:690], k[:690], v[:690], reuse)
@@ -142,7 +143,7 @@ def test_a_selection_serves_refresh_interval_steps_and_the_window_grows(backend:
             start = int(reuse.selection.window_start[0])
             keys = {*range(16), *range(start, i + 1)}
             for block in reuse.selection.indices[0, 0].tolist():
-                keys |= set(range(block * 16, block * 16 + 16)) if block >= 0 else set()
+                keys |= set(range(block * size, block * size + size)) if block >= 0 else set()
             assert set(range(i - 31, i + 1)) <= keys
             expected = head_zero(q[i], k, v, sorted(keys))
             torch.testing.assert_close(out[0, 0], expected, atol=1e-5, rtol=1e-5)

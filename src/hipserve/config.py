@@ -82,14 +82,6 @@ class HiPConfig:
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        if self.selector == "tree+bound" and not 0 < self.bound_budget < self.budget:
-            raise _wrong(
-                "bound_share",
-                f"a share that leaves both selectors at least {self.granularity} keys of the "
-                f"budget {self.budget}",
-                self.bound_share,
-                "raise budget, or use one selector",
-            )
         if self.uses_bounds and self.bound_block_size % self.key_block_size:
             raise _wrong(
                 "bound_block_size",
@@ -103,6 +95,14 @@ class HiPConfig:
                 f"at least one block ({self.granularity} keys)",
                 self.budget,
                 "raise budget or lower key_block_size",
+            )
+        if self.selector == "tree+bound" and not 0 < self.bound_budget < self.budget:
+            raise _wrong(
+                "bound_share",
+                f"a share that leaves both selectors at least {self.granularity} keys of the "
+                f"budget {self.budget}",
+                self.bound_share,
+                "raise budget, or use one selector",
             )
         for name in ("budget", "num_sink_tokens"):
             value = getattr(self, name)
