@@ -270,7 +270,7 @@ template <class Unit, class T> class Attention {
     auto shown = [&](int i, vf x, float otherwise) {
       if (kWhole) return x;
       vi at = lanes() + i * kLanes;
-      return (at >= seen.low) & (at < seen.high) ? x : splat(otherwise);
+      return ((at >= seen.low) & (at < seen.high)) ? x : splat(otherwise);
     };
     float best = s_.best[row];
     vf x[kVectors], top = splat(-INFINITY);

@@ -130,6 +130,7 @@ def test_later_keys_change_no_earlier_row(backend: str, selector: str) -> None:
 def test_a_selection_serves_refresh_interval_steps_and_the_window_grows(backend: str) -> None:
     q, k, v = (x[0] for x in qkv(700, 700))
     config = HiPConfig(refresh_interval=4, **SMALL)
+    size = config.key_block_size
     with using(backend) as name:
         sequence, reuse = Sequence(700, config, name, torch.float32), SelectionReuse()
         sequence.extend(q[:690], k[:690], v[:690], reuse)

@@ -23,6 +23,7 @@ class SelectionReuse:
     uses: int = 0
     keys_read: Tensor | float = 0.0
     keys_visible: Tensor | float = 0.0
+    _counted: tuple[Tensor, Tensor] | None = None
 
     def clear(self) -> None:
         self.selection, self.uses = None, 0
@@ -33,7 +34,13 @@ class SelectionReuse:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
 
-    def count(self, read: Tensor, visible: Tensor) -> None:
+    def count(self, selection: BlockSelection, layout: BatchLayout, config: HiPConfig) -> None:
+        """Adds the keys of one call; a step that reuses a selection reads one key more a row."""
+        if self._counted is not None and selection is self.selection and self.uses > 1:
+            read, visible = (keys + layout.num_seqs for keys in self._counted)
+        else:
+            read, visible = selection.keys_read(layout, config)
+        self._counted = (read, visible)
         self.keys_read, self.keys_visible = self.keys_read + read, self.keys_visible + visible
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
@@ -63,7 +70,7 @@ def attend(
     """
     selection = _select(q, kv, layout, config, reuse, backend, check)
     if reuse:
-        reuse.count(*selection.keys_read(layout, config))
+        reuse.count(selection, layout, config)
     return block_sparse_attention(
         q,
         kv,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -54,6 +55,7 @@ def bench_attention(
     shape, config, limits = shape or LayerShape(), config or HiPConfig(), limits or Limits()
     _check(lengths, shape, device, limits)
     backend = resolve_backend(backend, torch.device(device), dtype)
+    made = provenance(limits.clock)
     checks = require([check_whole_budget(shape, dtype, backend)])
     points: list[Point] = []
     for phase in phases:
@@ -67,7 +69,7 @@ def bench_attention(
             timings = _time(case, limits)
             points.append(Point(phase, length, timings))
     name = str(dtype).removeprefix("torch.")
-    return AttentionReport(provenance(limits.clock), shape, name, backend, config, checks, points)
+    return AttentionReport(made, shape, name, backend, config, checks, points)
 
 
 def _time(case: Prefill | Decode, limits: Limits) -> dict[str, Timing]:
@@ -87,7 +89,7 @@ def time_decode(case: Decode, limits: Limits) -> dict[str, Timing]:
     """Medians over cycles: as many steps as share a selection."""
     memory = torch.zeros(SWEPT_BYTES // 4)
     rounds = max(limits.rounds, 3) * case.cycle
-    longer = Limits(rounds, limits.seconds)
+    longer = replace(limits, rounds=rounds)
     times = in_turn(case.contenders(), longer, before=lambda: sweep(memory))
     return {
         name: Timing(

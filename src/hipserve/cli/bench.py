@@ -159,7 +159,7 @@ def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
         f"prefill of one layer; HiP and dense ran {timed['hip'].heads_timed} of "
         f"{report.shape.num_q_heads} query heads, SDPA {timed['sdpa'].heads_timed}, scaled"
     )
-    table = _table(title, "HiP", "dense", "SDPA", "x dense", "x SDPA", "bounds", "selection")
+    table = _table(title, "HiP", "dense", "SDPA", "x dense", "x SDPA", "bounds", "select")
     for point in points:
         table.add_row(
             format_count(point.length),
@@ -173,7 +173,7 @@ def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
 def _decode_table(report: AttentionReport, points: list[Point]) -> Table:
     every = report.config.refresh_interval
     title = f"one decode step of one layer, selecting at every step or every {every}; keys cold"
-    heads = ("every step", f"every {every}", "dense", "SDPA", "x dense", "x SDPA", "selection")
+    heads = ("every", f"every {every}", "dense", "SDPA", "x dense", "x SDPA", "select")
     table = _table(title, *heads)
     ours = ("hip", "hip reused")
     for point in points:
@@ -190,7 +190,8 @@ def _decode_table(report: AttentionReport, points: list[Point]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
+    table.title_justify = "left"
     for column in ("tokens", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     return table

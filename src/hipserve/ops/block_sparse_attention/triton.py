@@ -22,8 +22,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 MAX_ROWS = 128
-WIDE_BYTES = 163840
-"""Shared memory of a program with 128 rows and tiles of 128 keys."""
+WIDE_BYTES = 200_000
+"""Shared memory of a Hopper GPU: room for 128 rows and two stages of 128 keys."""
 PROGRAMS = 256
 """Fewer programs than this leave a large GPU idle: their keys are split."""
 
@@ -326,10 +326,11 @@ def make_tiling(
     heads = max(heads, k_cache.shape[2])
     group = q.shape[1] // heads
     dim = triton.next_power_of_2(q.shape[2])
-    rows = min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, triton.next_power_of_2(max_rows * group))
+    wide = dim <= 128 and gpu_shared_memory(q.device) >= WIDE_BYTES
+    rows = min(MAX_ROWS if wide else MAX_ROWS // 2, triton.next_power_of_2(max_rows * group))
     rows = max(rows, 16)
     keys = 32 if dim > 128 or q.element_size() > 2 else 64
-    if keys == 64 and rows > 64 and gpu_shared_memory(q.device) >= WIDE_BYTES:
+    if keys == 64 and rows > 64:
         keys = 128
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
