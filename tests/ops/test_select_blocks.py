@@ -163,6 +163,7 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
     config = HiPConfig(
         selector="tree",
         budget=16,
+        key_block_size=16,
         query_block_size=2,
         query_stride=1,
         num_sink_tokens=0,

@@ -156,8 +156,8 @@ def _plural(threads: int) -> str:
 def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
     timed = points[0].timings
     title = (
-        f"prefill of one layer; HiP and dense ran {timed['hip'].heads_timed} of "
-        f"{report.shape.num_q_heads} query heads, SDPA {timed['sdpa'].heads_timed}, scaled"
+        f"prefill of one layer (of {report.shape.num_q_heads} heads, HiP and dense ran "
+        f"{timed['hip'].heads_timed}, SDPA\n{timed['sdpa'].heads_timed}; the times are scaled)"
     )
     table = _table(title, "HiP", "dense", "SDPA", "x dense", "x SDPA", "bounds", "select")
     for point in points:
@@ -181,7 +181,7 @@ def _decode_table(report: AttentionReport, points: list[Point]) -> Table:
             format_count(point.length),
             *(format_seconds(point.seconds(name)) for name in (*ours, "dense", "sdpa")),
             *(
-                " / ".join(format_ratio(point.ratio(base, name)) for name in ours)
+                "/".join(format_ratio(point.ratio(base, name)) for name in ours)
                 for base in ("dense", "sdpa")
             ),
             f"{point.share('select'):.1%}",
