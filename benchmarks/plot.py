@@ -17,7 +17,7 @@ PANELS = (
 )
 COLORS = {"sdpa": "#8a8a8a", "dense": "#4477aa", "hip": "#cc3311", "hip reused": "#cc3311"}
 TITLES = {"prefill": "Prefill of one layer", "decode": "One decode step of one layer"}
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 800, 360, 64, 64, 56, 400
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 860, 360, 64, 64, 56, 420
 INNER_WIDTH, INNER_HEIGHT = 240, HEIGHT - TOP - BOTTOM
 
 Series = dict[str, list[tuple[int, float]]]
