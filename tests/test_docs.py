@@ -52,8 +52,11 @@ MODULES = [
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of a running server are compiled alone: the tests of the server talk to one."""
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
+    program = compile(code, "documentation", "exec")
+    if "base_url=" not in code:
+        exec(program, {"__name__": "documentation"})
 
 
 def test_there_is_something_to_test() -> None:

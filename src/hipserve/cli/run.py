@@ -74,6 +74,7 @@ def ask(talk: Conversation, question: str, *, stream: bool = True, **generation:
     """Asks with a progress bar on stderr and, streaming, the answer on stdout."""
     with progress_bar() as bar:
         task = bar.add_task("reading", total=0, visible=False)
+        ends: list[str] = []
 
         def on_prefill(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, visible=total > 256)
@@ -82,11 +83,12 @@ def ask(talk: Conversation, question: str, *, stream: bool = True, **generation:
             if bar.live.is_started:
                 bar.stop()
             result(text, end="")
+            ends.append(text[-1])
 
         answer = talk.ask(
             question, on_prefill=on_prefill, on_text=on_text if stream else None, **generation
         )
-    if stream:
+    if stream and ends[-1:] != ["\n"]:
         result("")
     return answer
 
