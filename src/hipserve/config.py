@@ -52,13 +52,13 @@ class HiPConfig:
     """
 
     budget: int = 1024
-    selector: Selector = "tree+bound"
+    selector: Selector = "bound"
     representative: Representative = "middle"
     query_block_size: int = 64
-    key_block_size: int = 2
+    key_block_size: int = 16
     query_stride: int = 2
     bound_block_size: int = 16
-    rerank: int = 2
+    rerank: int = 4
     relative_scores: bool = True
     bound_share: float = 0.5
     share_group: bool = True
@@ -66,7 +66,7 @@ class HiPConfig:
     sliding_window: int = 512
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 2048
-    refresh_interval: int = 4
+    refresh_interval: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -189,8 +189,8 @@ class HiPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HiPConfig:
-        """`default`; `fast`, a cheaper and less exact search (docs/quality.md); or `paper`: the
-        settings of arXiv 2406.09827 (its appendix).
+        """`default`; `fast`, a cheaper and less exact search; `text`, which keeps the likelihood of
+        text best but loses needles (docs/quality.md); or `paper`: arXiv 2406.09827 (its appendix).
         """
         return cls.from_dict({"preset": name, **changes})
 
@@ -228,7 +228,8 @@ class HiPConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"selector": "bound", "key_block_size": 16},
+    "fast": {"rerank": 2},
+    "text": {"selector": "tree+bound", "key_block_size": 2, "rerank": 2},
     "paper": {
         "budget": 512,
         "selector": "tree",
