@@ -52,8 +52,6 @@ FACTS = (
 OPENING = "Some special values are hidden in the following text. Memorize them."
 ROOM = 1024
 """Tokens kept for facts, questions and answers."""
-REFRESH = 1
-"""Every token of an answer selects anew: a number may lie across two key blocks."""
 
 
 def demo(
@@ -79,7 +77,7 @@ def demo(
     _check_length("length", length)
     _check_length("dense_length", dense_length)
     text = read_document(doc) if doc else language_reference()
-    config = options.make_config(budget=budget).replace(refresh_interval=REFRESH)
+    config = options.make_config(budget=budget)
     loaded = options.load_model(None, config, device, "auto")
     say(f"{loaded.name}, budget {config.budget} keys, attention: {loaded.backend}, {_machine()}")
     reading = _read(loaded, config, text, min(length, loaded.max_context), FACTS, stream=not json)
