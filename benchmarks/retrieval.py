@@ -155,10 +155,12 @@ def main() -> None:
                 scores.setdefault(name, {}).setdefault(task, []).append(score)
             summary = {task: round(mean(v), 3) for task, v in scores[name].items()}
             sys.stderr.write(f"{seed} {name} {summary} {time.perf_counter() - began:.0f} s\n")
-        write(options, scores)
+        write(options, scores, seed + 1 - options.first)
 
 
-def write(options: argparse.Namespace, scores: dict[str, dict[str, list[float]]]) -> None:
+def write(
+    options: argparse.Namespace, scores: dict[str, dict[str, list[float]]], documents: int
+) -> None:
     table = {
         name: {
             task: {
@@ -172,7 +174,7 @@ def write(options: argparse.Namespace, scores: dict[str, dict[str, list[float]]]
         }
         for name, tasks in scores.items()
     }
-    report = {"length": options.length, "documents": options.documents, "scores": table}
+    report = {"length": options.length, "documents": documents, "scores": table}
     text = json.dumps(report, indent=1) + "\n"
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
