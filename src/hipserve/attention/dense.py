@@ -34,7 +34,7 @@ def torch_is_best(q: Tensor, k: Tensor, softcap: float) -> bool:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
-    """Dense causal attention, `[batch, length, heads, head_dim]` each, by cuDNN or FlashAttention."""
+    """Dense causal attention of `[batch, length, heads, head_dim]` by cuDNN or FlashAttention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(KERNELS, set_priority=True):
         out = F.scaled_dot_product_attention(
