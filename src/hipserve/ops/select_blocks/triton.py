@@ -70,7 +70,8 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     """Which of the first `n` scores are the `count` greatest, and their places in order.
 
     Ties go to the lower index. The threshold is built two bits at a time, on integers that order as
-    the scores do; one sum carries the counts of all three candidates.
+    the scores do, until exactly `count` scores reach it; one sum carries the counts of all three
+    candidates.
     """
     i = tl.arange(0, SIZE)
     there = i < n
@@ -79,17 +80,23 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     wanted = tl.minimum(count, n)
     threshold = LEAST
-    for digit in range(16):
-        step = 1 << (30 - 2 * digit)
+    reached, shift = n, 30
+    while (reached > wanted) & (shift >= 0):
+        step = 1 << shift
         one, two, three = threshold + step, threshold + step + step, threshold + step + step + step
         counts = (there & (key >= one)).to(tl.int64)
         counts += (there & (key >= two)).to(tl.int64) << 20
         counts += (there & (key >= three)).to(tl.int64) << 40
         counts = tl.sum(counts, axis=0)
-        enough = ((counts & 0xFFFFF) >= wanted).to(tl.int32)
-        enough += ((counts >> 20 & 0xFFFFF) >= wanted).to(tl.int32)
-        enough += ((counts >> 40) >= wanted).to(tl.int32)
-        threshold += step * enough
+        first = (counts & 0xFFFFF).to(tl.int32)
+        second = (counts >> 20 & 0xFFFFF).to(tl.int32)
+        third = (counts >> 40).to(tl.int32)
+        reached = tl.where(first >= wanted, first, reached)
+        reached = tl.where(second >= wanted, second, reached)
+        reached = tl.where(third >= wanted, third, reached)
+        enough = (first >= wanted).to(tl.int32) + (second >= wanted).to(tl.int32)
+        threshold += step * (enough + (third >= wanted).to(tl.int32))
+        shift -= 2
     above = there & (key > threshold)
     equal = there & (key == threshold)
     room = wanted - tl.sum(above.to(tl.int32))
