@@ -162,6 +162,10 @@ class HiPConfig:
         long = position + num_rows > self.dense_below
         return start if sparse and long else self.num_sink_tokens
 
+    def may_prune(self, seq_len: int) -> bool:
+        """False where every query block of a sequence of `seq_len` keys reads all of its keys."""
+        return self.window_start(seq_len - 1, 1) > self.num_sink_tokens
+
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""
         return HiPConfig.from_dict({**self.to_dict(), **changes})
@@ -293,3 +297,7 @@ def _layers(value: object) -> tuple[int, ...]:
     raise _wrong(
         "dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]"
     )
+
+
+DEFAULT = HiPConfig()
+"""What operations take where no configuration is given."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hipserve.attention.layer import attend
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks, compute_bounds
 from hipserve.platform import resolve_backend
-from hipserve.types import BatchLayout, PagedKV, bound_offsets, split_rows
+from hipserve.types import BatchLayout, PagedKV
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -56,7 +56,7 @@ def hip_attention(
         ArgumentError: an argument does not fit; the message names it.
         BackendError: the backend asked for cannot run.
     """
-    config = config or HiPConfig()
+    config = config or DEFAULT
     _check(q, k, v, config, causal, sm_scale, softcap)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
@@ -64,11 +64,14 @@ def hip_attention(
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    kv = PagedKV(k, v, _bounds(k, query_len, config, backend))
+    layout = whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size)
+    bounds = None
+    if config.uses_bounds and layout.may_prune(config):
+        bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
     out, lse = attend(
         q.reshape(batch * query_len, num_q_heads, head_dim),
-        kv,
-        whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size),
+        PagedKV(k, v, bounds),
+        layout,
         config=config,
         sm_scale=sm_scale,
         softcap=softcap,
@@ -87,30 +90,10 @@ def whole_sequences(
     Its query blocks of `query_block_size` rows are made from these numbers: nothing is read back
     from the device, and torch.compile can trace it.
     """
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    starts = [seq * query_len for seq in range(batch + 1)]
-    blocks = split_rows([kv_len] * batch, starts, query_block_size)
-    return BatchLayout(
-        torch.arange(batch, **ints)[:, None],
-        torch.full((batch,), kv_len, **ints),
-        torch.arange(batch + 1, **ints) * query_len,
-        {query_block_size: blocks.to(device)},
-    )
-
-
-def _bounds(k: Tensor, query_len: int, config: HiPConfig, backend: str) -> Tensor | None:
-    """Bounds of whole sequences, where a query block is long enough to be pruned by them."""
-    if not config.uses_bounds:
-        return None
-    first = max(
-        k.shape[1] - query_len,
-        (k.shape[1] - 1) // config.query_block_size * config.query_block_size,
-    )
-    pruned = config.window_start(first, k.shape[1] - first) > config.num_sink_tokens
-    if pruned:
-        return compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
-    runs = bound_offsets(k.shape[1], config.bound_block_size)[-1]
-    return k.new_empty((1,)).expand(k.shape[0], runs, k.shape[2], 2, k.shape[3])
+    pages = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    layout = BatchLayout.of(pages, [kv_len] * batch, [query_len] * batch)
+    layout.query_blocks(query_block_size)
+    return layout
 
 
 def _check(

@@ -34,13 +34,17 @@ class SelectionReuse:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
 
-    def count(self, selection: BlockSelection, layout: BatchLayout, config: HiPConfig) -> None:
+    def count(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> None:
         """Adds the keys of one call; a step that reuses a selection reads one key more a row."""
-        if self._counted is not None and selection is self.selection and self.uses > 1:
+        if selection is None:
+            read = visible = float(layout.keys_visible or 0)
+        elif self._counted is not None and selection is self.selection and self.uses > 1:
             read, visible = (keys + layout.num_seqs for keys in self._counted)
+            self._counted = (read, visible)
         else:
-            read, visible = selection.keys_read(layout, config)
-        self._counted = (read, visible)
+            read, visible = self._counted = selection.keys_read(layout, config)
         self.keys_read, self.keys_visible = self.keys_read + read, self.keys_visible + visible
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
@@ -92,7 +96,12 @@ def _select(
     reuse: SelectionReuse | None,
     backend: str,
     check: bool,
-) -> BlockSelection:
+) -> BlockSelection | None:
+    """The selection of every query block; None where all of them read everything."""
+    if not layout.may_prune(config):
+        if reuse:
+            reuse.clear()
+        return None
     if reuse and reuse.selection and reuse.valid(layout, q.shape[0], config.refresh_interval):
         reuse.uses += 1
         return reuse.selection

@@ -7,6 +7,7 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,13 +19,14 @@ from transformers.masking_utils import causal_mask_function
 
 from hipserve.attention import SelectionReuse, attend, hip_attention
 from hipserve.cache import PagedLayer
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.ops import block_sparse_attention, compute_bounds
 from hipserve.types import BatchLayout, PagedKV
 
 NAME = "hip"
-_default = HiPConfig()
+_default = DEFAULT
+_parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
 
 
 def register(config: HiPConfig | None = None) -> None:
@@ -42,7 +44,15 @@ def register(config: HiPConfig | None = None) -> None:
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one."""
     own = getattr(model_config, NAME, None)
-    return _default if own is None else HiPConfig.from_dict(dict(own))
+    return _default if own is None else _parse(own)
+
+
+def _parse(settings: dict[str, Any]) -> HiPConfig:
+    """Every layer asks at every step: settings equal to the last ones are not validated again."""
+    global _parsed
+    if settings != _parsed[0]:
+        _parsed = copy.deepcopy(dict(settings)), HiPConfig.from_dict(dict(settings))
+    return _parsed[1]
 
 
 # Masks: a record instead of a matrix, O(1) for any length.
