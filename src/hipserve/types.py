@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,12 +89,8 @@ class BatchLayout:
         cls, block_table: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
     ) -> BatchLayout:
         """The layout of lengths that the host knows: nothing is read back from the device."""
-        starts = [0, *itertools.accumulate(query_lens)]
-        ends, begins = (
-            torch.tensor(values, dtype=torch.int32, device=block_table.device)
-            for values in (seq_lens, starts)
-        )
-        return cls(block_table, ends, begins, {}, (seq_lens, starts))
+        device = block_table.device
+        return cls(block_table, *_of_lengths(tuple(seq_lens), tuple(query_lens), device))
 
     @property
     def num_seqs(self) -> int:
@@ -135,6 +132,18 @@ class BatchLayout:
         blocks = self.query_blocks(query_block_size)[chosen]
         parts = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         return BatchLayout(*parts, {query_block_size: blocks})
+
+
+@functools.lru_cache(16)
+def _of_lengths(
+    seq_lens: tuple[int, ...], query_lens: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, dict[int, Tensor], tuple[Sequence[int], Sequence[int]]]:
+    """What a layout has besides its pages: all layers of a step share it."""
+    starts = (0, *itertools.accumulate(query_lens))
+    ends, begins = (
+        torch.tensor(values, dtype=torch.int32, device=device) for values in (seq_lens, starts)
+    )
+    return ends, begins, {}, (seq_lens, starts)
 
 
 def split_rows(seq_lens: Sequence[int], starts: Sequence[int], size: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
+from hipserve.errors import ArgumentError
 from hipserve.ops import checks, compute_bounds
 from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, PagedKV
@@ -64,7 +65,7 @@ def hip_attention(
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    layout = whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size)
+    layout = whole_sequences(batch, query_len, k.shape[1], q.device)
     bounds = None
     if config.uses_bounds and layout.may_prune(config):
         bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
@@ -78,22 +79,18 @@ def hip_attention(
         backend=backend,
         check=False,
     )
-    out, lse = out.view(q.shape), lse.view(q.shape[:3])
-    return (out, lse) if return_lse else out
+    out = out.view(batch, query_len, num_q_heads, head_dim)
+    return (out, lse.view(batch, query_len, num_q_heads)) if return_lse else out
 
 
-def whole_sequences(
-    batch: int, query_len: int, kv_len: int, device: torch.device, query_block_size: int = 64
-) -> BatchLayout:
+def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
     """The layout of a batch of equally long sequences, each of them one page.
 
-    Its query blocks of `query_block_size` rows are made from these numbers: nothing is read back
-    from the device, and torch.compile can trace it.
+    It is made from these numbers: nothing is read back from the device, and torch.compile can trace
+    it.
     """
     pages = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    layout = BatchLayout.of(pages, [kv_len] * batch, [query_len] * batch)
-    layout.query_blocks(query_block_size)
-    return layout
+    return BatchLayout.of(pages, [kv_len] * batch, [query_len] * batch)
 
 
 def _check(
@@ -112,17 +109,15 @@ def _check(
     for argument, x in (("k", k), ("v", v)):
         checks.check_floats(argument, x, _KV_DIMS)
         checks.check_same(argument, x, q)
-    same = v.shape == k.shape
-    checks.require(same, "v", f"shape {list(k.shape)} as k", list(v.shape), "match them")
-    checks.require(k.shape[0] == q.shape[0], "k", f"batch {q.shape[0]} as q", k.shape[0], "match")
+    if v.shape != k.shape:
+        raise ArgumentError("v", f"shape {list(k.shape)} as k", str(list(v.shape)), "match them")
+    if k.shape[0] != q.shape[0]:
+        raise ArgumentError("k", f"batch {q.shape[0]} as q", str(k.shape[0]), "match them")
     checks.check_heads(q, k.shape[2], k.shape[3], "k")
-    checks.require(
-        k.shape[1] >= q.shape[1],
-        "k",
-        f"at least the {q.shape[1]} keys of q's own rows",
-        k.shape[1],
-        "pass the keys of the whole sequence",
-    )
+    if k.shape[1] < q.shape[1]:
+        expected = f"at least the {q.shape[1]} keys of q's own rows"
+        hint = "pass the keys of the whole sequence"
+        raise ArgumentError("k", expected, str(k.shape[1]), hint)
     if sm_scale is not None:
         checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "fix it")
     checks.check_softcap(softcap)

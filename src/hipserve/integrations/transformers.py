@@ -197,7 +197,7 @@ def _attend_pages(
             q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
         )
     if valid is None:
-        return out.view(rows.shape)
+        return out.view(batch, query_len, *out.shape[1:])
     padded = rows.new_zeros(rows.shape)
     padded[valid] = out
     return padded
