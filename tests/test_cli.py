@@ -246,14 +246,16 @@ def test_eval_tables_and_json(tmp_path: Path) -> None:
         "--samples",
         "2",
         "--tasks",
-        "passkey,quote",
+        "passkey,quote,niah",
+        "--questions",
+        "3",
         "--also",
         "paper",
         "--no-dense",
     )
     result = invoke("eval", "retrieval", *options)
     assert result.exit_code == 0
-    for word in ("passkey", "quote", "hip", "paper", "acorn, 1k tokens"):
+    for word in ("passkey", "quote", "hip", "paper", "acorn, 1k tokens", "niah   │ 6"):
         assert word in result.stdout
     assert "dense" not in result.stdout
     assert result.stderr == ""
