@@ -43,7 +43,8 @@ class HiPConfig:
         sliding_window: most recent keys of every row, itself included, always read.
         dense_layers: layers that are never pruned; a number n means the first n.
         dense_below: query blocks that end before this position read everything: the measured
-            length under which searching costs more than it saves.
+            length under which searching costs more than it saves. Decode steps read everything
+            below 2.5 times this, where the search of a single row begins to pay.
         refresh_interval: decode steps that share one selection.
         seed: of the `random` representative.
 

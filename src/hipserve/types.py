@@ -23,6 +23,11 @@ COARSE_KEEP = 2
 """The search keeps, of each bound level, this many times the keys of the level below it."""
 
 
+DECODE_CROSSOVER = 2.5
+"""A step of single rows reads everything below this many times `dense_below`: it waits for memory,
+and of few keys the search reads almost as many as attention does (docs/speed.md)."""
+
+
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
     """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries."""
     lengths = [bound_block_size * LEVEL_RATIO**level for level in range(NUM_BOUND_LEVELS)]
@@ -106,8 +111,13 @@ class BatchLayout:
         return sum(n * (2 * end - n + 1) // 2 for n, end in zip(rows, seq_lens, strict=True))
 
     def may_prune(self, config: HiPConfig) -> bool:
-        """False only where the host knows that every query block reads all of its keys."""
-        return self.lengths is None or config.may_prune(max(self.lengths[0], default=0))
+        """False only where the host knows that reading everything is right, or faster."""
+        if self.lengths is None:
+            return True
+        seq_lens, starts = self.lengths
+        longest, decode = max(seq_lens, default=0), starts[-1] == len(seq_lens)
+        short = decode and longest < DECODE_CROSSOVER * config.dense_below
+        return not short and config.may_prune(longest)
 
     def query_blocks(self, query_block_size: int) -> Tensor:
         """`[num_query_blocks, 4]` int32: sequence, first row, number of rows, first position.
@@ -182,7 +192,11 @@ class BlockSelection:
         Both are float64 scalars on the device of `indices`. `layout` is the batch of this call,
         which may be later than the one that the selection was made for.
         """
-        blocks = layout.query_blocks(config.query_block_size).double()
+        return self.keys_of(layout.query_blocks(config.query_block_size), config)
+
+    def keys_of(self, query_blocks: Tensor, config: HiPConfig) -> tuple[Tensor, Tensor]:
+        """`keys_read` of the rows of these blocks, one for each of the selection's."""
+        blocks = query_blocks.double()
         rows, position = blocks[:, 2], blocks[:, 3]
         chosen = (self.indices >= 0).sum((1, 2), dtype=torch.float64)
         chosen *= config.key_block_size / self.indices.shape[1]
