@@ -59,8 +59,16 @@ def test_what_cannot_be_pruned_is_not(
     starts = [config.window_start(position, rows) for _, _, rows, position in blocks]
     pruned = any(start > config.num_sink_tokens for start in starts)
     assert layout.may_prune(config) or not pruned
-    if size == 1 and all(n > 0 for n in layout.cu_seqlens_q.diff().tolist()):
+    if size == 1 and not dense_below and all(n > 0 for n in layout.cu_seqlens_q.diff().tolist()):
         assert layout.may_prune(config) == pruned
+
+
+def test_decode_steps_are_pruned_from_their_own_crossover_on() -> None:
+    config = CONFIG.replace(dense_below=200)
+    for seq_len, query_len, expected in ((499, 1, False), (500, 1, True), (499, 2, True)):
+        layout = BatchLayout.of(table(2), [seq_len, 300], [query_len, 1])
+        assert layout.may_prune(config) is expected
+        assert layout.may_prune(config.replace(dense_below=0))
 
 
 @every_backend
@@ -94,5 +102,23 @@ def test_counts_are_those_of_the_keys_read(known: bool, share_group: bool) -> No
         keys = read_keys(selection.indices[i], config.key_block_size, 16, start, last)
         for p in range(position, last):
             read += ((keys >= 0) & (keys <= p)).double().sum(1).mean().item()
-    assert float(reuse.keys_read) == pytest.approx(read)
-    assert 0 < read < float(reuse.keys_visible)
+    assert reuse.keys_read == pytest.approx(read)
+    assert 0 < read < reuse.keys_visible
+
+
+def test_counting_later_counts_the_same() -> None:
+    """Steps that select, reuse a selection or read everything, and another budget on the way."""
+    k = torch.randn(1, 400, 2, 64)
+    kv, reuse = PagedKV(k, k, compute_bounds(k)), SelectionReuse()
+    read = visible = 0.0
+    for end in [*range(90, 100), *range(200, 300)]:
+        config = CONFIG.replace(refresh_interval=3, budget=64 if end < 250 else 96)
+        layout = BatchLayout.of(table(1), [end], [1])
+        attend(torch.randn(1, 4, 64), kv, layout, config=config, reuse=reuse)
+        if reuse.selection is None:
+            counts: tuple[Any, Any] = (end, end)
+        else:
+            counts = reuse.selection.keys_read(layout, config)
+        read, visible = read + float(counts[0]), visible + float(counts[1])
+    assert reuse.keys_read == pytest.approx(read)
+    assert reuse.keys_visible == visible == sum([*range(90, 100), *range(200, 300)])

@@ -198,6 +198,10 @@ def test_settings_travel_with_the_model(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hip")
     assert loaded.config.hip["budget"] == 32
+    loaded(prompts())
+    loaded.config.hip["budget"] = 8  # in place: settings are read again
+    with pytest.raises(ArgumentError, match="budget"):
+        loaded(prompts())
     loaded.config.hip = {"budgte": 3}
     with pytest.raises(ArgumentError, match="budgte"):
         loaded(prompts())

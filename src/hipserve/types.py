@@ -197,7 +197,11 @@ class BlockSelection:
         Both are float64 scalars on the device of `indices`. `layout` is the batch of this call,
         which may be later than the one that the selection was made for.
         """
-        blocks = layout.query_blocks(config.query_block_size).double()
+        return self.keys_of(layout.query_blocks(config.query_block_size), config)
+
+    def keys_of(self, query_blocks: Tensor, config: HiPConfig) -> tuple[Tensor, Tensor]:
+        """`keys_read` of the rows of these blocks, one for each of the selection's."""
+        blocks = query_blocks.double()
         rows, position = blocks[:, 2], blocks[:, 3]
         chosen = (self.indices >= 0).sum((1, 2), dtype=torch.float64)
         chosen *= config.key_block_size / self.indices.shape[1]

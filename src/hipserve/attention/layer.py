@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
+
+COUNTED_TOGETHER = 64
+"""Query blocks whose keys are counted at once: counting a decode step alone costs more than it."""
 
 
 @dataclass(slots=True)
@@ -21,9 +25,21 @@ class SelectionReuse:
 
     selection: BlockSelection | None = None
     uses: int = 0
-    keys_read: Tensor | float = 0.0
-    keys_visible: Tensor | float = 0.0
-    _counted: tuple[Tensor, Tensor] | None = None
+    _read: Tensor | float = 0.0  # on the device until asked for: reading it would wait
+    _visible: Tensor | float = 0.0
+    _uncounted: list[tuple[BlockSelection, Tensor, HiPConfig]] = field(
+        default_factory=list[tuple[BlockSelection, Tensor, HiPConfig]]
+    )
+
+    @property
+    def keys_read(self) -> float:
+        self._count()
+        return float(self._read)
+
+    @property
+    def keys_visible(self) -> float:
+        self._count()
+        return float(self._visible)
 
     def clear(self) -> None:
         self.selection, self.uses = None, 0
@@ -34,23 +50,35 @@ class SelectionReuse:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
 
-    def count(
+    def note(
         self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
     ) -> None:
-        """Adds the keys of one call; a step that reuses a selection reads one key more a row."""
+        """Remembers one call; selections are counted when asked for, or many steps at a time."""
         if selection is None:
-            read = visible = float(layout.keys_visible or 0)
-        elif self._counted is not None and selection is self.selection and self.uses > 1:
-            read, visible = (keys + layout.num_seqs for keys in self._counted)
-            self._counted = (read, visible)
-        else:
-            read, visible = self._counted = selection.keys_read(layout, config)
-        self.keys_read, self.keys_visible = self.keys_read + read, self.keys_visible + visible
+            keys = layout.keys_visible or 0
+            self._read, self._visible = self._read + keys, self._visible + keys
+            return
+        if self._uncounted and self._uncounted[0][2] != config:
+            self._count()
+        blocks = layout.query_blocks(config.query_block_size)
+        self._uncounted.append((selection, blocks, config))
+        if sum(len(blocks) for _, blocks, _ in self._uncounted) >= COUNTED_TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        if not self._uncounted:
+            return
+        selections, blocks, configs = zip(*self._uncounted, strict=True)
+        indices = torch.cat([selection.indices for selection in selections])
+        starts = torch.cat([selection.window_start for selection in selections])
+        read, visible = BlockSelection(indices, starts).keys_of(torch.cat(blocks), configs[0])
+        self._read, self._visible = self._read + read, self._visible + visible
+        self._uncounted.clear()
 
     def count_dense(self, batch: int, rows: int) -> None:
         """Adds the keys of the first rows of whole sequences, which read all they may."""
         keys = batch * rows * (rows + 1) // 2
-        self.keys_read, self.keys_visible = self.keys_read + keys, self.keys_visible + keys
+        self._read, self._visible = self._read + keys, self._visible + keys
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
         """A decode step of the same sequences may use the selection once more."""
@@ -80,7 +108,7 @@ def attend(
     config = config.on(q.device.type)
     selection = _select(q, kv, layout, config, reuse, backend, check)
     if reuse:
-        reuse.count(selection, layout, config)
+        reuse.note(selection, layout, config)
     return block_sparse_attention(
         q,
         kv,

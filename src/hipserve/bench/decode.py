@@ -49,8 +49,7 @@ class Decode:
     def _layout(self, seq_len: int) -> BatchLayout:
         """Made once for all layers of a model's step, so its making is not timed."""
         pages = torch.arange(-(-self.length // PAGE_SIZE), dtype=torch.int32)[None]
-        lengths = torch.tensor([seq_len], dtype=torch.int32)
-        layout = BatchLayout(pages, lengths, torch.tensor([0, 1], dtype=torch.int32))
+        layout = BatchLayout.of(pages, [seq_len], [1])
         layout.query_blocks(self.config.query_block_size)
         return layout
 
@@ -111,10 +110,11 @@ class Decode:
         turn = self.cycle - 1
         q, kv, positions = self.query(turn), (self.k, self.v), torch.tensor([self.length - 1])
         sizes = (self.config.key_block_size, self.config.num_sink_tokens)
-        keys = keys_of(self.select(turn), 0, self.length, *sizes)
+        everything = [torch.arange(self.length)]
+        pruned = self.layouts[-1].may_prune(self.config)
+        keys = keys_of(self.select(turn), 0, self.length, *sizes) if pruned else everything
         sparse, dense = self.step(turn, None), self.attend(turn, None)
         name = f"decode at {self.length}, attention over the chosen keys"
-        everything = [torch.arange(self.length)]
         return [
             check_rows(name, sparse, q, *kv, positions, keys),
             check_rows(

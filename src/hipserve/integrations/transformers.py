@@ -413,8 +413,8 @@ class HiPCache(Cache):
     def count_keys(self) -> tuple[float, float]:
         """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""
         reuses = [layer.reuse for layer in self._paged()]
-        read = sum(float(reuse.keys_read) for reuse in reuses)
-        return read, sum(float(reuse.keys_visible) for reuse in reuses)
+        read = sum(reuse.keys_read for reuse in reuses)
+        return read, sum(reuse.keys_visible for reuse in reuses)
 
     def _paged(self) -> list[HiPCacheLayer]:
         return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]
