@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,6 @@ NUM_BOUND_LEVELS = 3
 
 COARSE_KEEP = 2
 """The search keeps, of each bound level, this many times the keys of the level below it."""
-
-
-DECODE_CROSSOVER = 2.5
-"""A step of single rows reads everything below this many times `dense_below`: it waits for memory,
-and of few keys the search reads almost as many as attention does (docs/speed.md)."""
 
 
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
@@ -86,7 +82,7 @@ class BatchLayout:
     block_table: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor
-    _query_blocks: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+    _query_blocks: dict[Any, Tensor] = field(default_factory=dict[Any, Tensor], repr=False)
     lengths: tuple[Sequence[int], Sequence[int]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -94,8 +90,8 @@ class BatchLayout:
         cls, block_table: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
     ) -> BatchLayout:
         """The layout of lengths that the host knows: nothing is read back from the device."""
-        device = block_table.device
-        return cls(block_table, *_of_lengths(tuple(seq_lens), tuple(query_lens), device))
+        make = _of_lengths.__wrapped__ if torch.compiler.is_compiling() else _of_lengths
+        return cls(block_table, *make(tuple(seq_lens), tuple(query_lens), block_table.device))
 
     @property
     def num_seqs(self) -> int:
@@ -111,13 +107,12 @@ class BatchLayout:
         return sum(n * (2 * end - n + 1) // 2 for n, end in zip(rows, seq_lens, strict=True))
 
     def may_prune(self, config: HiPConfig) -> bool:
-        """False only where the host knows that reading everything is right, or faster."""
+        """False only where the host knows that every query block reads all of its keys."""
         if self.lengths is None:
             return True
         seq_lens, starts = self.lengths
-        longest, decode = max(seq_lens, default=0), starts[-1] == len(seq_lens)
-        short = decode and longest < DECODE_CROSSOVER * config.dense_below
-        return not short and config.may_prune(longest)
+        rows = (end - begin for begin, end in itertools.pairwise(starts))
+        return any(config.may_prune(n, r) for n, r in zip(seq_lens, rows, strict=True) if r)
 
     def query_blocks(self, query_block_size: int) -> Tensor:
         """`[num_query_blocks, 4]` int32: sequence, first row, number of rows, first position.
@@ -136,6 +131,16 @@ class BatchLayout:
         blocks = split_rows(seq_lens.tolist(), cu_seqlens_q.tolist(), query_block_size)
         device = self.seq_lens.device
         self._query_blocks[query_block_size] = blocks.to(device, non_blocking=True)
+
+    def behind(self, position: int, query_block_size: int) -> BatchLayout:
+        """The same batch without the query blocks that start before `position`."""
+        key = (query_block_size, position)
+        if key not in self._query_blocks:
+            blocks = self.query_blocks(query_block_size)
+            self._query_blocks[key] = blocks[blocks[:, 3] >= position]
+        blocks = {query_block_size: self._query_blocks[key]}
+        parts = (self.block_table, self.seq_lens, self.cu_seqlens_q)
+        return BatchLayout(*parts, blocks, self.lengths)
 
     def only(self, query_block_size: int, chosen: Tensor) -> BatchLayout:
         """The same batch, of which `select_blocks` sees the query blocks `chosen` (int64) alone."""

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hipserve.attention.dense import causal_attention, torch_rows
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -59,13 +60,19 @@ def hip_attention(
     """
     config = config or DEFAULT
     _check(q, k, v, config, causal, sm_scale, softcap)
+    config = config.on(q.device.type)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
+    rows = 0 if return_lse else torch_rows(q, k, config, softcap, backend)
+    if rows == query_len:
+        return causal_attention(q, k, v, sm_scale)
     layout = whole_sequences(batch, query_len, k.shape[1], q.device)
+    if rows:
+        layout = layout.behind(rows, config.query_block_size)
     bounds = None
     if config.uses_bounds and layout.may_prune(config):
         bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
@@ -80,6 +87,8 @@ def hip_attention(
         check=False,
     )
     out = out.view(batch, query_len, num_q_heads, head_dim)
+    if rows:
+        out[:, :rows] = causal_attention(q[:, :rows], k[:, :rows], v[:, :rows], sm_scale)
     return (out, lse.view(batch, query_len, num_q_heads)) if return_lse else out
 
 

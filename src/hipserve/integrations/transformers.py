@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
 from hipserve.attention import SelectionReuse, attend, hip_attention
+from hipserve.attention.dense import causal_attention, torch_rows
 from hipserve.cache import PagedLayer
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -151,7 +152,7 @@ def hip_forward(
     head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
     """
     _refuse(module, dropout, s_aux, attention_mask)
-    config = config_of(module.config)
+    config: HiPConfig | None = config_of(module.config).on(query.device.type)
     if module.layer_idx in config.dense_layers or sliding_window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
@@ -185,19 +186,33 @@ def _attend_pages(
     if valid is not None:
         valid = valid[:, layer.seen - rows.shape[1] :]
         valid = None if bool(valid.all()) else valid
-    layer.write(valid)
     batch, query_len = rows.shape[:2]
+    fresh = layer.write(valid)
+    dense, first = None, 0
+    if fresh is not None and valid is None and query_len == layer.seen:
+        first = torch_rows(rows, fresh[0], config, options["softcap"])
+        layer.reuse.count_dense(batch, first)
+    if fresh is not None and first:
+        k, v = (x[:, :first] for x in fresh)
+        dense = causal_attention(rows[:, :first], k, v, options["sm_scale"])
+        if first == query_len:
+            return dense
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
     q = rows.flatten(0, 1) if valid is None else rows[valid]
     if config is None:
         out, _ = block_sparse_attention(q, layer.pages.pages, layout, check=False, **options)
     else:
+        if dense is not None:
+            layout = layout.behind(first, config.query_block_size)
         out, _ = attend(
             q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
         )
     if valid is None:
-        return out.view(batch, query_len, *out.shape[1:])
+        out = out.view(batch, query_len, *out.shape[1:])
+        if dense is not None:
+            out[:, :first] = dense
+        return out
     padded = rows.new_zeros(rows.shape)
     padded[valid] = out
     return padded
@@ -314,12 +329,17 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         return PagedHandle(self, key_states), PagedHandle(self, value_states)
 
-    def write(self, valid: Tensor | None) -> None:
-        """Appends what `update` took, without the tokens that `valid` leaves out."""
-        if self._fresh is not None:
-            k, v = (x.transpose(1, 2) for x in self._fresh)
-            self._fresh = None
-            self.pages.append(k, v, valid)
+    def write(self, valid: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Appends what `update` took, without the tokens that `valid` leaves out, and returns it.
+
+        Keys and values `[batch, new, num_kv_heads, head_dim]`; None if they were written before.
+        """
+        if self._fresh is None:
+            return None
+        k, v = (x.transpose(1, 2) for x in self._fresh)
+        self._fresh = None
+        self.pages.append(k, v, valid)
+        return k, v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
