@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from backends import every_backend, using
 from hipserve import HiPConfig, hip_attention
 from hipserve.attention import SelectionReuse, attend, layer
+from hipserve.config import LONE_ROW
 from hipserve.ops import compute_bounds, select_blocks
 from hipserve.ops.block_sparse_attention.reference import read_keys
 from hipserve.types import BatchLayout, PagedKV
@@ -59,13 +60,13 @@ def test_what_cannot_be_pruned_is_not(
     starts = [config.window_start(position, rows) for _, _, rows, position in blocks]
     pruned = any(start > config.num_sink_tokens for start in starts)
     assert layout.may_prune(config) or not pruned
-    if size == 1 and not dense_below and all(n > 0 for n in layout.cu_seqlens_q.diff().tolist()):
+    if size == 1 and all(n > 0 for n in layout.cu_seqlens_q.diff().tolist()):
         assert layout.may_prune(config) == pruned
 
 
 def test_decode_steps_are_pruned_from_their_own_crossover_on() -> None:
-    config = CONFIG.replace(dense_below=200)
-    for seq_len, query_len, expected in ((499, 1, False), (500, 1, True), (499, 2, True)):
+    config, end = CONFIG.replace(dense_below=100), 100 * LONE_ROW
+    for seq_len, query_len, expected in ((end, 1, False), (end + 1, 1, True), (end, 2, True)):
         layout = BatchLayout.of(table(2), [seq_len, 300], [query_len, 1])
         assert layout.may_prune(config) is expected
         assert layout.may_prune(config.replace(dense_below=0))

@@ -90,8 +90,8 @@ class BatchLayout:
         cls, block_table: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
     ) -> BatchLayout:
         """The layout of lengths that the host knows: nothing is read back from the device."""
-        device = block_table.device
-        return cls(block_table, *_of_lengths(tuple(seq_lens), tuple(query_lens), device))
+        make = _of_lengths.__wrapped__ if torch.compiler.is_compiling() else _of_lengths
+        return cls(block_table, *make(tuple(seq_lens), tuple(query_lens), block_table.device))
 
     @property
     def num_seqs(self) -> int:

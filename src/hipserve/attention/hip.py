@@ -58,8 +58,9 @@ def hip_attention(
         ArgumentError: an argument does not fit; the message names it.
         BackendError: the backend asked for cannot run.
     """
-    config = (config or DEFAULT).on(q.device.type)
+    config = config or DEFAULT
     _check(q, k, v, config, causal, sm_scale, softcap)
+    config = config.on(q.device.type)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
     batch, query_len, num_q_heads, head_dim = q.shape

@@ -25,7 +25,7 @@ class SelectionReuse:
 
     selection: BlockSelection | None = None
     uses: int = 0
-    _read: Tensor | float = 0.0  # on the device until asked for: reading it would wait
+    _read: Tensor | float = 0.0
     _visible: Tensor | float = 0.0
     _uncounted: list[tuple[BlockSelection, Tensor, HiPConfig]] = field(
         default_factory=list[tuple[BlockSelection, Tensor, HiPConfig]]
@@ -55,15 +55,18 @@ class SelectionReuse:
     ) -> None:
         """Remembers one call; selections are counted when asked for, or many steps at a time."""
         if selection is None:
-            keys = layout.keys_visible or 0
-            self._read, self._visible = self._read + keys, self._visible + keys
-            return
-        if self._uncounted and self._uncounted[0][2] != config:
+            return self._add(layout.keys_visible or 0, layout.keys_visible or 0)
+        if self._uncounted and not self._alike(selection, config):
             self._count()
         blocks = layout.query_blocks(config.query_block_size)
         self._uncounted.append((selection, blocks, config))
         if sum(len(blocks) for _, blocks, _ in self._uncounted) >= COUNTED_TOGETHER:
             self._count()
+
+    def _alike(self, selection: BlockSelection, config: HiPConfig) -> bool:
+        """It can be counted together with those that wait."""
+        other, _, settings = self._uncounted[0]
+        return settings == config and other.indices.shape[1:] == selection.indices.shape[1:]
 
     def _count(self) -> None:
         if not self._uncounted:
@@ -72,13 +75,16 @@ class SelectionReuse:
         indices = torch.cat([selection.indices for selection in selections])
         starts = torch.cat([selection.window_start for selection in selections])
         read, visible = BlockSelection(indices, starts).keys_of(torch.cat(blocks), configs[0])
-        self._read, self._visible = self._read + read, self._visible + visible
+        self._add(read, visible)
         self._uncounted.clear()
+
+    def _add(self, read: Tensor | float, visible: Tensor | float) -> None:
+        self._read, self._visible = self._read + read, self._visible + visible
 
     def count_dense(self, batch: int, rows: int) -> None:
         """Adds the keys of the first rows of whole sequences, which read all they may."""
         keys = batch * rows * (rows + 1) // 2
-        self._read, self._visible = self._read + keys, self._visible + keys
+        self._add(keys, keys)
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
         """A decode step of the same sequences may use the selection once more."""
