@@ -156,6 +156,7 @@ def main() -> None:
         attend(recorders["attention_kernel"], "decode", 1, True, 128)
         attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "decode", 1, HiPConfig())
+        select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
         write()
     sys.stdout.write(json.dumps(found))
 

@@ -178,6 +178,7 @@ def _rate_read(
     """
     k, k_strides, table, page_size = keys_at
     part = tl.program_id(2)
+    STEP: tl.constexpr = TILING.parts * TILING.keys
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.static_range(TILES):
@@ -186,8 +187,7 @@ def _rate_read(
         if not CONFIG.relative_scores:
             top = tl.zeros([ROWS], tl.float32)
         else:
-            step: tl.constexpr = TILING.parts * TILING.keys
-            for start in range(part * TILING.keys, begin + last - end, step):
+            for start in range(part * TILING.keys, begin + last - end, STEP):
                 n = start + tl.arange(0, TILING.keys)
                 there = n < begin + last - end
                 keys = tl.where(n < begin, n, end + n - begin)
