@@ -144,9 +144,7 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_workers_are_added_up(tmp_path: Path) -> None:
-    first, second = metrics.Tally(tmp_path / "e"), metrics.Tally(tmp_path / "e")
-    second.path = tmp_path / "e" / "worker-other"
-    second._values = type(second._values)(second.path, float, "w+", shape=len(metrics.METRICS))
+    first, second = metrics.Tally(tmp_path / "e"), metrics.Tally(tmp_path / "e", worker="other")
     first.add("hipserve_refreshes", 3)
     second.add("hipserve_refreshes", 4)
     second.add("hipserve_dense_query_blocks", 5, "short")
