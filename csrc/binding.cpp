@@ -131,11 +131,11 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 
 void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
                    Tensor query_blocks, int64_t budget, int64_t bound_budget,
-                   int64_t key_block_size, int64_t bound_block_size, int64_t granularity,
-                   int64_t query_stride, int64_t rerank, bool relative_scores,
+                   int64_t key_block_size, int64_t bound_block_size, double bound_reach,
+                   int64_t granularity, int64_t query_stride, int64_t rerank, bool relative_scores,
                    int64_t representative, int64_t seed,
                    int64_t num_sink_tokens, int64_t sliding_window, int64_t dense_below,
-                   Tensor indices, Tensor window_start) {
+                   int64_t lone_row, Tensor indices, Tensor window_start) {
   hipserve::SelectCall call{};
   call.batch = batch_of(q, k_cache, block_table, query_blocks);
   call.q = rows_of(q);
@@ -147,6 +147,7 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.bound_budget = bound_budget;
   call.key_block_size = key_block_size;
   call.bound_block_size = bound_block_size;
+  call.bound_reach = (float)bound_reach;
   call.granularity = granularity;
   call.query_stride = query_stride;
   call.rerank = rerank;
@@ -156,6 +157,7 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.num_sink_tokens = num_sink_tokens;
   call.sliding_window = sliding_window;
   call.dense_below = dense_below;
+  call.lone_row = lone_row;
   call.indices = ints<int32_t>(indices);
   call.window_start = ints<int32_t>(window_start);
   kernels().select_blocks(call);
@@ -186,8 +188,10 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
   m.def(
       "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
       "Tensor query_blocks, int budget, int bound_budget, int key_block_size, "
-      "int bound_block_size, int granularity, int query_stride, int rerank, bool relative_scores, "
-      "int representative, int seed, int num_sink_tokens, int sliding_window, int dense_below, Tensor(a!) indices, "
+      "int bound_block_size, float bound_reach, int granularity, int query_stride, int rerank, "
+      "bool relative_scores, "
+      "int representative, int seed, int num_sink_tokens, int sliding_window, int dense_below, "
+      "int lone_row, Tensor(a!) indices, "
       "Tensor(b!) window_start) -> ()");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "

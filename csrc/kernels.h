@@ -49,7 +49,8 @@ struct SelectCall {
   Pages k, bounds;  // bounds.data is null for the tree alone
   int64_t heads, max_selected;
   int64_t budget, bound_budget, key_block_size, bound_block_size, granularity, query_stride;
-  int64_t rerank, representative, seed, num_sink_tokens, sliding_window, dense_below;
+  int64_t rerank, representative, seed, num_sink_tokens, sliding_window, dense_below, lone_row;
+  float bound_reach;
   bool relative_scores;
   int32_t* indices;
   int32_t* window_start;

@@ -115,21 +115,15 @@ static void raise(const unit* const* keys, int count, const Columns& columns, in
                    });
 }
 
-// Against [minimum, maximum] of a run: [min(q, 0), max(q, 0)].
-template <class T> static inline void split_signs(const T* q, int64_t n, T* out) {
-  T zero;
-  from_float(0.f, &zero);
+// Against [minimum, maximum] of a run: at its corner (reach 1) [min(q, 0), max(q, 0)], at its centre
+// (0) [q / 2, q / 2].
+template <class T>
+static inline void weigh_sides(const T* q, int64_t n, float reach, T* out) {
+  const float near = (1 + reach) / 2, far = (1 - reach) / 2;
   for (int64_t c = 0; c < n; ++c) {
-    const bool positive = to_float(q[c]) > 0;
-    out[c] = positive ? zero : q[c];
-    out[n + c] = positive ? q[c] : zero;
-  }
-}
-static inline void split_signs(const bf16* q, int64_t n, bf16* out) {
-  for (int64_t c = 0; c < n; ++c) {
-    const uint16_t negative = (uint16_t)((int16_t)q[c].bits >> 15);
-    out[c].bits = q[c].bits & negative;
-    out[n + c].bits = q[c].bits & ~negative;
+    const float x = to_float(q[c]), up = x > 0 ? x : 0, down = x > 0 ? 0 : x;
+    from_float(far * up + near * down, out + c);
+    from_float(near * up + far * down, out + n + c);
   }
 }
 
@@ -192,7 +186,8 @@ template <class Unit, class T> class Search {
   int64_t window_start(const QueryBlock& block) const {
     int64_t start = block.position - call_.sliding_window + 1;
     bool sparse = start > 0 && start - start % call_.granularity - begin_ > call_.budget;
-    bool longer = block.position + block.num_rows > call_.dense_below;
+    int64_t below = call_.dense_below * (block.num_rows == 1 ? call_.lone_row : 1);
+    bool longer = block.position + block.num_rows > below;
     return sparse && longer ? start - start % call_.granularity : begin_;
   }
 
@@ -209,7 +204,8 @@ template <class Unit, class T> class Search {
                      (head * group + (r + j) % group) * call_.q.head_stride;
         rows.row[j] = q;
         boxes.row[j] = split_ + j * 2 * dim_;
-        if (call_.bound_budget > 0) split_signs(q, dim_, split_ + j * 2 * dim_);
+        if (call_.bound_budget > 0) 
+          weigh_sides(q, dim_, call_.bound_reach, split_ + j * 2 * dim_);
       }
       place(rows, dim_, rows_, r);
       if (call_.bound_budget > 0) place(boxes, 2 * dim_, boxes_, r);

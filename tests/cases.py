@@ -169,4 +169,5 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
         sliding_window=rng.choice([1, 16, 33, 100]),
         dense_below=rng.choice([0, 0, 200]),
         seed=rng.randrange(1000),
+        bound_reach=rng.choice([1.0, 0.5, 0.75, 0.0]),
     )

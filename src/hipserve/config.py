@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -15,6 +16,13 @@ from hipserve.errors import ConfigError
 Selector = Literal["tree", "bound", "tree+bound"]
 Representative = Literal["middle", "first", "last", "random"]
 Form = Literal["toml", "json"]
+
+
+BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
+"""Positions up to which reading everything was measured to be cheaper than searching, by device."""
+
+LONE_ROW = 4
+"""A search for one row saves less: it breaks even at so many times the position of a full block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class HiPConfig:
         query_stride: every how many rows of a query block take part in the search, counted back
             from its last row.
         bound_block_size: keys in the finest run that carries bounds.
+        bound_reach: where in its box a run is scored: 1 at the corner, an upper bound that almost
+            no key comes near; 0 at the centre, which outliers do not move.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
             0 trusts the bounds alone.
         relative_scores: score keys relative to the greatest score that a row finds among the keys
@@ -42,8 +52,8 @@ class HiPConfig:
         num_sink_tokens: first keys of a sequence, always read.
         sliding_window: most recent keys of every row, itself included, always read.
         dense_layers: layers that are never pruned; a number n means the first n.
-        dense_below: query blocks that end before this position read everything: the measured
-            length under which searching costs more than it saves.
+        dense_below: query blocks that end before this position read everything, and lone rows
+            (decode) up to `LONE_ROW` times as far; None is the device's `BREAK_EVEN`.
         refresh_interval: decode steps that share one selection.
         seed: of the `random` representative.
 
@@ -56,8 +66,9 @@ class HiPConfig:
     representative: Representative = "middle"
     query_block_size: int = 64
     key_block_size: int = 16
-    query_stride: int = 2
+    query_stride: int = 4
     bound_block_size: int = 16
+    bound_reach: float = 0.5
     rerank: int = 4
     relative_scores: bool = True
     bound_share: float = 0.5
@@ -65,7 +76,7 @@ class HiPConfig:
     num_sink_tokens: int = 64
     sliding_window: int = 512
     dense_layers: tuple[int, ...] = ()
-    dense_below: int = 2048
+    dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
 
@@ -73,12 +84,15 @@ class HiPConfig:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         for name, low in _LEAST.items():
             _check_int(name, getattr(self, name), low)
+        if self.dense_below is not None:
+            _check_int("dense_below", self.dense_below, 0)
         for name, kind in (("selector", Selector), ("representative", Representative)):
             _check_choice(name, getattr(self, name), get_args(kind))
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name), "pass a bool")
         _check_fraction("bound_share", self.bound_share)
+        _check_fraction("bound_reach", self.bound_reach, closed=True)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -159,8 +173,13 @@ class HiPConfig:
         start = position - self.sliding_window + 1
         start -= start % self.granularity
         sparse = start - self.num_sink_tokens > self.budget
-        long = position + num_rows > self.dense_below
+        below = BREAK_EVEN["cpu"] if self.dense_below is None else self.dense_below
+        long = position + num_rows > (below * LONE_ROW if num_rows == 1 else below)
         return start if sparse and long else self.num_sink_tokens
+
+    def on(self, device: str) -> HiPConfig:
+        """The same with `dense_below` settled for tensors on `device` (a torch device type)."""
+        return self if self.dense_below is not None else _settled(self, device)
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""
@@ -223,7 +242,13 @@ class HiPConfig:
         """The text that `load` reads back."""
         if form == "json":
             return json.dumps(self.to_dict(), indent=2) + "\n"
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
+        pairs = [(key, value) for key, value in self.to_dict().items() if value is not None]
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
+
+
+@functools.lru_cache(maxsize=64)
+def _settled(config: HiPConfig, device: str) -> HiPConfig:
+    return config.replace(dense_below=BREAK_EVEN.get(device, BREAK_EVEN["cpu"]))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -255,7 +280,6 @@ _LEAST = {
     "rerank": 0,
     "num_sink_tokens": 0,
     "sliding_window": 1,
-    "dense_below": 0,
     "refresh_interval": 1,
     "seed": 0,
 }
@@ -277,10 +301,13 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise _wrong(name, f"one of {', '.join(choices)}", value, "choose one of them")
 
 
-def _check_fraction(name: str, value: object) -> None:
+def _check_fraction(name: str, value: object, *, closed: bool = False) -> None:
+    """`closed`: 0 and 1 are fractions too."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(cast("float", value)) or not 0 < cast("float", value) < 1:
-        raise _wrong(name, "a fraction between 0 and 1", value, "use 0.5 for half")
+    number = cast("float", value) if is_number else math.nan
+    if not (0 < number < 1 or (closed and number in (0, 1))):
+        expected = "a fraction from 0 to 1" if closed else "a fraction between 0 and 1"
+        raise _wrong(name, expected, value, "use 0.5 for half")
 
 
 def _layers(value: object) -> tuple[int, ...]:

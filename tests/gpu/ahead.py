@@ -113,8 +113,11 @@ def attend(recorder: Recorder, case: str, query_len: int, selected: bool, head_d
     )
 
 
-def select(recorder: Recorder, case: str, query_len: int, config: HiPConfig) -> None:
-    recorder.case = case
+def select(
+    recorders: dict[str, Recorder], case: str, query_len: int, config: HiPConfig
+) -> None:
+    for recorder in recorders.values():
+        recorder.case = case
     q = torch.empty(query_len, 32, 128, dtype=torch.bfloat16)
     pages = torch.empty(16, 256, 8, 128, dtype=torch.bfloat16)
     runs = bound_offsets(256, config.bound_block_size)[-1]
@@ -149,12 +152,12 @@ def main() -> None:
             recorders[name] = Recorder(name, getattr(module, name), found)
             setattr(module, name, recorders[name])
     attend(recorders["attention_kernel"], "prefill", 4096, True, 128)
-    select(recorders["select_kernel"], "prefill", 4096, HiPConfig())
+    select(recorders, "prefill", 4096, HiPConfig())
     if capability == 90:
         attend(recorders["attention_kernel"], "dense", 4096, False, 128)
         attend(recorders["attention_kernel"], "decode", 1, True, 128)
         attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
-        select(recorders["select_kernel"], "decode", 1, HiPConfig())
+        select(recorders, "decode", 1, HiPConfig())
         write()
     sys.stdout.write(json.dumps(found))
 

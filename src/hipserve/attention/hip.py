@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hipserve.attention.dense import causal_attention, dense_rows, torch_is_best
 from hipserve.attention.layer import attend
 from hipserve.config import HiPConfig
 from hipserve.ops import checks, compute_bounds
@@ -56,7 +57,7 @@ def hip_attention(
         ArgumentError: an argument does not fit; the message names it.
         BackendError: the backend asked for cannot run.
     """
-    config = config or HiPConfig()
+    config = (config or HiPConfig()).on(q.device.type)
     _check(q, k, v, config, causal, sm_scale, softcap)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
@@ -64,11 +65,17 @@ def hip_attention(
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
+    rows = 0
+    if backend == "auto" and not return_lse and torch_is_best(q, k, softcap):
+        rows = dense_rows(config, query_len)
+        dense = causal_attention(q[:, :rows], k[:, :rows], v[:, :rows], sm_scale)
+        if rows == query_len:
+            return dense
     kv = PagedKV(k, v, _bounds(k, query_len, config, backend))
     out, lse = attend(
         q.reshape(batch * query_len, num_q_heads, head_dim),
         kv,
-        whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size),
+        whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size, rows),
         config=config,
         sm_scale=sm_scale,
         softcap=softcap,
@@ -76,20 +83,28 @@ def hip_attention(
         check=False,
     )
     out, lse = out.view(q.shape), lse.view(q.shape[:3])
+    if rows:
+        out[:, :rows] = dense
     return (out, lse) if return_lse else out
 
 
 def whole_sequences(
-    batch: int, query_len: int, kv_len: int, device: torch.device, query_block_size: int = 64
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    device: torch.device,
+    query_block_size: int = 64,
+    first: int = 0,
 ) -> BatchLayout:
     """The layout of a batch of equally long sequences, each of them one page.
 
     Its query blocks of `query_block_size` rows are made from these numbers: nothing is read back
-    from the device, and torch.compile can trace it.
+    from the device, and torch.compile can trace it. Blocks before position `first` are left out.
     """
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     starts = [seq * query_len for seq in range(batch + 1)]
     blocks = split_rows([kv_len] * batch, starts, query_block_size)
+    blocks = blocks[blocks[:, 3] >= first] if first else blocks
     return BatchLayout(
         torch.arange(batch, **ints)[:, None],
         torch.full((batch,), kv_len, **ints),

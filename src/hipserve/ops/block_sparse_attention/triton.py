@@ -21,9 +21,9 @@ from hipserve.platform import gpu_shared_memory
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-MAX_ROWS = 128
+MAX_ROWS = 256
 WIDE_BYTES = 200_000
-"""Shared memory of a Hopper GPU: room for 128 rows and two stages of 128 keys."""
+"""Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
 PROGRAMS = 256
 """Fewer programs than this leave a large GPU idle: their keys are split."""
 
@@ -327,10 +327,12 @@ def make_tiling(
     group = q.shape[1] // heads
     dim = triton.next_power_of_2(q.shape[2])
     wide = dim <= 128 and gpu_shared_memory(q.device) >= WIDE_BYTES
-    rows = min(MAX_ROWS if wide else MAX_ROWS // 2, triton.next_power_of_2(max_rows * group))
+    rows = min(MAX_ROWS if wide else MAX_ROWS // 4, triton.next_power_of_2(max_rows * group))
     rows = max(rows, 16)
     keys = 32 if dim > 128 or q.element_size() > 2 else 64
-    if keys == 64 and rows > 64:
+    if q.element_size() > 2:
+        rows = min(rows, 128)
+    elif rows == 128:
         keys = 128
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
@@ -366,6 +368,6 @@ def make_tiling(
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
-    if tiling.keys == 128:
-        return {"num_warps": 8, "num_stages": 2}
+    if tiling.rows >= 128:
+        return {"num_warps": tiling.rows // 16, "num_stages": 2}
     return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.config import HiPConfig
+from hipserve.config import LONE_ROW, HiPConfig
 
 _REPRESENTATIVES = {"middle": 0, "first": 1, "last": 2, "random": 3}
 
@@ -33,6 +33,7 @@ def select_blocks(
         config.bound_budget,
         config.key_block_size,
         config.bound_block_size,
+        config.bound_reach,
         config.granularity,
         config.query_stride,
         config.rerank,
@@ -42,6 +43,7 @@ def select_blocks(
         config.num_sink_tokens,
         config.sliding_window,
         config.dense_below,
+        LONE_ROW,
         indices,
         window_start,
     )

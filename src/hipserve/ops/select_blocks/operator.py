@@ -35,7 +35,7 @@ def run(
     tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
     if torch.compiler.is_compiling():
         return _operator(*tensors, _text(config), backend)
-    return _backend(backend, q)(*tensors, config)
+    return _backend(backend, q)(*tensors, config.on(q.device.type))
 
 
 @torch.compiler.assume_constant_result
@@ -55,7 +55,7 @@ def _operator(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     tensors = (q, k_cache, k_bounds, block_table, query_blocks)
-    return _backend(backend, q)(*tensors, HiPConfig.loads(config))
+    return _backend(backend, q)(*tensors, HiPConfig.loads(config).on(q.device.type))
 
 
 @_operator.register_fake

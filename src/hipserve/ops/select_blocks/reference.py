@@ -59,7 +59,7 @@ class Search:
         position: int,
         config: HiPConfig,
     ) -> None:
-        self.rows = rows if rows.dtype == torch.float64 else rows.float()
+        self.rows, self.dtype = rows if rows.dtype == torch.float64 else rows.float(), rows.dtype
         self.k_cache, self.k_bounds, self.pages = k_cache, k_bounds, pages
         self.begin, self.end = config.num_sink_tokens, window_start
         self.config = config
@@ -154,14 +154,23 @@ class Search:
         return torch.cat([children.flatten(1), edge], dim=1).sort(dim=1).values
 
     def run_scores(self, runs: Tensor, level: int) -> Tensor:
-        """`[heads, count]`: an upper bound of every score in each run, max over the rows."""
+        """`[heads, count]`: a score of each run, max over the rows, from its box alone.
+
+        At the corner of the box (`bound_reach` 1) it is an upper bound of every score in the run,
+        at the centre (0) the middle one; the rows are weighted in their own dtype.
+        """
         assert self.k_bounds is not None
         page_size, size = self.k_cache.shape[1], self.config.bound_block_size
         length = bound_levels(page_size, size)[level]
         page, slot = self.locate(runs * length, page_size)
         place = bound_offsets(page_size, size)[level] + slot // length
         low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
-        scores = self.rows.clamp(min=0) @ high.mT + self.rows.clamp(max=0) @ low.mT
+        up, down, reach = self.rows.clamp(min=0), self.rows.clamp(max=0), self.config.bound_reach
+        near, far = (1 + reach) / 2, (1 - reach) / 2
+        to_high, to_low = (
+            x.to(self.dtype).to(x.dtype) for x in (near * up + far * down, far * up + near * down)
+        )
+        scores = to_high @ high.mT + to_low @ low.mT
         return (scores - self.base).amax(dim=1)
 
     def locate(self, keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

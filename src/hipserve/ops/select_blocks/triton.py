@@ -1,25 +1,33 @@
-"""Block selection in Triton: the search of `reference.py`, one program a query block and head.
+"""Block selection in Triton: the search of `reference.py` in three launches.
 
-A program keeps its scores and lists in a scratch row of its own, which stays in cache. It never
-sorts: `_keep_best` finds the count-th greatest score bit by bit and compacts in position order.
+`search_kernel` descends the bounds, `score_kernel` computes the exact scores of what they leave (the
+bulk of the work, and the part that several programs share where query blocks are few),
+`choose_kernel` keeps the best of those and walks the tree. Every query block and head has a scratch
+row of its own, which stays in cache. Nothing is sorted: `_keep_best` finds the count-th greatest
+score some bits at a time and compacts in position order.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.config import HiPConfig
+from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
 from hipserve.ops.gather import key_offsets, load_tile
 from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
 
 MAX_ROWS = 128
 SCRATCH_BYTES = 256 * 2**20
+PROGRAMS = 256
+"""Fewer programs than this leave a large GPU idle: the exact scores are split."""
 LEAST = tl.constexpr(-(2**31))
 
 
@@ -48,6 +56,7 @@ class Tiling:
     score_size: int
     list_size: int
     keep: int = COARSE_KEEP
+    lone_row: int = LONE_ROW
 
     @property
     def levels(self) -> int:
@@ -58,9 +67,10 @@ class Tiling:
 def _keep_best(scores, n, count, SIZE: tl.constexpr):
     """Which of the first `n` scores are the `count` greatest, and their places in order.
 
-    Ties go to the lower index. The threshold is built two bits at a time, on integers that order as
-    the scores do; one sum carries the counts of all three candidates.
+    Ties go to the lower index. The threshold is built some bits at a time, on integers that order
+    as the scores do: each round counts the scores above every value that the next bits can take.
     """
+    BITS: tl.constexpr = 4 if SIZE <= 2048 else 2
     i = tl.arange(0, SIZE)
     there = i < n
     score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
@@ -68,17 +78,12 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     wanted = tl.minimum(count, n)
     threshold = LEAST
-    for digit in range(16):
-        step = 1 << (30 - 2 * digit)
-        one, two, three = threshold + step, threshold + step + step, threshold + step + step + step
-        counts = (there & (key >= one)).to(tl.int64)
-        counts += (there & (key >= two)).to(tl.int64) << 20
-        counts += (there & (key >= three)).to(tl.int64) << 40
-        counts = tl.sum(counts, axis=0)
-        enough = ((counts & 0xFFFFF) >= wanted).to(tl.int32)
-        enough += ((counts >> 20 & 0xFFFFF) >= wanted).to(tl.int32)
-        enough += ((counts >> 40) >= wanted).to(tl.int32)
-        threshold += step * enough
+    digits = tl.arange(0, 2**BITS)
+    for shift in tl.static_range(32 - BITS, -1, -BITS):
+        edges = threshold + (digits << shift)
+        reached = there[:, None] & (key[:, None] >= edges[None, :])
+        enough = tl.sum(reached.to(tl.int32), axis=0) >= wanted
+        threshold += (tl.sum(enough.to(tl.int32)) - 1) << shift
     above = there & (key > threshold)
     equal = there & (key == threshold)
     room = wanted - tl.sum(above.to(tl.int32))
@@ -98,10 +103,14 @@ def _load_queries(queries, tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _split_signs(x):
-    """max(x, 0) and min(x, 0)."""
-    zero = tl.zeros_like(x)
-    return tl.where(x > 0, x, zero), tl.where(x > 0, zero, x)
+def _weigh_sides(q_tile, REACH: tl.constexpr):
+    """What multiplies the maxima of a box and what its minima (`bound_reach`)."""
+    NEAR: tl.constexpr = (1 + REACH) / 2
+    FAR: tl.constexpr = (1 - REACH) / 2
+    x = q_tile.to(tl.float32)
+    to_high = tl.where(x > 0, x * NEAR, x * FAR)
+    to_low = tl.where(x > 0, x * FAR, x * NEAR)
+    return to_high.to(q_tile.dtype), to_low.to(q_tile.dtype)
 
 
 @triton.jit
@@ -114,29 +123,29 @@ def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.con
         q_tile = first
         if TILING.row_tiles > 1:
             q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
-        best = tl.maximum(best, tl.max(s - less[:, None], axis=0))
+        best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
 
 @triton.jit
-def _greatest_bound(
-    positive, negative, queries, base, high, low, STRIDE: tl.constexpr, TILING: tl.constexpr
+def _greatest_in_box(
+    sides, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr
 ):
-    """`[keys]`: an upper bound of `_greatest` over the boxes [low, high]."""
-    KEYS: tl.constexpr = TILING.keys
-    best = tl.full([KEYS], -float("inf"), tl.float32)
+    """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
+    RUNS: tl.constexpr = TILING.keys
+    best = tl.full([RUNS], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.static_range(TILES):
-        p, n = positive, negative
+        to_high, to_low = sides
         if TILING.row_tiles > 1:
-            q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
-            p, n = _split_signs(q_tile)
-        s = tl.dot(p, tl.trans(high), input_precision="ieee")
-        s = tl.dot(n, tl.trans(low), s, input_precision="ieee")
+            q_tile, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
+            to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+        s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
+        s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
         less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
-        best = tl.maximum(best, tl.max(s - less[:, None], axis=0))
+        best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
 
@@ -178,11 +187,10 @@ def _run_of(c, runs, edges):
 
 @triton.jit
 def _descend(
-    signs, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
+    sides, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
     LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """One level: scores the children of the `kept` runs, writes the best to `runs`."""
-    positive, negative = signs
     bounds, bounds_strides = bounds_at
     _, _, table, page_size = keys_at
     LENGTH: tl.constexpr = TILING.lengths[LEVEL]
@@ -209,9 +217,7 @@ def _descend(
         rows = bounds + page * bounds_strides[0] + place.to(tl.int64) * bounds_strides[1]
         low_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
         high_tile = load_tile(rows + bounds_strides[3], there, TILING.head_dim, TILING.dim)
-        best = _greatest_bound(
-            positive, negative, queries, base, high_tile, low_tile, CONFIG.query_stride, TILING
-        )
+        best = _greatest_in_box(sides, queries, base, high_tile, low_tile, CONFIG, TILING)
         tl.store(scores + c, best, mask=there)
     tl.debug_barrier()
     chosen, place = _keep_best(scores, n, KEEP, SIZE)
@@ -229,12 +235,12 @@ def _by_bounds(
 ):  # fmt: skip
     """Coarse levels first; leaves the kept runs of the finest level in `runs`, returns how many."""
     q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    signs = _split_signs(q_tile)
+    sides = _weigh_sides(q_tile, CONFIG.bound_reach)
     kept = 0
     LEVELS: tl.constexpr = TILING.levels
     for step in tl.static_range(LEVELS):
         kept = _descend(
-            signs, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
+            sides, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
             LEVELS - 1 - step, CONFIG, TILING,
         )  # fmt: skip
     return kept
@@ -256,30 +262,16 @@ def _score_keys(
 
 
 @triton.jit
-def _rerank(
-    queries, keys_at, base, scores, runs, found, kept,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
-    """Orders the blocks of the kept runs by exact scores; leaves the best in `found`."""
+def _best_of_runs(scores, runs, found, kept, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """Leaves the best blocks of the kept runs, by their exact scores, in `found`."""
     PER_RUN: tl.constexpr = CONFIG.bound_block_size // CONFIG.key_block_size
     KEEP: tl.constexpr = CONFIG.bound_budget // CONFIG.key_block_size
-    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     n = kept * PER_RUN
     c = tl.arange(0, TILING.blocks)
     block = tl.load(runs + c // PER_RUN, mask=c < n, other=0) * PER_RUN + c % PER_RUN
     if not CONFIG.rerank:
         tl.store(found + c, block, mask=c < n)
         return n
-    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    for start in range(0, kept * CONFIG.bound_block_size, TILING.keys):
-        i = start + tl.arange(0, TILING.keys)
-        there = i < kept * CONFIG.bound_block_size
-        run = tl.load(runs + i // CONFIG.bound_block_size, mask=there, other=0)
-        keys = run * CONFIG.bound_block_size + i % CONFIG.bound_block_size
-        best = _score_keys(first, queries, keys_at, base, keys, there, CONFIG, TILING)
-        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
-        tl.store(scores + to, best, mask=to < n)
-    tl.debug_barrier()
     chosen, place = _keep_best(scores, n, KEEP, TILING.blocks)
     tl.store(found + place, block, mask=chosen)
     return tl.minimum(n, KEEP)
@@ -395,68 +387,114 @@ def _unite(a, n, b, m, ranks, out, TILING: tl.constexpr):
 
 
 @triton.jit
-def select_kernel(
-    q,
-    q_strides,
-    k,
-    k_strides,
-    bounds,
-    bounds_strides,
-    block_table,
-    table_stride,
-    query_blocks,
-    refresh,
-    indices,
-    window_start,
-    scores,
-    lists,
-    base,
-    first_block,
-    page_size,
-    CONFIG: tl.constexpr,
-    TILING: tl.constexpr,
-):
-    item = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+def _open(q, k, pages, blocks, scratch, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """What the programs of one query block and head start from: queries, keys, scratch row."""
+    query_blocks, first_block = blocks
     block, head = first_block + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    if refresh is not None:
-        if tl.load(refresh + block) == 0:
-            return
+    q, q_strides = q
+    k, k_strides = k
+    block_table, table_stride, page_size = pages
     seq = tl.load(query_blocks + 4 * block)
     row = tl.load(query_blocks + 4 * block + 1).to(tl.int64)
     num_rows = tl.load(query_blocks + 4 * block + 2)
-    position = tl.load(query_blocks + 4 * block + 3)
+    rows = q + row * q_strides[0] + head * TILING.group_size * q_strides[1]
+    kv_head = head * TILING.kv_heads // TILING.heads
+    table = block_table + seq.to(tl.int64) * table_stride
+    keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
+    scores, lists, base, counts = scratch
+    item = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    scores += item * TILING.score_size
+    lists += item * 4 * TILING.list_size
+    base += item * TILING.rows * TILING.row_tiles
+    mine = (scores, lists, base, counts + item)
+    return block, head, kv_head, (rows, q_strides[0], q_strides[1], num_rows), keys_at, mine
 
+
+@triton.jit
+def search_kernel(
+    q, k, pages, blocks, scratch, bounds, refresh, indices, window_start,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Window, each row's base, and the runs that the bounds leave."""
+    block, head, kv_head, queries, keys_at, mine = _open(
+        q, k, pages, blocks, scratch, CONFIG, TILING
+    )
+    if refresh is not None:  # a flag on the device
+        if tl.load(refresh + block) == 0:
+            return
+    num_rows, position = queries[3], tl.load(blocks[0] + 4 * block + 3)
     begin = CONFIG.num_sink_tokens
     start = position - CONFIG.sliding_window + 1
     start -= start % CONFIG.granularity
-    sparse = (start - begin > CONFIG.budget) & (position + num_rows > CONFIG.dense_below)
+    LONE: tl.constexpr = CONFIG.dense_below * TILING.lone_row
+    below = tl.where(num_rows == 1, LONE, CONFIG.dense_below)
+    sparse = (start - begin > CONFIG.budget) & (position + num_rows > below)
     end = tl.where(sparse, start, begin)
+    if head == 0:
+        tl.store(window_start + block, end)
     out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
     i = tl.arange(0, TILING.list_size)
     tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
-    if head == 0:
-        tl.store(window_start + block, end)
     if not sparse:
         return
-    tl.debug_barrier()
-
-    kv_head = head * TILING.kv_heads // TILING.heads
-    rows = q + row * q_strides[0] + head * TILING.group_size * q_strides[1]
-    queries = (rows, q_strides[0], q_strides[1], num_rows)
-    table = block_table + seq.to(tl.int64) * table_stride
-    keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
-    scores += item * TILING.score_size
-    base += item * TILING.rows * TILING.row_tiles
-    lists += item * 4 * TILING.list_size
+    scores, lists, base, count = mine
     _rate_read(queries, keys_at, base, begin, end, position + 1, CONFIG, TILING)
     tl.debug_barrier()
     if CONFIG.uses_bounds:
+        bounds, bounds_strides = bounds
         bounds_at = (bounds + kv_head * bounds_strides[2], bounds_strides)
         kept = _by_bounds(
             queries, keys_at, bounds_at, base, scores, lists, begin, end, CONFIG, TILING
         )
+        tl.store(count, kept)
+
+
+@triton.jit
+def score_kernel(
+    q, k, pages, blocks, scratch, refresh, window_start,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """The exact scores of the blocks in the kept runs, shared by `num_programs(2)` programs."""
+    block, _, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, CONFIG, TILING)
+    if refresh is not None:  # a flag on the device
+        if tl.load(refresh + block) == 0:
+            return
+    if tl.load(window_start + block) <= CONFIG.num_sink_tokens:
+        return
+    scores, runs, base, count = mine
+    SIZE: tl.constexpr = CONFIG.bound_block_size
+    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
+    total = tl.load(count) * SIZE
+    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    step = tl.num_programs(2) * TILING.keys
+    for start in range(tl.program_id(2) * TILING.keys, total, step):
+        i = start + tl.arange(0, TILING.keys)
+        there = i < total
+        keys = tl.load(runs + i // SIZE, mask=there, other=0) * SIZE + i % SIZE
+        best = _score_keys(first, queries, keys_at, base, keys, there, CONFIG, TILING)
+        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
+        tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
+
+
+@triton.jit
+def choose_kernel(
+    q, k, pages, blocks, scratch, refresh, indices, window_start,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Writes the chosen blocks: the best of the kept runs, what the tree finds, or both."""
+    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, CONFIG, TILING)
+    if refresh is not None:  # a flag on the device
+        if tl.load(refresh + block) == 0:
+            return
+    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
+    if end <= begin:
+        return
+    scores, lists, base, count = mine
+    out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
+    i = tl.arange(0, TILING.list_size)
+    if CONFIG.uses_bounds:
         found = out if CONFIG.selector == "bound" else lists + TILING.list_size
-        n = _rerank(queries, keys_at, base, scores, lists, found, kept, CONFIG, TILING)
+        n = _best_of_runs(scores, lists, found, tl.load(count), CONFIG, TILING)
         tl.debug_barrier()
     if CONFIG.uses_tree:
         nodes = lists + 2 * TILING.list_size
@@ -464,8 +502,8 @@ def select_kernel(
         if CONFIG.uses_bounds:
             _unite(found, n, nodes, m, lists, out, TILING)
         else:
-            blocks = tl.load(nodes + i, mask=i < m, other=-1)
-            tl.store(out + i, blocks, mask=i < CONFIG.max_selected)
+            chosen = tl.load(nodes + i, mask=i < m, other=-1)
+            tl.store(out + i, chosen, mask=i < CONFIG.max_selected)
 
 
 def select_blocks(
@@ -503,7 +541,7 @@ def refresh_blocks(
 
     Launches depend on shapes alone, so a call can be captured into a CUDA graph.
     """
-    size = config.key_block_size
+    config, size = config.on(q.device.type), config.key_block_size
     if size & (size - 1):
         raise BackendError(
             f"the Triton kernels need a key_block_size that is a power of two, not {size}; "
@@ -512,35 +550,52 @@ def refresh_blocks(
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
     per_block = heads * 4 * (tiling.score_size + 4 * tiling.list_size)
-    chunk = max(SCRATCH_BYTES // per_block, 1)
-    chunk = min(chunk, blocks)
+    chunk = min(max(SCRATCH_BYTES // per_block, 1), blocks)
     items = chunk * heads
-    scores = torch.empty(items * tiling.score_size, dtype=torch.float32, device=q.device)
-    lists = torch.empty(items * 4 * tiling.list_size, dtype=torch.int32, device=q.device)
-    base = torch.empty(items * tiling.rows * tiling.row_tiles, dtype=torch.float32, device=q.device)
+    ints = {"dtype": torch.int32, "device": q.device}
+    floats = {"dtype": torch.float32, "device": q.device}
+    scratch = (
+        torch.empty(items * tiling.score_size, **floats),
+        torch.empty(items * 4 * tiling.list_size, **ints),
+        torch.empty(items * tiling.rows * tiling.row_tiles, **floats),
+        torch.empty(items, **ints),
+    )
+    bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
     for first in range(0, blocks, max(chunk, 1)):
-        select_kernel[(min(chunk, blocks - first), heads)](
-            q,
-            q.stride()[:2],
-            k_cache,
-            k_cache.stride()[:3],
-            q if k_bounds is None else k_bounds,
-            (0, 0, 0, 0) if k_bounds is None else k_bounds.stride()[:4],
-            block_table,
-            block_table.stride(0),
-            query_blocks,
-            refresh,
-            indices,
-            window_start,
-            scores,
-            lists,
-            base,
-            first,
-            k_cache.shape[1],
-            CONFIG=config,
-            TILING=tiling,
-            **launch_options(tiling),
+        grid = (min(chunk, blocks - first), heads)
+        inputs = (
+            (q, q.stride()[:2]),
+            (k_cache, k_cache.stride()[:3]),
+            (block_table, block_table.stride(0), k_cache.shape[1]),
+            (query_blocks, first),
+            scratch,
         )
+        launch = functools.partial(_launch, config, tiling, inputs)
+        launch(search_kernel, "search", grid, bounds, refresh, indices, window_start)
+        if config.uses_bounds and config.rerank:
+            shared = (*grid, score_splits(grid[0] * heads, config))
+            launch(score_kernel, "score", shared, refresh, window_start)
+        launch(choose_kernel, "choose", grid, refresh, indices, window_start)
+
+
+def _launch(
+    config: HiPConfig,
+    tiling: Tiling,
+    inputs: tuple[Any, ...],
+    kernel: Any,
+    name: str,
+    grid: tuple[int, ...],
+    *rest: Any,
+) -> None:
+    keys, options = launch_options(name, tiling)
+    tiling = dataclasses.replace(tiling, keys=max(keys, config.key_block_size))
+    kernel[grid](*inputs, *rest, CONFIG=config, TILING=tiling, **options)
+
+
+def score_splits(items: int, config: HiPConfig) -> int:
+    """Programs that share the exact scores of one query block and head."""
+    tiles = config.bound_budget * config.rerank // 128
+    return max(min(PROGRAMS // max(items, 1), tiles), 1)
 
 
 def make_tiling(
@@ -568,7 +623,6 @@ def make_tiling(
         candidates[-1] = power(max(longest // lengths[-1], 1))
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
-    keys = max(128 if rows == 16 and dim <= 128 else 32, config.key_block_size)
     kept = [keep * COARSE_KEEP**level // length for level, length in enumerate(lengths)]
     return Tiling(
         group,
@@ -578,7 +632,7 @@ def make_tiling(
         dim,
         rows,
         -(-stacked // rows),
-        keys,
+        0,
         tuple(lengths),
         bound_offsets(page_size, config.bound_block_size),
         tuple(candidates),
@@ -589,7 +643,8 @@ def make_tiling(
     )
 
 
-def launch_options(tiling: Tiling) -> dict[str, int]:
-    """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
-    wide = tiling.rows == 16 or tiling.dim > 128 or tiling.row_tiles > 1
-    return {"num_warps": 8 if wide else 4, "num_stages": 2}
+def launch_options(name: str, tiling: Tiling) -> tuple[int, dict[str, int]]:
+    """Keys of a tile, warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+    if tiling.dim > 128:
+        return 32, {"num_warps": 8, "num_stages": 1}
+    return 128 if tiling.rows == 16 else 64, {"num_warps": 8, "num_stages": 2}

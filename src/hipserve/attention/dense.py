@@ -1,0 +1,43 @@
+"""Rows that read everything, by torch's own dense kernels where those are the fastest: on a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hipserve.config import HiPConfig
+
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+@functools.lru_cache(maxsize=1024)
+def dense_rows(config: HiPConfig | None, query_len: int) -> int:
+    """How many of the first rows of a sequence belong to query blocks that read everything.
+
+    `config` has its `dense_below` settled; None is a dense layer.
+    """
+    if config is None:
+        return query_len
+    size, sinks = config.query_block_size, config.num_sink_tokens
+    positions = range(0, query_len, size)
+    return next((p for p in positions if config.window_start(p, size) > sinks), query_len)
+
+
+def torch_is_best(q: Tensor, k: Tensor, softcap: float) -> bool:
+    """Whether torch's fused kernels take these whole sequences: 16 bits, on a GPU, no softcap."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and q.shape[-1] <= 256 and k.shape[1] == q.shape[1] and not softcap
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
+    """Dense causal attention, `[batch, length, heads, head_dim]` each, by cuDNN or FlashAttention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(KERNELS, set_priority=True):
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=sm_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2)
