@@ -17,6 +17,14 @@ from hipserve import BackendError, HiPConfig
 from hipserve.integrations.vllm import backend, compat, metrics, server, settings
 from hipserve.ops import compute_bounds, write_kv
 
+PRUNES_EARLY = HiPConfig(
+    budget=1,
+    key_block_size=1,
+    bound_block_size=1,
+    num_sink_tokens=1,
+    sliding_window=1,
+    dense_below=0,
+)
 BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 
@@ -91,10 +99,16 @@ def common(lens: list[int], seq_lens: list[int], prefilling: list[bool], **more:
 
 def test_the_end_of_a_prompt_is_no_decode_step() -> None:
     step = common([1, 1, 7, 1], [10, 20, 30, 40], [False, True, True, False])
-    rows = backend.sequences(step, ("a", "b", "c", "d"))
+    rows = backend.sequences(step, ("a", "b", "c", "d"), PRUNES_EARLY)
     assert [row.decoding for row in rows] == [True, False, False, True]
     assert [row.request for row in rows] == ["a", "b", "c", "d"]
     assert [row.seq_len for row in rows] == [10, 20, 30, 40]
+
+
+def test_a_row_that_reads_everything_keeps_nothing() -> None:
+    longest = HiPConfig().dense_below
+    step = common([1, 1], [longest, longest + 1], [False, False])
+    assert [row.decoding for row in backend.sequences(step, None, HiPConfig())] == [False, True]
 
 
 def test_requests_of_the_second_model_runner() -> None:

@@ -111,11 +111,6 @@ class StepPlan:
     stored: Tensor
     stored_slots: Tensor
 
-    @property
-    def keeps(self) -> bool:
-        """Some selection outlives the step, or one step more."""
-        return len(self.kept) + len(self.stored) > 0
-
     @classmethod
     def make(
         cls,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -19,14 +20,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hipserve.bench.provenance import provenance
 from hipserve.config import HiPConfig
 from hipserve.errors import HipserveError
+from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Server
 
 KEY = "83724"
 NEEDLE = f"\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n"
 QUESTION = "What is the pass key?"
 START_SECONDS = 300
+NEW_TOKENS = 64
+PIECE = 16 * 1024
+"""Prompts longer than two of these are read in pieces of so many tokens."""
 
 
 class WrongAnswerError(HipserveError):
@@ -44,9 +50,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt length, dense beside HiP."""
+    """One prompt length, dense beside HiP: medians over `answers` of each."""
 
     prompt_tokens: int
+    answers: int
     dense_first_seconds: float
     hip_first_seconds: float
     first_ratio: float
@@ -144,25 +151,35 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
     return Answer(text, times[0] - began, gaps)
 
 
-def measure(
-    dense: Server,
-    hip: Server,
-    prompts: Prompts,
-    length: int,
-    *,
-    repeats: int = 3,
-    new_tokens: int = 64,
-) -> Row:
-    """Dense and HiP in turn, the medians of `repeats` answers each.
+def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer]:
+    """What every server answers.
+
+    A long prompt is read in pieces, each of them by all servers in turn: a piece is a request for
+    one token, whose prefix the server has cached. The time to the first token is the sum.
+    """
+    salt = str(time.time_ns())
+    read = [0.0] * len(servers)
+    for end in range(PIECE, len(prompt) - PIECE, PIECE):
+        for i, server in enumerate(servers):
+            read[i] += ask(server, prompt[:end], 1, salt).first
+    answers = [ask(server, prompt, NEW_TOKENS, salt) for server in servers]
+    return [
+        replace(answer, first=answer.first + seconds)
+        for answer, seconds in zip(answers, read, strict=True)
+    ]
+
+
+def measure(dense: Server, hip: Server, prompts: Prompts, length: int, *, repeats: int = 3) -> Row:
+    """Dense and HiP in turn, the medians of `repeats` answers each; one of a prompt in pieces.
 
     Raises:
         WrongAnswerError: an answer lacks the pass key.
     """
     answers: dict[str, list[Answer]] = {dense.name: [], hip.name: []}
+    repeats = 1 if length > 2 * PIECE else repeats
     for repeat in range(repeats):
-        prompt = prompts.make(length, repeat)
-        for server in (dense, hip):
-            answer = ask(server, prompt, new_tokens, f"{length}-{repeat}-{time.time_ns()}")
+        of_all = ask_in_turn((dense, hip), prompts.make(length, repeat))
+        for server, answer in zip((dense, hip), of_all, strict=True):
             check(server, length, answer)
             answers[server.name].append(answer)
     first = {name: statistics.median(a.first for a in of) for name, of in answers.items()}
@@ -172,6 +189,7 @@ def measure(
     }
     return Row(
         length,
+        repeats,
         first[dense.name],
         first[hip.name],
         first[dense.name] / first[hip.name],
@@ -206,7 +224,7 @@ def measure_together(
 def _rate(server: Server, prompts: Prompts, length: int, clients: int, turn: int) -> float:
     def one(client: int) -> int:
         prompt = prompts.make(length, client)
-        answer = ask(server, prompt, 64, f"{turn}-{client}-{time.time_ns()}")
+        answer = ask(server, prompt, NEW_TOKENS, f"{turn}-{client}-{time.time_ns()}")
         return len(answer.between) + 1
 
     began = time.perf_counter()
@@ -244,17 +262,28 @@ def compare(
         for server in (dense, hip):
             ask(server, prompts.make(256), 8, "warm-up")
         rows: list[Row] = []
+        longest = Client(dense).facts().max_context - NEW_TOKENS
         for length in lengths:
-            rows.append(measure(dense, hip, prompts, length, repeats=repeats))
+            rows.append(measure(dense, hip, prompts, min(length, longest), repeats=repeats))
             if on_row:
                 on_row(rows[-1])
         return rows, measure_together(dense, hip, prompts, min(lengths))
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line a length."""
-    lines = [",".join(asdict(rows[0]))]
+def as_csv(rows: Sequence[Row], together: Throughput, command: str) -> str:
+    """Where the numbers come from, in comments; then one line a length."""
+    facts = {
+        "command": command,
+        **provenance("wall").to_dict(),
+        "threads": len(os.sched_getaffinity(0)),  # of a server; this process measures
+        "vllm": find_version(),
+        "together": f"{together.clients} clients x {together.prompt_tokens} tokens: "
+        f"dense {together.dense_tokens_per_second:.1f}, hip {together.hip_tokens_per_second:.1f} "
+        "tokens/s",
+    }
+    lines = [f"# {name}: {value}" for name, value in facts.items()]
+    lines.append(",".join(asdict(rows[0])))
     for row in rows:
-        length, *numbers = asdict(row).values()
-        lines.append(",".join([str(length), *(f"{number:.4g}" for number in numbers)]))
+        values = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in asdict(row).values())
+        lines.append(",".join(values))
     return "\n".join(lines) + "\n"

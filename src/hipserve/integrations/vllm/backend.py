@@ -156,7 +156,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         common = common_attn_metadata
         requests = compat.step_requests(common)
         self.schedule.forget(requests.ended)
-        rows = sequences(common, requests.rows)
+        rows = sequences(common, requests.rows, self.config)
         plan, selects = self._plan(common, rows)
         count = int(common.query_start_loc_cpu[-1])
         slots = common.slot_mapping[:count]
@@ -185,7 +185,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add(name, short * pruned, "short")
         self.tally.add(name, len(blocks) * dense, "dense_layer")
         self.tally.add(name, len(blocks) * self.windowed, "model_window")
-        if short == len(blocks) and not plan.keeps:
+        if short == len(blocks):
             visible = sum(rows * first + rows * (rows + 1) // 2 for rows, first in blocks)
             for keys in ("hipserve_keys_read", "hipserve_keys_visible"):
                 self.tally.add(keys, visible if pruned else 0)
@@ -211,15 +211,17 @@ def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
     return common.seq_lens.cpu() if bound is None else bound[: common.num_reqs]
 
 
-def sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
+def sequences(common: CommonAttentionMetadata, rows: Any, config: HiPConfig) -> list[SequenceStep]:
+    """What every row does; one that reads every key keeps nothing and counts as no decode row."""
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
     seq_lens = host_seq_lens(common).tolist()
+    pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
     return [
         SequenceStep(
             rows[i] if rows else None,
             seq_lens[i],
-            lens[i] == 1 and not (i < len(prefilling) and prefilling[i]),
+            lens[i] == 1 and pruned[i] and not (i < len(prefilling) and prefilling[i]),
         )
         for i in range(common.num_reqs)
     ]
