@@ -106,9 +106,9 @@ def test_the_end_of_a_prompt_is_no_decode_step() -> None:
 
 
 def test_a_row_that_reads_everything_keeps_nothing() -> None:
-    longest = HiPConfig().dense_below
-    step = common([1, 1], [longest, longest + 1], [False, False])
-    assert [row.decoding for row in backend.sequences(step, None, HiPConfig())] == [False, True]
+    step = common([1, 1], [3, 4], [False, False])
+    rows = backend.sequences(step, ("a", "b"), PRUNES_EARLY)
+    assert [row.decoding for row in rows] == [False, True]
 
 
 def test_requests_of_the_second_model_runner() -> None:
