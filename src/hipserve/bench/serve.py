@@ -27,7 +27,7 @@ from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Server
 
 KEY = "83724"
-NEEDLE = f"\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n"
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
 START_SECONDS = 300
 NEW_TOKENS = 64
@@ -41,11 +41,15 @@ class WrongAnswerError(HipserveError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed answer: its text, seconds to its first token, seconds between the others."""
+    """One streamed answer: its text, seconds to its first token, seconds between the others.
+
+    A server in a hurry sends several tokens at a time; `num_tokens` is its own count.
+    """
 
     text: str
     first: float
     between: tuple[float, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,12 @@ class Prompts:
     def __init__(self, tokenizer: Any, text: str) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._needle: list[int] = tokenizer(NEEDLE, add_special_tokens=False)["input_ids"]
 
-    def make(self, length: int, offset: int = 0) -> list[int]:
-        """`length` token ids; another `offset` starts elsewhere in the text."""
+    def make(self, length: int, offset: int = 0, key: str = KEY) -> list[int]:
+        """`length` token ids that hide `key`; another `offset` starts elsewhere in the text."""
+        needle: list[int] = self._tokenizer(NEEDLE.format(key=key), add_special_tokens=False)[
+            "input_ids"
+        ]
         mark = "<DOCUMENT>"
         turns = [{"role": "user", "content": f"Read the text.\n\n{mark}"}]
         turns.append({"role": "user", "content": QUESTION})
@@ -118,15 +124,20 @@ class Prompts:
             self._tokenizer(part, add_special_tokens=False)["input_ids"]
             for part in frame.split(mark)
         )
-        room = length - len(before) - len(after) - len(self._needle)
+        room = length - len(before) - len(after) - len(needle)
         start = offset * 997 % len(self._ids)
         source = (self._ids[start:] + self._ids) * (room // len(self._ids) + 2)
         half = room // 2
-        return [*before, *source[:half], *self._needle, *source[half:room], *after]
+        return [*before, *source[:half], *needle, *source[half:room], *after]
 
 
-def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
-    """Streams an answer; `salt` keeps prompts from meeting in the prefix cache."""
+def stream(
+    server: Server, prompt: Sequence[int], max_tokens: int, salt: str
+) -> Generator[dict[str, Any]]:
+    """The events of a streamed answer; closing it early cancels the request.
+
+    `salt` keeps prompts from meeting in the prefix cache.
+    """
     body = {
         "model": server.name,
         "prompt": list(prompt),
@@ -134,6 +145,7 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "cache_salt": salt,
     }
     request = urllib.request.Request(
@@ -141,14 +153,23 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    began, times, text = time.perf_counter(), list[float](), ""
-    with urllib.request.urlopen(request, timeout=3600) as stream:
-        for line in stream:
+    with urllib.request.urlopen(request, timeout=3600) as lines:
+        for line in lines:
             if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-                text += json.loads(line[6:])["choices"][0]["text"]
+                yield json.loads(line[6:])
+
+
+def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
+    """An answer, streamed to its end."""
+    began, times, text, tokens = time.perf_counter(), list[float](), "", 0
+    for event in stream(server, prompt, max_tokens, salt):
+        if event["choices"]:
+            times.append(time.perf_counter())
+            text += event["choices"][0]["text"]
+        else:
+            tokens = event["usage"]["completion_tokens"]
     gaps = tuple(b - a for a, b in itertools.pairwise(times))
-    return Answer(text, times[0] - began, gaps)
+    return Answer(text, times[0] - began, gaps, tokens)
 
 
 def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer]:
@@ -159,7 +180,8 @@ def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer
     """
     salt = str(time.time_ns())
     read = [0.0] * len(servers)
-    for end in range(PIECE, len(prompt) - PIECE, PIECE):
+    pieces = range(PIECE, len(prompt), PIECE) if len(prompt) > 2 * PIECE else ()
+    for end in pieces:
         for i, server in enumerate(servers):
             read[i] += ask(server, prompt[:end], 1, salt).first
     answers = [ask(server, prompt, NEW_TOKENS, salt) for server in servers]
@@ -224,8 +246,7 @@ def measure_together(
 def _rate(server: Server, prompts: Prompts, length: int, clients: int, turn: int) -> float:
     def one(client: int) -> int:
         prompt = prompts.make(length, client)
-        answer = ask(server, prompt, NEW_TOKENS, f"{turn}-{client}-{time.time_ns()}")
-        return len(answer.between) + 1
+        return ask(server, prompt, NEW_TOKENS, f"{turn}-{client}-{time.time_ns()}").num_tokens
 
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
