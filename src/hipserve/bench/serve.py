@@ -78,8 +78,8 @@ class Throughput:
 
 
 @contextmanager
-def running(server: Server, log: Path) -> Generator[Server]:
-    """The server, answering; its output goes to a file.
+def running(server: Server, log: Path) -> Generator[subprocess.Popen[bytes]]:
+    """The process of a server that answers; its output goes to a file.
 
     Raises:
         HipserveError: it does not start.
@@ -94,7 +94,7 @@ def running(server: Server, log: Path) -> Generator[Server]:
             if child.poll() is not None or time.monotonic() > deadline:
                 raise HipserveError(f"the server for {server.name} did not start; see {log}")
             time.sleep(0.5)
-        yield server
+        yield child
     finally:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -129,6 +129,16 @@ class Prompts:
         source = (self._ids[start:] + self._ids) * (room // len(self._ids) + 2)
         half = room // 2
         return [*before, *source[:half], *needle, *source[half:room], *after]
+
+
+def english(model: str) -> Prompts:
+    """Prompts of the language reference of CPython, as a model reads it."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return Prompts(AutoTokenizer.from_pretrained(model), text)
 
 
 def stream(
@@ -271,12 +281,7 @@ def compare(
         HipserveError: a server does not start.
         WrongAnswerError: an answer is wrong.
     """
-    from pydoc_data.topics import topics
-
-    from transformers import AutoTokenizer
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    prompts = Prompts(AutoTokenizer.from_pretrained(model), text)
+    prompts = english(model)
     dense = Server(model, "dense", None, port=ports[0], flags=tuple(flags))
     hip = replace(dense, name="hip", config=config, port=ports[1])
     with running(dense, folder / "dense.log"), running(hip, folder / "hip.log"):

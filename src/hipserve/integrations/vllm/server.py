@@ -255,6 +255,10 @@ class Client:
         bounds = sum(_values(metrics, "hipserve_page_bound_bytes"))
         return Facts(model["id"], model["max_model_len"], sum(blocks), int(bounds))
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        return sum(_values(self._read("/metrics"), name))
+
     def _read(self, path: str) -> str:
         request = urllib.request.Request(self._server.url + path)
         if self._server.api_key:
