@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hipserve.bench.load import cancel_half, leftover, make_cases, run_mixed
+from hipserve.bench.load import Outcome, cancel_half, leftover, make_cases, run_mixed
 from hipserve.bench.serve import ask, english, running
 from hipserve.config import HiPConfig
 from hipserve.integrations.vllm.server import Client, Server
@@ -47,13 +47,17 @@ def serving(*flags: str) -> Iterator[tuple[Server, Any]]:
         yield server, process
 
 
+def good(outcome: Outcome) -> bool:
+    return not outcome.lost + outcome.mixed_up + outcome.wrong
+
+
 def mixed(requests: int, clients: int, longest: int) -> tuple[dict[str, Any], bool]:
     """Lengths from 16 tokens up."""
     with serving("--kv-cache-memory-bytes", str(6 << 30)) as (server, _):
         cases = make_cases(english(str(bundled_path())), requests, longest)
         outcome = run_mixed(server, cases, clients, checks=32)
         left = asdict(leftover(server))
-    return {**asdict(outcome), "left": left}, not outcome.lost + outcome.wrong and left == ALONE
+    return {**asdict(outcome), "left": left}, good(outcome) and left == ALONE
 
 
 def cancelled(requests: int, clients: int, longest: int) -> tuple[dict[str, Any], bool]:
@@ -73,7 +77,7 @@ def exhausted(requests: int, clients: int, longest: int) -> tuple[dict[str, Any]
         preempted = Client(server).metric("vllm:num_preemptions_total")
         left = asdict(leftover(server))
     done = {**asdict(outcome), "preempted": preempted, "left": left}
-    return done, not outcome.lost + outcome.wrong and left == ALONE
+    return done, good(outcome) and left == ALONE
 
 
 def drained(requests: int, clients: int, longest: int) -> tuple[dict[str, Any], bool]:
@@ -99,9 +103,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--longest", type=int, default=65536)
     options = parser.parse_args()
-    report, good = scenarios[options.scenario](options.requests, options.clients, options.longest)
+    report, passed = scenarios[options.scenario](options.requests, options.clients, options.longest)
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    return not good
+    return not passed
 
 
 if __name__ == "__main__":

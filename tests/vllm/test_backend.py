@@ -228,6 +228,21 @@ def test_workers_share_the_cores(workers: int, shared: str) -> None:
         assert text == shared
 
 
+@pytest.mark.parametrize(
+    ("flags", "workers"),
+    [
+        ("", 1),
+        ("-tp 2", 2),
+        ("--tensor-parallel-size=2 --pipeline-parallel-size 3", 6),
+        ("--data-parallel-size 2", 2),
+        ("-dp 4 -tp 2 --data-parallel-size-local 1", 2),
+        ("--tensor_parallel_size 2 --nnodes 2 --node-rank 1", 1),
+    ],
+)
+def test_every_worker_of_this_host_gets_cores(flags: str, workers: int) -> None:
+    assert serve(*flags.split()).num_workers == workers
+
+
 def test_loopback() -> None:
     assert all(map(server.is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
     assert not any(map(server.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))

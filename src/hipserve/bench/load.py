@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ class Outcome:
     Attributes:
         lost: requests that failed, or got fewer tokens than they asked for.
         hidden, found: prompts that hide a key, and answers that name it.
+        mixed_up: answers that name the key of another request.
         checked, wrong: requests asked again alone, and those that got another answer then.
     """
 
@@ -48,6 +50,7 @@ class Outcome:
     lost: int
     hidden: int
     found: int
+    mixed_up: int
     checked: int
     wrong: int
     longest: int
@@ -94,6 +97,7 @@ def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) 
     good = [(c, a) for c, a in pairs if a is not None and a.num_tokens == c.new_tokens]
     spread = sorted(good, key=lambda pair: -len(pair[0].prompt))
     asked_again = spread[:: max(len(spread) // checks, 1)][:checks]
+    keys = {case.key for case in cases}
     wrong = 0
     for case, answer in asked_again:
         alone = _ask(server, case)
@@ -103,6 +107,7 @@ def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) 
         len(cases) - len(good),
         sum(bool(c.key) for c, _ in good),
         sum(bool(c.key) and c.key in a.text for c, a in good),
+        sum(bool((keys - {c.key}) & set(re.findall(r"\d{5}", a.text))) for c, a in good),
         len(asked_again),
         wrong,
         max(len(c.prompt) for c in cases),
