@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
-from hipserve.ops.block_sparse_attention import triton as attention
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
@@ -115,17 +114,19 @@ def check(count: int, first: int = 0) -> bool:
 # Timing.
 
 
-def milliseconds(call: Callable[[], object], runs: int = 5) -> float:
+def milliseconds(call: Callable[[], object], runs: int = 5, in_a_row: int = 4) -> float:
+    """Median of `runs` times of one call, as a model makes them: some in a row, one a layer."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(runs):
         begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
         begin.record()
-        call()
+        for _ in range(in_a_row):
+            call()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / in_a_row)
     return statistics.median(times)
 
 
@@ -221,21 +222,29 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str, Any]:
-    """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides."""
-    g = torch.Generator("cuda").manual_seed(0)
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": g}
+def decode_inputs(
+    length: int, batch: int, config: HiPConfig, seed: int = 0
+) -> tuple[Tensor, PagedKV, BatchLayout]:
+    """One row for each of `batch` sequences in shuffled pages, the same pages for every seed."""
+    g = torch.Generator("cuda").manual_seed(length + batch)
     count = length // PAGE
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
-    table = torch.stack([torch.randperm(batch * count, device="cuda")]).view(batch, count).int()
+    table = torch.randperm(batch * count, device="cuda", generator=g).view(batch, count).int()
     layout = BatchLayout(
         table, torch.full((batch,), length, **ints), torch.arange(batch + 1, **ints)
     )
-    q = torch.randn(layers, batch, HEADS, DIM, **options)
-    kvs: list[PagedKV] = []
-    for _ in range(layers):
-        k, v = torch.randn(2, batch * count, PAGE, KV_HEADS, DIM, **options)
-        kvs.append(PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size)))
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    options["generator"] = g.manual_seed(seed)
+    q = torch.randn(batch, HEADS, DIM, **options)
+    k, v = torch.randn(2, batch * count, PAGE, KV_HEADS, DIM, **options)
+    return q, PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size)), layout
+
+
+def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str, Any]:
+    """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides."""
+    made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
+    q, kvs, layout = [m[0] for m in made], [m[1] for m in made], made[0][2]
+    table, ints = layout.block_table, {"dtype": torch.int32, "device": "cuda"}
     blocks = layout.query_blocks(config.query_block_size)
     refresh = torch.ones(batch, **ints)
     chosen = [
@@ -300,52 +309,50 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
 
 
 def tune(length: int) -> None:
-    """Times launch options of both prefill kernels and of decode attention."""
+    """Times launch options: attention and each step of the search, of prefill and of decode."""
     config = HiPConfig()
     q, k, v = inputs(length)
     kv, layout = paged(k, v, length, config)
-    chosen = select_blocks(q[0], kv, layout, config=config, check=False)
-    run = lambda: block_sparse_attention(q[0], kv, layout, chosen, config=config, check=False)  # noqa: E731
-    search = lambda: select_blocks(q[0], kv, layout, config=config, check=False)  # noqa: E731
-    sweep("attend", attention, run, ATTEND)
-    sweep("select", selection, search, SELECT)
+    tune_one("prefill", functools.partial(milliseconds, runs=4), q[0], kv, layout, STEPS)
+    del q, k, v, kv
+    for batch in (1, 8):
+        q, kv, layout = decode_inputs(131072, batch, config)
+        name = f"decode, batch {batch}"
+        tune_one(
+            name, lambda call: milliseconds(capture(call).replay, 20), q, kv, layout, LONE_STEPS
+        )
 
 
-ATTEND = [
-    {"num_warps": w, "num_stages": s, "keys": k, "rows": r}
-    for w, s, k, r in (
-        (8, 3, 64, 128), (8, 4, 64, 128), (8, 2, 64, 128), (8, 4, 32, 128),
-        (8, 3, 128, 128), (8, 2, 128, 128), (4, 4, 64, 64), (4, 3, 64, 64), (4, 3, 128, 64),
-    )
-]  # fmt: skip
-SELECT = [
-    {"num_warps": w, "num_stages": s, "keys": k}
-    for w, s, k in (
-        (8, 3, 64), (8, 2, 64), (8, 4, 64), (4, 3, 64), (4, 3, 32), (4, 2, 32), (8, 2, 128),
-    )
-]  # fmt: skip
-
-
-def sweep(
-    name: str, module: Any, call: Callable[[], object], options: list[dict[str, int]]
+def tune_one(
+    what: str,
+    timed: Callable[[Callable[[], object]], float],
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    steps: list[tuple[int, int, int]],
 ) -> None:
-    tiling, launch = module.make_tiling, module.launch_options
-    for chosen in options:
-        sizes = {key: value for key, value in chosen.items() if key in ("keys", "rows")}
+    config = HiPConfig()
+    chosen = select_blocks(q, kv, layout, config=config, check=False)
+    attend = lambda: block_sparse_attention(q, kv, layout, chosen, config=config, check=False)  # noqa: E731
+    search = lambda: select_blocks(q, kv, layout, config=config, check=False)  # noqa: E731
+    say(f"tune {what}: attend {1000 * timed(attend):.1f} us, select {1000 * timed(search):.1f} us")
+    for level in (None, 2, 1, 0, -1):
+        for keys, warps, stages in steps:
+            option = (keys, {"num_warps": warps, "num_stages": stages})
+            usual = selection.launch_options
+            selection.launch_options = lambda tiling, LEVEL=None, o=option, at=level, usual=usual: (  # noqa: N803
+                o if at == LEVEL else usual(tiling, LEVEL)
+            )
+            try:
+                say(f"tune {what}: select, level {level} {option}: {1000 * timed(search):.1f} us")
+            except Exception as error:  # an option that does not fit is no option
+                say(f"tune {what}: {option}: {type(error).__name__} {str(error)[:80]}")
+            finally:
+                selection.launch_options = usual
 
-        def resized(*arguments: Any, sizes: dict[str, int] = sizes) -> Any:
-            made = tiling(*arguments)
-            stacked = made.rows * made.row_tiles
-            rows = sizes.get("rows", made.rows)
-            return dataclasses.replace(made, **sizes, row_tiles=-(-stacked // rows))
 
-        module.make_tiling = resized
-        module.launch_options = lambda _, c=chosen: {k: c[k] for k in ("num_warps", "num_stages")}
-        try:
-            say(f"tune {name} {chosen}: {milliseconds(call, 4):.3f} ms")
-        except Exception as error:  # an option that does not fit is no option
-            say(f"tune {name} {chosen}: {type(error).__name__} {str(error)[:80]}")
-    module.make_tiling, module.launch_options = tiling, launch
+STEPS = [(32, 4, 2), (64, 4, 1), (64, 4, 2), (128, 4, 2), (64, 8, 2), (128, 4, 3)]
+LONE_STEPS = [(32, 4, 1), (64, 4, 1), (128, 4, 1), (128, 8, 1), (64, 4, 2), (32, 2, 1)]
 
 
 def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]]]:

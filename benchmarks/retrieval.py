@@ -1,4 +1,4 @@
-"""Retrieval with many questions a document: what `hipserve eval retrieval` asks, at less cost.
+"""Retrieval with all tasks in one document: what `hipserve eval retrieval` asks, at less cost.
 
     python benchmarks/retrieval.py --length 32k --documents 8 --json docs/data/retrieval-32k.json
 
@@ -17,38 +17,31 @@ import sys
 import time
 from typing import Any
 
-import torch
-
 from hipserve import HiPConfig
 from hipserve.cli.numbers import parse_count
 from hipserve.evaluate.intervals import mean, wilson
-from hipserve.evaluate.passes import make_cache, prefill
-from hipserve.evaluate.tasks import MEMORIZE, PUZZLES, plant
+from hipserve.evaluate.retrieval import encode, score
+from hipserve.evaluate.tasks import MEMORIZE, PUZZLES, Question, Sample, plant
 from hipserve.evaluate.text import language_reference
 from hipserve.models import LoadedModel, load
 
-Question = tuple[str, str, str]
-NIAH, KV = 8, 8
-"""Questions a document of these tasks."""
+QUESTIONS = 8
+"""Asked about a document, of tasks that have so many."""
 
 
-def make_document(seed: int, text: str, characters: int) -> tuple[str, list[Question]]:
-    """A stretch of the text with all facts planted, and `(task, question, answer)` of each."""
+def make_document(seed: int, text: str, characters: int) -> tuple[str, dict[str, list[Question]]]:
+    """A stretch of the text with the facts of all tasks planted, and their questions."""
     rng = random.Random(f"many {seed}")
     start = rng.randrange(len(text) - characters)
-    facts: list[str] = []
-    questions: list[Question] = []
-    for task, make in PUZZLES.items():
-        puzzle = make(rng)
-        facts += puzzle.facts
-        questions.append((task, puzzle.question, puzzle.answer))
-        questions += others(task, puzzle.facts, puzzle.question)
+    puzzles = {task: make(rng) for task, make in PUZZLES.items()}
+    facts = [fact for puzzle in puzzles.values() for fact in puzzle.facts]
     order = list(range(len(facts)))
     rng.shuffle(order)
     order = keep_chains(facts, order)
     depths = sorted(rng.random() for _ in facts)
     stretch = text[start : start + characters]
     document = plant(stretch, [facts[i] for i in order], depths)
+    questions = {task: puzzle.questions[:QUESTIONS] for task, puzzle in puzzles.items()}
     return f"{MEMORIZE}\n\n{document}", questions
 
 
@@ -61,67 +54,30 @@ def keep_chains(facts: list[str], order: list[int]) -> list[int]:
     return order
 
 
-def others(task: str, facts: list[str], asked: str) -> list[Question]:
-    """Questions about the facts that a puzzle hides but does not ask for."""
-    if task == "niah":
-        pairs = [fact.removesuffix(".").split(" for ")[1].split(" is: ") for fact in facts]
-        form = "What is the special magic number for {} mentioned in the provided text?"
-        reply = "The special magic number for {} mentioned in the provided text is {}"
-        found = [(task, form.format(k), reply.format(k, v)) for k, v in pairs]
-        return [question for question in found if question[1] != asked][: NIAH - 1]
-    if task == "kv":
-        pairs = [fact.removesuffix(",").replace('"', "").split(": ") for fact in facts]
-        form, reply = 'Which value is stored under the key "{}"?', '"{}": "{}'
-        found = [(task, form.format(k), reply.format(k, v)) for k, v in pairs]
-        return [question for question in found if question[1] != asked][: KV - 1]
-    return []
-
-
-def fit(loaded: LoadedModel, seed: int, text: str, length: int) -> tuple[str, list[Question]]:
+def fit(
+    loaded: LoadedModel, seed: int, text: str, length: int
+) -> tuple[str, dict[str, list[Question]]]:
     """The longest document of this seed that leaves room for a question and its answer."""
     size = length * 4
     while True:
         document, questions = make_document(seed, text, min(size, len(text) - 1))
-        tokens = encode(loaded, document, questions[0][1]).shape[1]
+        tokens = encode(loaded, document, questions["passkey"][0]).shape[1]
         if tokens <= length - 128:
             return document, questions
         size = int(size * 0.99 * (length - 128) / tokens)
 
 
-def encode(loaded: LoadedModel, document: str, question: str) -> torch.Tensor:
-    return loaded.encode([{"role": "user", "content": text} for text in (document, question)])
-
-
-@torch.no_grad()
-def ask(loaded: LoadedModel, document: str, questions: list[Question]) -> list[tuple[str, float]]:
+def ask(
+    loaded: LoadedModel, config: HiPConfig, document: str, questions: dict[str, list[Question]]
+) -> list[tuple[str, float]]:
     """Scores of all questions: exact answers 1 or 0, variables the share of right tokens."""
-    prompts = [encode(loaded, document, question) for _, question, _ in questions]
-    common = common_prefix(prompts)
-    cache = make_cache(loaded)
-    for _ in prefill(loaded, prompts[0][:, :common], cache):
-        pass
-    scores: list[tuple[str, float]] = []
-    for (task, _, answer), prompt in zip(questions, prompts, strict=True):
-        ids = loaded.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        answer_ids = ids[0].to(loaded.device)
-        tokens = prompt[:, common:]
-        logits = loaded.model(tokens, past_key_values=cache, use_cache=True).logits
-        hits: list[float] = []
-        for token in answer_ids:
-            hits.append(float(logits[0, -1].argmax() == token))
-            step = token.view(1, 1)
-            logits = loaded.model(step, past_key_values=cache, use_cache=True).logits
-        cache.crop(-(tokens.shape[1] + len(answer_ids)))
-        scores.append((task, mean(hits) if task == "variables" else float(all(hits))))
-    return scores
-
-
-def common_prefix(prompts: list[torch.Tensor]) -> int:
-    shortest = min(prompt.shape[1] for prompt in prompts)
-    same = torch.ones(shortest, dtype=torch.bool)
-    for prompt in prompts:
-        same &= (prompt[0, :shortest] == prompts[0][0, :shortest]).cpu()
-    return int(same.int().cumprod(0).sum())
+    every = [(task, question) for task, asked in questions.items() for question in asked]
+    sample = Sample(document, tuple(question for _, question in every), exact=False)
+    shares = score(loaded, config, sample)
+    return [
+        (task, share if task == "variables" else float(share == 1))
+        for (task, _), share in zip(every, shares, strict=True)
+    ]
 
 
 def configurations(names: str) -> dict[str, HiPConfig]:
@@ -149,10 +105,9 @@ def main() -> None:
     for seed in range(options.first, options.first + options.documents):
         document, questions = fit(loaded, seed, text, options.length)
         for name, config in configurations(options.configs).items():
-            loaded.use(config)
             began = time.perf_counter()
-            for task, score in ask(loaded, document, questions):
-                scores.setdefault(name, {}).setdefault(task, []).append(score)
+            for task, right in ask(loaded, config, document, questions):
+                scores.setdefault(name, {}).setdefault(task, []).append(right)
             summary = {task: round(mean(v), 3) for task, v in scores[name].items()}
             sys.stderr.write(f"{seed} {name} {summary} {time.perf_counter() - began:.0f} s\n")
         write(options, scores, seed + 1 - options.first)

@@ -11,6 +11,7 @@ namespace HIPSERVE_TIER {
 constexpr int64_t kMaxRows = 384;     // stacked rows of one item
 constexpr int64_t kSplitRows = 64;    // items this small split a long key list ...
 constexpr int64_t kSplitKeys = 2048;  // ... into parts of this many keys
+constexpr int64_t kSharedWork = 1 << 17;  // products from which waking other threads pays
 constexpr float kSlack = 8.f;  // a row's reference moves when a score is 2^8 times above it
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -397,7 +398,7 @@ class Plan {
     lists_ = (List*)malloc(sizeof(List) * heads_);
     const int64_t most_rows = most(kMaxRows / group_, (int64_t)1);
     for (int pass = 0; pass < 2; ++pass) {
-      count = part_rows = 0;
+      count = part_rows = pairs = 0;
       for (int64_t b = batch.num_query_blocks - 1; b >= 0; --b)
         for (int64_t row = 0; row < batch.query_blocks[b].num_rows; row += most_rows)
           add(b, row, least(most_rows, batch.query_blocks[b].num_rows - row), pass);
@@ -410,6 +411,7 @@ class Plan {
   }
   Item* items = nullptr;
   int64_t count = 0, part_rows = 0;  // rows of all parts that must be merged
+  int64_t pairs = 0;                 // of a row and a key
 
  private:
   struct List {
@@ -422,6 +424,7 @@ class Plan {
       const bool split = rows * group_ <= kSplitRows && keys > 2 * kSplitKeys;
       const int64_t parts = split ? (keys + kSplitKeys - 1) / kSplitKeys : 1;
       lists_[head] = {keys, parts, part_rows};
+      pairs += keys * rows * group_;
       if (split) part_rows += parts * rows * group_;
       most_parts = most(most_parts, parts);
     }
@@ -449,7 +452,7 @@ template <class Unit, class T> static void attention_as(const AttentionCall& cal
   const int64_t dim = call.batch.head_dim, heads = most(call.index_heads, call.batch.num_kv_heads);
   const int64_t group = call.batch.num_q_heads / heads, row = dim + 2;
   float* parts = plan.part_rows ? (float*)malloc(plan.part_rows * row * 4) : nullptr;
-#pragma omp parallel if (plan.count > 1)
+#pragma omp parallel if (plan.count > 1 && plan.pairs * dim >= kSharedWork)
   {
     Arena arena(Scratch::bytes(dim));
     Scratch scratch(arena, dim);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -246,7 +247,9 @@ def test_eval_tables_and_json(tmp_path: Path) -> None:
         "--samples",
         "2",
         "--tasks",
-        "passkey,quote",
+        "passkey,quote,niah",
+        "--questions",
+        "3",
         "--also",
         "paper",
         "--no-dense",
@@ -255,6 +258,7 @@ def test_eval_tables_and_json(tmp_path: Path) -> None:
     assert result.exit_code == 0
     for word in ("passkey", "quote", "hip", "paper", "acorn, 1k tokens"):
         assert word in result.stdout
+    assert re.search(r"niah\s+│ 6 ", result.stdout), "three questions about two documents"
     assert "dense" not in result.stdout
     assert result.stderr == ""
 

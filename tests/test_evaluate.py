@@ -27,7 +27,7 @@ from hipserve.evaluate import (
 )
 from hipserve.evaluate.intervals import bootstrap, mean, wilson
 from hipserve.evaluate.passes import greedy_hits
-from hipserve.evaluate.tasks import PUZZLES, Sample, plant
+from hipserve.evaluate.tasks import PUZZLES, Question, Sample, plant
 from hipserve.evaluate.text import language_reference
 from hipserve.models import LoadedModel, load
 
@@ -38,7 +38,8 @@ tasks = pytest.mark.parametrize("task", TASKS)
 
 def count(sample: Sample) -> int:
     """A tokenizer of words and digits."""
-    return len(re.findall(r"\d|[^\W\d]+", sample.document + sample.question + sample.answer))
+    asked = sample.questions[0]
+    return len(re.findall(r"\d|[^\W\d]+", sample.document + asked.question + asked.answer))
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +58,51 @@ def test_samples_have_the_length_asked_for_and_repeat(task: str, length: int) ->
 
 @pytest.mark.parametrize("task", PUZZLES)
 @given(seed=st.integers(0, 1000))
-def test_facts_lie_in_the_text_and_hold_the_answer(task: str, seed: int) -> None:
+def test_facts_lie_in_the_text_and_hold_the_answers(task: str, seed: int) -> None:
     puzzle = PUZZLES[task](random.Random(seed))
-    sample = make_sample(task, HAY, 2000, count, seed)
-    lines = sample.document.splitlines()
-    assert sample.answer not in HAY
-    value = sample.answer.split()[-1].strip('"')
+    sample = make_sample(task, HAY, 2000, count, seed, questions=100)
+    assert len(sample.questions) == len(puzzle.questions)
+    assert len(sample.document.splitlines()) >= len(puzzle.facts)
+    for asked in sample.questions:
+        check_answer(sample.document, asked)
+
+
+def check_answer(document: str, asked: Question) -> None:
+    lines = document.splitlines()
+    assert asked.answer not in HAY
+    value = asked.answer.split()[-1].strip('"')
     holding = [line for line in lines if value in line]
     assert len(holding) >= 1, "the value of the answer is in the text"
-    assert len(lines) >= len(puzzle.facts)
-    subject = re.findall(r"for (\w+) mentioned|key \"(\w+)\"", sample.question)
+    subject = re.findall(r"for (\w+) mentioned|key \"(\w+)\"", asked.question)
     if subject:
         key = "".join(subject[0])
         assert all(key in line for line in holding), "it stands beside what the question names"
         assert sum(f"{key}" in line for line in lines) == 1, "only one line answers"
 
 
+@tasks
+def test_more_questions_are_about_the_same_document(task: str) -> None:
+    one, more = (make_sample(task, HAY, 2000, count, 5, questions) for questions in (1, 3))
+    assert more.document == one.document
+    assert more.questions[:1] == one.questions
+    assert len(set(more.questions)) == len(more.questions) == (3 if task in ("niah", "kv") else 1)
+
+
 def test_variables_form_one_chain() -> None:
     sample = make_sample("variables", HAY, 2000, count, 3)
     found = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", sample.document)
-    names = sample.answer.split()
-    value = re.findall(r"value (\d+)", sample.question)[0]
+    names = sample.questions[0].answer.split()
+    value = re.findall(r"value (\d+)", sample.questions[0].question)[0]
     assert found == list(zip(names, [value, *names], strict=False))
 
 
 def test_quotes_are_in_the_text_word_for_word() -> None:
     for seed in range(20):
         sample = make_sample("quote", HAY, 1500, count, seed)
-        given_words = sample.question.removeprefix("Continue the passage: ")
-        assert f"{given_words} {sample.answer}" in sample.document
-        assert (len(given_words.split()), len(sample.answer.split())) == (16, 32)
+        asked = sample.questions[0]
+        given_words = asked.question.removeprefix("Continue the passage: ")
+        assert f"{given_words} {asked.answer}" in sample.document
+        assert (len(given_words.split()), len(asked.answer.split())) == (16, 32)
 
 
 def test_facts_are_planted_at_their_depth() -> None:
@@ -150,13 +166,14 @@ def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -
     model: Any = FakeModel()
     asked: list[tuple[str, bool]] = []
 
-    def hits(loaded: FakeModel, prompt: str, answer: list[str]) -> list[bool]:
-        asked.append((prompt, loaded.config is None))
+    def hits(loaded: FakeModel, prompts: list[str], answers: list[str]) -> list[list[bool]]:
+        assert len(prompts) == len(answers) == 1
+        asked.append((prompts[0], loaded.config is None))
         weak = loaded.config is not None and len(asked) % 4 == 0
-        return [not weak or i % 4 > 0 for i in range(8)]
+        return [[not weak or i % 4 > 0 for i in range(8)]]
 
     monkeypatch.setattr(retrieval, "greedy_hits", hits)
-    monkeypatch.setattr(retrieval, "_answer_ids", lambda loaded, sample: sample.answer.split())
+    monkeypatch.setattr(retrieval, "_answer_ids", lambda loaded, asked: asked.answer.split())
     monkeypatch.setattr(FakeModel, "encode", lambda self, turns: turns[0]["content"], raising=False)
     monkeypatch.setattr(retrieval, "_count", lambda loaded, sample: count(sample))
     progress: list[Any] = []
@@ -192,12 +209,29 @@ def test_greedy_hits_are_those_of_generate(loaded: LoadedModel) -> None:
     made = loaded.model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
     )[0, prompt.shape[1] :]
-    assert all(greedy_hits(loaded, prompt, made))
+    assert all(greedy_hits(loaded, [prompt], [made])[0])
     wrong = made.clone()
     wrong[5] = (wrong[5] + 1) % 8192
-    hits = greedy_hits(loaded, prompt, wrong)
+    (hits,) = greedy_hits(loaded, [prompt], [wrong])
     assert hits[:5] == [True] * 5
     assert not hits[5]
+
+
+@pytest.mark.parametrize("config", [None, HiPConfig()], ids=["dense", "roomy"])
+def test_questions_after_one_reading_get_the_answers_of_a_reading_each(
+    loaded: LoadedModel, config: HiPConfig | None
+) -> None:
+    loaded.use(config)
+    sample = make_sample("niah", language_reference(), 1000, count, 0, questions=3)
+    prompts = [retrieval.encode(loaded, sample.document, asked) for asked in sample.questions]
+    answers = [retrieval._answer_ids(loaded, asked) for asked in sample.questions]
+    answers[1] = answers[1].flip(0)
+    apart = [
+        greedy_hits(loaded, [prompt], [answer])[0]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert greedy_hits(loaded, prompts, answers) == apart
+    assert [all(hits) for hits in apart][1:] != [True, True]
 
 
 @pytest.mark.parametrize("config", [None, SMALL, HiPConfig()], ids=["dense", "pruned", "roomy"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError, ConfigError, FitError, HipserveError
+from hipserve.lazy import loader as _loader
 
 if TYPE_CHECKING:
     from hipserve.attention.hip import hip_attention
@@ -25,17 +26,11 @@ __all__ = [
     "register",
 ]
 
-_HOMES = {
-    "hip_attention": "hipserve.attention.hip",
-    "HiPCache": "hipserve.integrations.transformers",
-    "register": "hipserve.integrations.transformers",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Loads the heavy names on first use, so that `import hipserve` stays cheap."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'hipserve' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = _loader(
+    __name__,
+    {
+        "hip_attention": "hipserve.attention.hip",
+        "HiPCache": "hipserve.integrations.transformers",
+        "register": "hipserve.integrations.transformers",
+    },
+)

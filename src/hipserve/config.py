@@ -170,16 +170,30 @@ class HiPConfig:
         everything between fits the budget, or the block ends below `dense_below`, the window
         reaches back to the sinks and the block is dense.
         """
+        prune = self._far(position) and position + num_rows > self._dense_below(num_rows)
+        return self._window(position) if prune else self.num_sink_tokens
+
+    def _window(self, position: int) -> int:
         start = position - self.sliding_window + 1
-        start -= start % self.granularity
-        sparse = start - self.num_sink_tokens > self.budget
+        return start - start % self.granularity
+
+    def _far(self, position: int) -> bool:
+        """Between sinks and window lies more than the budget."""
+        return self._window(position) - self.num_sink_tokens > self.budget
+
+    def _dense_below(self, num_rows: int) -> int:
         below = BREAK_EVEN["cpu"] if self.dense_below is None else self.dense_below
-        long = position + num_rows > (below * LONE_ROW if num_rows == 1 else below)
-        return start if sparse and long else self.num_sink_tokens
+        return below * LONE_ROW if num_rows == 1 else below
 
     def on(self, device: str) -> HiPConfig:
         """The same with `dense_below` settled for tensors on `device` (a torch device type)."""
         return self if self.dense_below is not None else _settled(self, device)
+
+    def may_prune(self, seq_len: int, query_len: int) -> bool:
+        """False only where every query block of a sequence's last rows reads all of its keys."""
+        return self._far(seq_len - 1) and seq_len > self._dense_below(
+            min(query_len, self.query_block_size)
+        )
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""
@@ -208,8 +222,8 @@ class HiPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HiPConfig:
-        """`default`; `fast`, a cheaper and less exact search; `text`, which keeps the likelihood of
-        text best but loses needles (docs/quality.md); or `paper`: arXiv 2406.09827 (its appendix).
+        """`default`; `fast`, a cheaper and less exact search (docs/quality.md measures both); or
+        `paper`: arXiv 2406.09827 (its appendix).
         """
         return cls.from_dict({"preset": name, **changes})
 
@@ -254,7 +268,6 @@ def _settled(config: HiPConfig, device: str) -> HiPConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"rerank": 2},
-    "text": {"selector": "tree+bound", "key_block_size": 2, "rerank": 2},
     "paper": {
         "budget": 512,
         "selector": "tree",
@@ -320,3 +333,7 @@ def _layers(value: object) -> tuple[int, ...]:
     raise _wrong(
         "dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]"
     )
+
+
+DEFAULT = HiPConfig()
+"""What operations take where no configuration is given."""

@@ -80,6 +80,7 @@ def _dtype_refusal(dtype: torch.dtype) -> str:
     return "" if dtype in DTYPES else f"it computes in bfloat16, float16 and float32, not {name}"
 
 
+@functools.cache
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the one asked for, or with `auto` the fastest that can.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,16 +76,43 @@ class BatchLayout:
         seq_lens: `[num_seqs]` int32, keys of each sequence including those of this call.
         cu_seqlens_q: `[num_seqs + 1]` int32, where each sequence's query rows start. The rows are
             the last positions of their sequence.
+        lengths: `seq_lens` and `cu_seqlens_q` as numbers, where the host knows them.
     """
 
     block_table: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor
-    _query_blocks: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+    _query_blocks: dict[Any, Tensor] = field(default_factory=dict[Any, Tensor], repr=False)
+    lengths: tuple[Sequence[int], Sequence[int]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls, block_table: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
+    ) -> BatchLayout:
+        """The layout of lengths that the host knows: nothing is read back from the device."""
+        device = block_table.device
+        return cls(block_table, *_of_lengths(tuple(seq_lens), tuple(query_lens), device))
 
     @property
     def num_seqs(self) -> int:
         return self.seq_lens.shape[0]
+
+    @property
+    def keys_visible(self) -> int | None:
+        """Keys that dense attention reads for all rows, where the host knows the lengths."""
+        if self.lengths is None:
+            return None
+        seq_lens, starts = self.lengths
+        rows = [end - begin for begin, end in itertools.pairwise(starts)]
+        return sum(n * (2 * end - n + 1) // 2 for n, end in zip(rows, seq_lens, strict=True))
+
+    def may_prune(self, config: HiPConfig) -> bool:
+        """False only where the host knows that every query block reads all of its keys."""
+        if self.lengths is None:
+            return True
+        seq_lens, starts = self.lengths
+        rows = (end - begin for begin, end in itertools.pairwise(starts))
+        return any(config.may_prune(n, r) for n, r in zip(seq_lens, rows, strict=True) if r)
 
     def query_blocks(self, query_block_size: int) -> Tensor:
         """`[num_query_blocks, 4]` int32: sequence, first row, number of rows, first position.
@@ -90,8 +121,8 @@ class BatchLayout:
         `query_block_size` has the same blocks as the whole.
         """
         if query_block_size not in self._query_blocks:
-            lengths, starts = self.seq_lens.tolist(), self.cu_seqlens_q.tolist()
-            blocks = split_rows(lengths, starts, query_block_size)
+            lengths = self.lengths or (self.seq_lens.tolist(), self.cu_seqlens_q.tolist())
+            blocks = split_rows(*lengths, query_block_size)
             self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
         return self._query_blocks[query_block_size]
 
@@ -101,6 +132,16 @@ class BatchLayout:
         device = self.seq_lens.device
         self._query_blocks[query_block_size] = blocks.to(device, non_blocking=True)
 
+    def behind(self, position: int, query_block_size: int) -> BatchLayout:
+        """The same batch without the query blocks that start before `position`."""
+        key = (query_block_size, position)
+        if key not in self._query_blocks:
+            blocks = self.query_blocks(query_block_size)
+            self._query_blocks[key] = blocks[blocks[:, 3] >= position]
+        blocks = {query_block_size: self._query_blocks[key]}
+        parts = (self.block_table, self.seq_lens, self.cu_seqlens_q)
+        return BatchLayout(*parts, blocks, self.lengths)
+
     def only(self, query_block_size: int, chosen: Tensor) -> BatchLayout:
         """The same batch, of which `select_blocks` sees the query blocks `chosen` (int64) alone."""
         blocks = self.query_blocks(query_block_size)[chosen]
@@ -108,7 +149,19 @@ class BatchLayout:
         return BatchLayout(*parts, {query_block_size: blocks})
 
 
-def split_rows(seq_lens: list[int], starts: list[int], size: int) -> Tensor:
+@functools.lru_cache(16)
+def _of_lengths(
+    seq_lens: tuple[int, ...], query_lens: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, dict[int, Tensor], tuple[Sequence[int], Sequence[int]]]:
+    """What a layout has besides its pages: all layers of a step share it."""
+    starts = (0, *itertools.accumulate(query_lens))
+    ends, begins = (
+        torch.tensor(values, dtype=torch.int32, device=device) for values in (seq_lens, starts)
+    )
+    return ends, begins, {}, (seq_lens, starts)
+
+
+def split_rows(seq_lens: Sequence[int], starts: Sequence[int], size: int) -> Tensor:
     """`BatchLayout.query_blocks` of lengths that are known as numbers, on the CPU."""
     blocks: list[list[int]] = []
     for seq, (seq_len, begin, end) in enumerate(
@@ -144,10 +197,10 @@ class BlockSelection:
         Both are float64 scalars on the device of `indices`. `layout` is the batch of this call,
         which may be later than the one that the selection was made for.
         """
-        _, _, rows, position = layout.query_blocks(config.query_block_size).double().unbind(1)
-        dense = rows * position + rows * (rows + 1) / 2
-        window = self.window_start.double()
-        chosen = (self.indices >= 0).double().sum(2).mean(1) * config.key_block_size
-        sinks = torch.clamp(window, max=config.num_sink_tokens)
-        read = rows * (chosen + sinks - window) + dense
-        return torch.minimum(read, dense).sum(), dense.sum()
+        blocks = layout.query_blocks(config.query_block_size).double()
+        rows, position = blocks[:, 2], blocks[:, 3]
+        chosen = (self.indices >= 0).sum((1, 2), dtype=torch.float64)
+        chosen *= config.key_block_size / self.indices.shape[1]
+        left = (self.window_start - config.num_sink_tokens).clamp(min=0) - chosen
+        dense = (rows * (position + (rows + 1) / 2)).sum()
+        return dense - rows @ left, dense

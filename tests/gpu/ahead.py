@@ -113,9 +113,7 @@ def attend(recorder: Recorder, case: str, query_len: int, selected: bool, head_d
     )
 
 
-def select(
-    recorders: dict[str, Recorder], case: str, query_len: int, config: HiPConfig
-) -> None:
+def select(recorders: dict[str, Recorder], case: str, query_len: int, config: HiPConfig) -> None:
     for recorder in recorders.values():
         recorder.case = case
     q = torch.empty(query_len, 32, 128, dtype=torch.bfloat16)

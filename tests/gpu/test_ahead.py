@@ -16,9 +16,17 @@ pytestmark = pytest.mark.skipif(
     interpreting() or bool(triton_library()), reason="needs Triton's compiler"
 )
 SHARED = {80: 166912, 89: 101376, 90: 232448}
-KERNELS = {"attention_kernel", "merge_kernel", "search_kernel", "score_kernel", "choose_kernel", "write_kernel", "bounds_kernel"}
-LITTLE = 128
-"""Bytes a thread: the search keeps two programs on a multiprocessor and pays with this."""
+KERNELS = {
+    "attention_kernel",
+    "merge_kernel",
+    "rate_kernel",
+    "score_kernel",
+    "choose_kernel",
+    "write_kernel",
+    "bounds_kernel",
+}
+LITTLE = 32
+"""Bytes a thread, outside the loop: the price of attention tiles of 256 rows, which are faster."""
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -34,5 +42,5 @@ def test_kernels_compile_ahead(capability: int, tmp_path: Path) -> None:
         assert {name.split()[0] for name in found} >= KERNELS
     for name, needs in found.items():
         assert needs["shared_bytes"] <= SHARED[capability], name
-        allowed = LITTLE if name.startswith("search_kernel") or capability != 90 else 0
+        allowed = LITTLE if name.startswith("attention_kernel") else 0
         assert needs["spilled_bytes"] <= allowed, f"{name}: {needs}"

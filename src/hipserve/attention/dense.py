@@ -27,14 +27,23 @@ def dense_rows(config: HiPConfig | None, query_len: int) -> int:
     return next((p for p in positions if config.window_start(p, size) > sinks), query_len)
 
 
-def torch_is_best(q: Tensor, k: Tensor, softcap: float) -> bool:
-    """Whether torch's fused kernels take these whole sequences: 16 bits, on a GPU, no softcap."""
+def torch_rows(
+    q: Tensor, k: Tensor, config: HiPConfig | None, softcap: float, backend: str = "auto"
+) -> int:
+    """How many of the first rows of whole sequences are left to torch: those that read everything.
+
+    0 where torch's fused kernels are not the fastest or not able: off the GPU, in 32 bits, with a
+    softcap, or behind keys that are there already. q and k as in `hip_attention`.
+    """
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.shape[-1] <= 256 and k.shape[1] == q.shape[1] and not softcap
+    able = q.is_cuda and half and q.shape[-1] <= 256 and k.shape[1] == q.shape[1] and not softcap
+    if not able or backend != "auto" or torch.compiler.is_compiling():
+        return 0
+    return dense_rows(config, q.shape[1])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
-    """Dense causal attention, `[batch, length, heads, head_dim]` each, by cuDNN or FlashAttention."""
+    """Dense causal attention of `[batch, length, heads, head_dim]` by cuDNN or FlashAttention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(KERNELS, set_priority=True):
         out = F.scaled_dot_product_attention(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hipserve.attention.dense import causal_attention, dense_rows, torch_is_best
+from hipserve.attention.dense import causal_attention, torch_rows
 from hipserve.attention.layer import attend
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
+from hipserve.errors import ArgumentError
 from hipserve.ops import checks, compute_bounds
 from hipserve.platform import resolve_backend
-from hipserve.types import BatchLayout, PagedKV, bound_offsets, split_rows
+from hipserve.types import BatchLayout, PagedKV
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -57,7 +58,7 @@ def hip_attention(
         ArgumentError: an argument does not fit; the message names it.
         BackendError: the backend asked for cannot run.
     """
-    config = (config or HiPConfig()).on(q.device.type)
+    config = (config or DEFAULT).on(q.device.type)
     _check(q, k, v, config, causal, sm_scale, softcap)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
@@ -65,67 +66,39 @@ def hip_attention(
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    rows = 0
-    if backend == "auto" and not return_lse and torch_is_best(q, k, softcap):
-        rows = dense_rows(config, query_len)
-        dense = causal_attention(q[:, :rows], k[:, :rows], v[:, :rows], sm_scale)
-        if rows == query_len:
-            return dense
-    kv = PagedKV(k, v, _bounds(k, query_len, config, backend))
+    rows = 0 if return_lse else torch_rows(q, k, config, softcap, backend)
+    if rows == query_len:
+        return causal_attention(q, k, v, sm_scale)
+    layout = whole_sequences(batch, query_len, k.shape[1], q.device)
+    if rows:
+        layout = layout.behind(rows, config.query_block_size)
+    bounds = None
+    if config.uses_bounds and layout.may_prune(config):
+        bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
     out, lse = attend(
         q.reshape(batch * query_len, num_q_heads, head_dim),
-        kv,
-        whole_sequences(batch, query_len, k.shape[1], q.device, config.query_block_size, rows),
+        PagedKV(k, v, bounds),
+        layout,
         config=config,
         sm_scale=sm_scale,
         softcap=softcap,
         backend=backend,
         check=False,
     )
-    out, lse = out.view(q.shape), lse.view(q.shape[:3])
+    out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
-        out[:, :rows] = dense
-    return (out, lse) if return_lse else out
+        out[:, :rows] = causal_attention(q[:, :rows], k[:, :rows], v[:, :rows], sm_scale)
+    return (out, lse.view(batch, query_len, num_q_heads)) if return_lse else out
 
 
-def whole_sequences(
-    batch: int,
-    query_len: int,
-    kv_len: int,
-    device: torch.device,
-    query_block_size: int = 64,
-    first: int = 0,
-) -> BatchLayout:
+def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
     """The layout of a batch of equally long sequences, each of them one page.
 
-    Its query blocks of `query_block_size` rows are made from these numbers: nothing is read back
-    from the device, and torch.compile can trace it. Blocks before position `first` are left out.
+    It is made from these numbers: nothing is read back from the device, and torch.compile can trace
+    it.
     """
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    starts = [seq * query_len for seq in range(batch + 1)]
-    blocks = split_rows([kv_len] * batch, starts, query_block_size)
-    blocks = blocks[blocks[:, 3] >= first] if first else blocks
-    return BatchLayout(
-        torch.arange(batch, **ints)[:, None],
-        torch.full((batch,), kv_len, **ints),
-        torch.arange(batch + 1, **ints) * query_len,
-        {query_block_size: blocks.to(device)},
-    )
-
-
-def _bounds(k: Tensor, query_len: int, config: HiPConfig, backend: str) -> Tensor | None:
-    """Bounds of whole sequences, where a query block is long enough to be pruned by them."""
-    if not config.uses_bounds:
-        return None
-    first = max(
-        k.shape[1] - query_len,
-        (k.shape[1] - 1) // config.query_block_size * config.query_block_size,
-    )
-    pruned = config.window_start(first, k.shape[1] - first) > config.num_sink_tokens
-    if pruned:
-        return compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
-    runs = bound_offsets(k.shape[1], config.bound_block_size)[-1]
-    return k.new_empty((1,)).expand(k.shape[0], runs, k.shape[2], 2, k.shape[3])
+    pages = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    return BatchLayout.of(pages, [kv_len] * batch, [query_len] * batch)
 
 
 def _check(
@@ -144,17 +117,15 @@ def _check(
     for argument, x in (("k", k), ("v", v)):
         checks.check_floats(argument, x, _KV_DIMS)
         checks.check_same(argument, x, q)
-    same = v.shape == k.shape
-    checks.require(same, "v", f"shape {list(k.shape)} as k", list(v.shape), "match them")
-    checks.require(k.shape[0] == q.shape[0], "k", f"batch {q.shape[0]} as q", k.shape[0], "match")
+    if v.shape != k.shape:
+        raise ArgumentError("v", f"shape {list(k.shape)} as k", str(list(v.shape)), "match them")
+    if k.shape[0] != q.shape[0]:
+        raise ArgumentError("k", f"batch {q.shape[0]} as q", str(k.shape[0]), "match them")
     checks.check_heads(q, k.shape[2], k.shape[3], "k")
-    checks.require(
-        k.shape[1] >= q.shape[1],
-        "k",
-        f"at least the {q.shape[1]} keys of q's own rows",
-        k.shape[1],
-        "pass the keys of the whole sequence",
-    )
+    if k.shape[1] < q.shape[1]:
+        expected = f"at least the {q.shape[1]} keys of q's own rows"
+        hint = "pass the keys of the whole sequence"
+        raise ArgumentError("k", expected, str(k.shape[1]), hint)
     if sm_scale is not None:
         checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "fix it")
     checks.check_softcap(softcap)

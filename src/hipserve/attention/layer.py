@@ -34,14 +34,23 @@ class SelectionReuse:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
 
-    def count(self, selection: BlockSelection, layout: BatchLayout, config: HiPConfig) -> None:
+    def count(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> None:
         """Adds the keys of one call; a step that reuses a selection reads one key more a row."""
-        if self._counted is not None and selection is self.selection and self.uses > 1:
+        if selection is None:
+            read = visible = float(layout.keys_visible or 0)
+        elif self._counted is not None and selection is self.selection and self.uses > 1:
             read, visible = (keys + layout.num_seqs for keys in self._counted)
+            self._counted = (read, visible)
         else:
-            read, visible = selection.keys_read(layout, config)
-        self._counted = (read, visible)
+            read, visible = self._counted = selection.keys_read(layout, config)
         self.keys_read, self.keys_visible = self.keys_read + read, self.keys_visible + visible
+
+    def count_dense(self, batch: int, rows: int) -> None:
+        """Adds the keys of the first rows of whole sequences, which read all they may."""
+        keys = batch * rows * (rows + 1) // 2
+        self.keys_read, self.keys_visible = self.keys_read + keys, self.keys_visible + keys
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
         """A decode step of the same sequences may use the selection once more."""
@@ -68,6 +77,7 @@ def attend(
     the next (`config.refresh_interval`); a step with more than one row a sequence selects afresh
     and leaves nothing behind.
     """
+    config = config.on(q.device.type)
     selection = _select(q, kv, layout, config, reuse, backend, check)
     if reuse:
         reuse.count(selection, layout, config)
@@ -92,7 +102,12 @@ def _select(
     reuse: SelectionReuse | None,
     backend: str,
     check: bool,
-) -> BlockSelection:
+) -> BlockSelection | None:
+    """The selection of every query block; None where all of them read everything."""
+    if not layout.may_prune(config):
+        if reuse:
+            reuse.clear()
+        return None
     if reuse and reuse.selection and reuse.valid(layout, q.shape[0], config.refresh_interval):
         reuse.uses += 1
         return reuse.selection

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -63,8 +64,9 @@ class PagedLayer:
         self.page_size, self.bound_block_size = page_size, bound_block_size
         self.lengths: list[int] = []
         self.kv: PagedKV | None = None
-        self._table = torch.empty(0, 0, dtype=torch.int32)
-        self._owners = torch.empty(0, dtype=torch.int32)
+        self._tables: list[list[int]] = []  # the pages of each sequence, in order
+        self._owners: list[int] = []  # how many sequences hold each page
+        self._block_table: Tensor | None = None  # the tables as a tensor, until they change
 
     @property
     def pages(self) -> PagedKV:
@@ -79,7 +81,6 @@ class PagedLayer:
         tensors = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds) if self.kv else ()
         return sum(t.nbytes for t in tensors if t is not None)
 
-    @ordinary_tensors
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends keys and values `[batch, new, num_kv_heads, head_dim]`.
 
@@ -87,7 +88,8 @@ class PagedLayer:
         sequences of a batch may differ in length.
         """
         batch, new = k.shape[:2]
-        self.lengths = self.lengths or [0] * batch
+        if not self.lengths:
+            self.lengths, self._tables = [0] * batch, [[] for _ in range(batch)]
         counts = [new] * batch if valid is None else valid.sum(1).tolist()
         self._reserve(k, counts)
         slots = self._slots(counts, k.device)
@@ -101,82 +103,77 @@ class PagedLayer:
 
     def layout(self, query_lens: list[int]) -> BatchLayout:
         """The batch as operations take it, the last `query_lens` positions being the queries."""
-        device = self.pages.k_cache.device
-        used = max(-(-max(self.lengths) // self.page_size), 1)
-        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        table = self._table[:, :used].to(device)
-        return BatchLayout(table, lengths.to(device), starts.to(device))
+        if self._block_table is None:
+            columns = max(1, *map(len, self._tables))
+            rows = [[*table, *[0] * (columns - len(table))] for table in self._tables]
+            device = self.pages.k_cache.device
+            self._block_table = torch.tensor(rows, dtype=torch.int32, device=device)
+        return BatchLayout.of(self._block_table, self.lengths, query_lens)
 
     def truncate(self, count: int) -> None:
         """Forgets the last `count` keys of every sequence."""
-        self.lengths = [max(n - count, 0) for n in self.lengths]
-        self._count_owners()
+        self._hold([max(n - count, 0) for n in self.lengths], self._tables)
 
-    @ordinary_tensors
     def reorder(self, order: Tensor) -> None:
         """Sequence i continues what was sequence `order[i]`; pages are shared, not copied."""
-        order = order.cpu()
-        self._table = self._table[order]
-        self.lengths = [self.lengths[i] for i in order.tolist()]
-        self._count_owners()
+        sources: list[int] = order.tolist()
+        self._hold([self.lengths[i] for i in sources], [self._tables[i] for i in sources])
 
     def clear(self) -> None:
         """Forgets all sequences; the pages stay."""
-        self.lengths = []
-        self._table = torch.empty(0, 0, dtype=torch.int32)
-        self._owners.zero_()
+        self._hold([], [])
 
-    def _used(self, seq: int) -> int:
-        return -(-self.lengths[seq] // self.page_size)
+    def _hold(self, lengths: list[int], tables: list[list[int]]) -> None:
+        """Sequences of these lengths hold the first pages of these tables, and no others."""
+        held = [table[: self._used(n)] for n, table in zip(lengths, tables, strict=True)]
+        self.lengths, self._tables, self._block_table = lengths, held, None
+        self._owners = [0] * len(self._owners)
+        for page in itertools.chain.from_iterable(held):
+            self._owners[page] += 1
 
-    def _count_owners(self) -> None:
-        self._owners.zero_()
-        for seq in range(len(self.lengths)):
-            pages = self._table[seq, : self._used(seq)].long()
-            self._owners.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
+    def _used(self, length: int) -> int:
+        return -(-length // self.page_size)
 
     def _reserve(self, k: Tensor, counts: list[int]) -> None:
         """Gives every sequence pages of its own for what it is about to write."""
-        writes = [self._pages_to_write(seq, count) for seq, count in enumerate(counts)]
-        missing = sum(end - first for first, end in writes)
-        free = (self._owners == 0).nonzero()[:missing, 0]
-        if len(free) < missing or self.kv is None:
-            self._grow(k, missing - len(free))
-            free = (self._owners == 0).nonzero()[:missing, 0]
-        self._widen(len(counts), max(end for _, end in writes))
-        taken = 0
-        for seq, (first, end) in enumerate(writes):
-            own = free[taken : taken + end - first]
-            taken += end - first
-            if first < self._used(seq) and end > first:
-                self._copy_page(int(self._table[seq, first]), int(own[0]))
-            self._table[seq, first:end] = own.int()
-            self._owners[own] = 1
+        shared = [seq for seq, count in enumerate(counts) if count and self._shares(seq)]
+        ends = [self._used(n + count) for n, count in zip(self.lengths, counts, strict=True)]
+        missing = [end - len(table) for end, table in zip(ends, self._tables, strict=True)]
+        if self.kv is not None and not shared and not any(missing):
+            return
+        free = self._take(len(shared) + sum(missing), k)
+        for seq in shared:
+            self._tables[seq][-1] = self._copy_page(self._tables[seq][-1], next(free))
+        for table, count in zip(self._tables, missing, strict=True):
+            table.extend(itertools.islice(free, count))
+        self._block_table = None
 
-    def _pages_to_write(self, seq: int, count: int) -> tuple[int, int]:
-        """Pages [first, end) of a sequence that have to be new: it lacks or shares them."""
-        used, end = self._used(seq), -(-(self.lengths[seq] + count) // self.page_size)
-        partial = count and self.lengths[seq] % self.page_size
-        shared = partial and int(self._owners[self._table[seq, used - 1]]) > 1
-        return (used - 1 if shared else used), max(end, used)
+    def _shares(self, seq: int) -> bool:
+        """Its last page has room left, and another sequence holds it too."""
+        partial = self.lengths[seq] % self.page_size > 0
+        return partial and self._owners[self._tables[seq][-1]] > 1
 
-    def _copy_page(self, source: int, target: int) -> None:
+    def _take(self, count: int, k: Tensor) -> Iterator[int]:
+        """Pages that nobody held; the pool grows where there are too few."""
+        free = [page for page, owners in enumerate(self._owners) if not owners]
+        if len(free) < count or self.kv is None:
+            free += self._grow(k, count - len(free))
+        for page in free[:count]:
+            self._owners[page] = 1
+        return iter(free[:count])
+
+    @ordinary_tensors
+    def _copy_page(self, source: int, target: int) -> int:
         self._owners[source] -= 1
         for pages in (self.pages.k_cache, self.pages.v_cache, self.pages.k_bounds):
             if pages is not None:
                 pages[target] = pages[source]
+        return target
 
-    def _widen(self, batch: int, columns: int) -> None:
-        if self._table.shape[0] == batch and self._table.shape[1] >= columns:
-            return
-        table = torch.zeros(batch, max(columns, 2 * self._table.shape[1]), dtype=torch.int32)
-        if self._table.numel():
-            table[:, : self._table.shape[1]] = self._table
-        self._table = table
-
-    def _grow(self, k: Tensor, missing: int) -> None:
-        held = self._owners.shape[0]
+    @ordinary_tensors
+    def _grow(self, k: Tensor, missing: int) -> range:
+        """Moves the pages to a larger pool; returns the new ones."""
+        held = len(self._owners)
         pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
         new_kv = empty_pages(pool, self.page_size, self.bound_block_size, k)
         if self.kv is not None:
@@ -186,13 +183,15 @@ class PagedLayer:
                 if new is not None and old is not None:
                     new[:held] = old
         self.kv = new_kv
-        self._owners = torch.cat([self._owners, torch.zeros(pool - held, dtype=torch.int32)])
+        self._owners += [0] * (pool - held)
+        return range(held, pool)
 
     def _slots(self, counts: list[int], device: torch.device) -> Tensor:
         """`[sum of counts]` int64: where the next `counts` keys of every sequence go."""
-        slots: list[Tensor] = []
-        for seq, count in enumerate(counts):
-            positions = torch.arange(self.lengths[seq], self.lengths[seq] + count)
-            pages = self._table[seq, positions // self.page_size].long()
-            slots.append(pages * self.page_size + positions % self.page_size)
-        return torch.cat(slots).to(device)
+        size = self.page_size
+        slots = [
+            table[position // size] * size + position % size
+            for table, begin, count in zip(self._tables, self.lengths, counts, strict=True)
+            for position in range(begin, begin + count)
+        ]
+        return torch.tensor(slots, dtype=torch.int64, device=device)

@@ -45,7 +45,10 @@ NoDense = Annotated[
 def retrieval(
     model: options.Model = None,
     length: Length = LONG,
-    samples: Annotated[int, typer.Option(min=1, help="Of each task.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 50,
+    questions: Annotated[
+        int, typer.Option(min=1, help="About each document, where the task has so many.")
+    ] = 1,
     tasks: Annotated[str, typer.Option(help="With commas.")] = "passkey,niah,kv,variables,quote",
     text: Text = None,
     also: Also = None,
@@ -75,6 +78,7 @@ def retrieval(
             haystack,
             length=length,
             samples=samples,
+            questions=questions,
             seed=seed,
             progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,20 +29,41 @@ def prefill(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Iterator[tuple[in
 
 
 @torch.no_grad()
-def greedy_hits(loaded: LoadedModel, prompt: Tensor, answer: Tensor) -> list[bool]:
-    """For each token of `answer` `[tokens]`: is it the likeliest after prompt and those before it?
+def greedy_hits(
+    loaded: LoadedModel, prompts: Sequence[Tensor], answers: Sequence[Tensor]
+) -> list[list[bool]]:
+    """For each token of each answer `[tokens]`: is it the likeliest after its prompt and those
+    before it?
 
-    The prompt is prefilled and the answer decoded token by token, as generation would; all hits
-    mean that greedy decoding gives exactly this answer.
+    Prompts `[1, tokens]` are prefilled and answers decoded token by token, as generation would; all
+    hits mean that greedy decoding gives exactly this answer. What several prompts begin with is
+    read once.
     """
-    cache, logits = make_cache(loaded), None
-    for start in range(0, prompt.shape[1], CHUNK):
-        chunk = prompt[:, start : start + CHUNK]
+    cache, hits = make_cache(loaded), list[list[bool]]()
+    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    _read(loaded, prompts[0][:, :shared], cache)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if hits:
+            cache.crop(shared - cache.get_seq_length())
+        logits, found = _read(loaded, prompt[:, shared:], cache), list[bool]()
+        for token in answer:
+            found.append(bool(logits[0, -1].argmax() == token))
+            logits = _read(loaded, token.view(1, 1), cache)
+        hits.append(found)
+    return hits
+
+
+def _read(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Reads `ids` `[1, tokens]`; the logits behind the last of them."""
+    logits = torch.empty(0)
+    for chunk in ids.split(CHUNK, dim=1) if ids.numel() else ():
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         logits = loaded.model(chunk, **options).logits
-    hits: list[bool] = []
-    for token in answer:
-        assert logits is not None
-        hits.append(bool(logits[0, -1].argmax() == token))
-        logits = loaded.model(token.view(1, 1), past_key_values=cache, use_cache=True).logits
-    return hits
+    return logits
+
+
+def _common_prefix(prompts: Sequence[Tensor]) -> int:
+    """Tokens that all prompts begin with; one at least is left to each of them."""
+    shortest = min(prompt.shape[1] for prompt in prompts) - 1
+    rows = torch.cat([prompt[:, :shortest] for prompt in prompts])
+    return int((rows == rows[0]).all(0).int().cumprod(0).sum())

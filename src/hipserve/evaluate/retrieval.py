@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hipserve.config import HiPConfig
 from hipserve.evaluate.intervals import Interval, bootstrap, mean, wilson
 from hipserve.evaluate.passes import greedy_hits
-from hipserve.evaluate.tasks import Sample, check_task, make_sample
+from hipserve.evaluate.tasks import Question, Sample, check_task, make_sample
 from hipserve.models import LoadedModel
 
 
@@ -25,7 +28,7 @@ class Score:
 class TaskResult:
     """One task: scores of dense and of each pruned attention on the same samples.
 
-    `difference` is pruned minus dense with a paired bootstrap interval.
+    `samples` counts questions; `difference` is pruned minus dense with a paired bootstrap interval.
     """
 
     task: str
@@ -56,6 +59,7 @@ def evaluate_retrieval(
     *,
     length: int,
     samples: int,
+    questions: int = 1,
     seed: int = 0,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> RetrievalReport:
@@ -66,8 +70,10 @@ def evaluate_retrieval(
         tasks: of `hipserve.evaluate.TASKS`.
         text: the haystack.
         length: tokens of prompt and answer.
-        samples: of each task.
-        progress: receives task, configuration and samples done.
+        samples: documents of each task.
+        questions: about each document, which is read once for all of them, as far as the task has
+            so many.
+        progress: receives task, configuration and documents done.
 
     Raises:
         ArgumentError, FitError: unknown task, or a text or context too short for `length`.
@@ -80,10 +86,11 @@ def evaluate_retrieval(
         rounds: dict[str, list[float]] = {name: [] for name in configs}
         exact = True
         for i in range(samples):
-            sample = make_sample(task, text, length, lambda s: _count(loaded, s), seed + i)
+            count = functools.partial(_count, loaded)
+            sample = make_sample(task, text, length, count, seed + i, questions)
             exact = sample.exact
             for name, config in configs.items():
-                rounds[name].append(score(loaded, config, sample))
+                rounds[name] += score(loaded, config, sample)
                 if progress:
                     progress(task, name, i + 1)
         results.append(_result(task, rounds, exact))
@@ -91,26 +98,32 @@ def evaluate_retrieval(
     return RetrievalReport(loaded.name, length, seed, settings, results)
 
 
-def score(loaded: LoadedModel, config: HiPConfig | None, sample: Sample) -> float:
-    """1 or 0 for an exact task, else the share of answer tokens that greedy decoding gets right."""
+def score(loaded: LoadedModel, config: HiPConfig | None, sample: Sample) -> list[float]:
+    """Of each question: 1 or 0 for an exact task, else the share of answer tokens that greedy
+    decoding gets right."""
     loaded.use(config)
-    answer = _answer_ids(loaded, sample)
-    hits = greedy_hits(loaded, loaded.encode(_turns(sample)), answer)
-    return float(all(hits)) if sample.exact else mean([float(hit) for hit in hits])
+    prompts = [encode(loaded, sample.document, question) for question in sample.questions]
+    answers = [_answer_ids(loaded, question) for question in sample.questions]
+    hits = greedy_hits(loaded, prompts, answers)
+    return [float(all(h)) if sample.exact else mean([float(hit) for hit in h]) for h in hits]
 
 
-def _turns(sample: Sample) -> list[dict[str, str]]:
-    contents = (sample.document, sample.question)
-    return [{"role": "user", "content": content} for content in contents]
+def encode(loaded: LoadedModel, document: str, question: Question) -> Tensor:
+    """The prompt, `[1, tokens]`: two turns of the user."""
+    contents = (document, question.question)
+    return loaded.encode([{"role": "user", "content": content} for content in contents])
 
 
-def _answer_ids(loaded: LoadedModel, sample: Sample) -> Any:
-    ids = loaded.tokenizer(sample.answer, add_special_tokens=False, return_tensors="pt")
+def _answer_ids(loaded: LoadedModel, question: Question) -> Any:
+    ids = loaded.tokenizer(question.answer, add_special_tokens=False, return_tensors="pt")
     return ids["input_ids"][0].to(loaded.device)
 
 
 def _count(loaded: LoadedModel, sample: Sample) -> int:
-    return loaded.encode(_turns(sample)).shape[1] + len(_answer_ids(loaded, sample))
+    """Tokens with the longest question and answer."""
+    longest = max(sample.questions, key=lambda q: len(q.question) + len(q.answer))
+    prompt = encode(loaded, sample.document, longest)
+    return prompt.shape[1] + len(_answer_ids(loaded, longest))
 
 
 def _result(task: str, rounds: dict[str, list[float]], exact: bool) -> TaskResult:

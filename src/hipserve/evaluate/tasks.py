@@ -127,60 +127,75 @@ MEMORIZE = "Some special values are hidden in the following text. Memorize them.
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and what the model should say."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one document.
+    """Questions about one document.
 
     Attributes:
         document: the first user turn, instruction and text.
-        question: the second user turn.
-        answer: what the model should say.
-        exact: scored all or nothing; by the share of right tokens otherwise.
+        questions: second user turns, each after the document alone.
+        exact: answers are scored all or nothing; by the share of right tokens otherwise.
     """
 
     document: str
-    question: str
-    answer: str
+    questions: tuple[Question, ...]
     exact: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Puzzle:
-    """What a task hides in its text, in this order, and what it asks."""
+    """What a task hides in its text, in this order, and what can be asked about it."""
 
     opening: str
     facts: list[str]
-    question: str
-    answer: str
+    questions: list[Question]
     exact: bool = True
 
 
 def passkey(rng: random.Random) -> Puzzle:
     value = _digits(rng, 5)
     fact = f"The pass key is {value}. Remember it. {value} is the pass key."
-    return Puzzle(READ, [fact], "What is the pass key?", f"The pass key is {value}")
+    return Puzzle(READ, [fact], [Question("What is the pass key?", f"The pass key is {value}")])
 
 
 def niah(rng: random.Random) -> Puzzle:
-    """Eight needles, one asked for."""
+    """Eight needles."""
     keys = rng.sample(WORDS, 8)
     values = {key: _digits(rng, 7) for key in keys}
     facts = [f"One of the special magic numbers for {k} is: {v}." for k, v in values.items()]
-    key = rng.choice(keys)
-    return Puzzle(
-        MEMORIZE,
-        facts,
-        f"What is the special magic number for {key} mentioned in the provided text?",
-        f"The special magic number for {key} mentioned in the provided text is {values[key]}",
-    )
+    form = "The special magic number for {} mentioned in the provided text is {}"
+    questions = [
+        Question(
+            f"What is the special magic number for {key} mentioned in the provided text?",
+            form.format(key, values[key]),
+        )
+        for key in _one_first(rng, keys)
+    ]
+    return Puzzle(MEMORIZE, facts, questions)
 
 
 def kv(rng: random.Random) -> Puzzle:
-    """32 pairs of hexadecimal keys and values, one asked for."""
+    """32 pairs of hexadecimal keys and values."""
     pairs = {_hex(rng): _hex(rng) for _ in range(32)}
     facts = [f'"{key}": "{value}",' for key, value in pairs.items()]
-    key = rng.choice(list(pairs))
-    question = f'Which value is stored under the key "{key}"?'
-    return Puzzle(READ, facts, question, f'"{key}": "{pairs[key]}')
+    questions = [
+        Question(f'Which value is stored under the key "{key}"?', f'"{key}": "{pairs[key]}')
+        for key in _one_first(rng, list(pairs))
+    ]
+    return Puzzle(READ, facts, questions)
+
+
+def _one_first(rng: random.Random, keys: list[str]) -> list[str]:
+    """A random one, then the others in order."""
+    first = rng.choice(keys)
+    return [first, *(key for key in keys if key != first)]
 
 
 def variables(rng: random.Random) -> Puzzle:
@@ -190,7 +205,7 @@ def variables(rng: random.Random) -> Puzzle:
     facts = [f"VAR {names[0]} = {value}"]
     facts += [f"VAR {name} = VAR {source}" for source, name in itertools.pairwise(names)]
     question = f"Find all variables that are assigned the value {value} in the text above."
-    return Puzzle(READ, facts, question, " ".join(names), exact=False)
+    return Puzzle(READ, facts, [Question(question, " ".join(names))], exact=False)
 
 
 PUZZLES: dict[str, Callable[[random.Random], Puzzle]] = {
@@ -205,7 +220,12 @@ GIVEN, ASKED = 16, 32
 
 
 def make_sample(
-    task: str, text: str, length: int, count: Callable[[Sample], int], seed: int
+    task: str,
+    text: str,
+    length: int,
+    count: Callable[[Sample], int],
+    seed: int,
+    questions: int = 1,
 ) -> Sample:
     """A sample whose prompt and answer take at most `length` tokens, and at least 97 % of them.
 
@@ -215,6 +235,7 @@ def make_sample(
         length: in tokens.
         count: tokens of the whole sample under the model's tokenizer and chat template.
         seed: the same seed, text and tokenizer give the same sample.
+        questions: about the document, as far as the task has so many.
 
     Raises:
         ArgumentError: unknown task.
@@ -228,7 +249,7 @@ def make_sample(
                 f"the haystack is too short for {length:,} tokens: it has {len(text):,} characters "
                 f"and {size:,} are needed; give more text"
             )
-        sample = _hide(task, text, size, random.Random(f"{task} {seed}"))
+        sample = _hide(task, text, size, random.Random(f"{task} {seed}"), questions)
         tokens = count(sample)
         if 0.97 * length <= tokens <= length:
             return sample
@@ -243,7 +264,7 @@ def check_task(task: str) -> None:
         raise ArgumentError("task", f"one of {', '.join(TASKS)}", repr(task), "choose one of them")
 
 
-def _hide(task: str, text: str, size: int, rng: random.Random) -> Sample:
+def _hide(task: str, text: str, size: int, rng: random.Random, questions: int) -> Sample:
     place = rng.random()
     start = int(place * (len(text) - size))
     stretch = text[start : start + size]
@@ -252,7 +273,7 @@ def _hide(task: str, text: str, size: int, rng: random.Random) -> Sample:
     puzzle = PUZZLES[task](rng)
     depths = sorted(rng.random() for _ in puzzle.facts)
     document = f"{puzzle.opening}\n\n{plant(stretch, puzzle.facts, depths)}"
-    return Sample(document, puzzle.question, puzzle.answer, puzzle.exact)
+    return Sample(document, tuple(puzzle.questions[:questions]), puzzle.exact)
 
 
 def plant(text: str, facts: Sequence[str], depths: Sequence[float]) -> str:
@@ -275,7 +296,7 @@ def _quote(stretch: str, rng: random.Random) -> Sample:
     begin, middle = words[first].start(), words[first + GIVEN].start()
     end = words[first + GIVEN + ASKED - 1].end()
     question = f"Continue the passage: {stretch[begin:middle].rstrip()}"
-    return Sample(f"{READ}\n\n{stretch}", question, stretch[middle:end], False)
+    return Sample(f"{READ}\n\n{stretch}", (Question(question, stretch[middle:end]),), False)
 
 
 def _digits(rng: random.Random, count: int) -> str:

@@ -7,6 +7,7 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -17,14 +18,16 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
 from hipserve.attention import SelectionReuse, attend, hip_attention
+from hipserve.attention.dense import causal_attention, torch_rows
 from hipserve.cache import PagedLayer
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.ops import block_sparse_attention, compute_bounds
 from hipserve.types import BatchLayout, PagedKV
 
 NAME = "hip"
-_default = HiPConfig()
+_default = DEFAULT
+_parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
 
 
 def register(config: HiPConfig | None = None) -> None:
@@ -42,7 +45,15 @@ def register(config: HiPConfig | None = None) -> None:
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one."""
     own = getattr(model_config, NAME, None)
-    return _default if own is None else HiPConfig.from_dict(dict(own))
+    return _default if own is None else _parse(own)
+
+
+def _parse(settings: dict[str, Any]) -> HiPConfig:
+    """Every layer asks at every step: settings equal to the last ones are not validated again."""
+    global _parsed
+    if settings != _parsed[0]:
+        _parsed = copy.deepcopy(dict(settings)), HiPConfig.from_dict(dict(settings))
+    return _parsed[1]
 
 
 # Masks: a record instead of a matrix, O(1) for any length.
@@ -141,7 +152,7 @@ def hip_forward(
     head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
     """
     _refuse(module, dropout, s_aux, attention_mask)
-    config = config_of(module.config)
+    config: HiPConfig | None = config_of(module.config).on(query.device.type)
     if module.layer_idx in config.dense_layers or sliding_window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
@@ -175,19 +186,33 @@ def _attend_pages(
     if valid is not None:
         valid = valid[:, layer.seen - rows.shape[1] :]
         valid = None if bool(valid.all()) else valid
-    layer.write(valid)
     batch, query_len = rows.shape[:2]
+    fresh = layer.write(valid)
+    dense, first = None, 0
+    if fresh is not None and valid is None and query_len == layer.seen:
+        first = torch_rows(rows, fresh[0], config, options["softcap"])
+        layer.reuse.count_dense(batch, first)
+    if fresh is not None and first:
+        k, v = (x[:, :first] for x in fresh)
+        dense = causal_attention(rows[:, :first], k, v, options["sm_scale"])
+        if first == query_len:
+            return dense
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
     q = rows.flatten(0, 1) if valid is None else rows[valid]
     if config is None:
         out, _ = block_sparse_attention(q, layer.pages.pages, layout, check=False, **options)
     else:
+        if dense is not None:
+            layout = layout.behind(first, config.query_block_size)
         out, _ = attend(
             q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
         )
     if valid is None:
-        return out.view(rows.shape)
+        out = out.view(batch, query_len, *out.shape[1:])
+        if dense is not None:
+            out[:, :first] = dense
+        return out
     padded = rows.new_zeros(rows.shape)
     padded[valid] = out
     return padded
@@ -304,12 +329,17 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         return PagedHandle(self, key_states), PagedHandle(self, value_states)
 
-    def write(self, valid: Tensor | None) -> None:
-        """Appends what `update` took, without the tokens that `valid` leaves out."""
-        if self._fresh is not None:
-            k, v = (x.transpose(1, 2) for x in self._fresh)
-            self._fresh = None
-            self.pages.append(k, v, valid)
+    def write(self, valid: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Appends what `update` took, without the tokens that `valid` leaves out, and returns it.
+
+        Keys and values `[batch, new, num_kv_heads, head_dim]`; None if they were written before.
+        """
+        if self._fresh is None:
+            return None
+        k, v = (x.transpose(1, 2) for x in self._fresh)
+        self._fresh = None
+        self.pages.append(k, v, valid)
+        return k, v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0

@@ -23,34 +23,35 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# The checks of every call say what is wrong only where something is: sentences take longer to put
+# together than a short call takes.
+
+
 def check_tensor(argument: str, x: object, dims: str) -> None:
     """`x` is a strided tensor with the axes named in `dims`, the last one contiguous."""
-    require(isinstance(x, Tensor), argument, f"a tensor {dims}", type(x).__name__, "pass a tensor")
-    assert isinstance(x, Tensor)
-    rank = len(dims.strip("[]").split(","))
-    require(x.dim() == rank, argument, dims, f"shape {list(x.shape)}", "reshape it")
-    contiguous = x.shape[-1] <= 1 or x.stride(-1) == 1
-    require(
-        contiguous,
-        argument,
-        "a contiguous last axis",
-        f"strides {list(x.stride())}",
-        f"call {argument}.contiguous()",
-    )
+    if not isinstance(x, Tensor):
+        raise ArgumentError(argument, f"a tensor {dims}", type(x).__name__, "pass a tensor")
+    if x.dim() != dims.count(",") + 1:
+        raise ArgumentError(argument, dims, f"shape {list(x.shape)}", "reshape it")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        got, hint = f"strides {list(x.stride())}", f"call {argument}.contiguous()"
+        raise ArgumentError(argument, "a contiguous last axis", got, hint)
 
 
 def check_floats(argument: str, x: object, dims: str) -> None:
     check_tensor(argument, x, dims)
     assert isinstance(x, Tensor)
-    allowed = ", ".join(map(name, DTYPES))
-    require(x.dtype in DTYPES, argument, f"dtype {allowed}", name(x.dtype), "convert it")
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(map(name, DTYPES))
+        raise ArgumentError(argument, f"dtype {allowed}", name(x.dtype), "convert it")
 
 
 def check_same(argument: str, x: Tensor, q: Tensor) -> None:
-    require(
-        x.dtype == q.dtype, argument, f"dtype {name(q.dtype)} as q", name(x.dtype), "convert it"
-    )
-    require(x.device == q.device, argument, f"device {q.device} as q", x.device, "move it")
+    if x.dtype != q.dtype:
+        expected = f"dtype {name(q.dtype)} as q"
+        raise ArgumentError(argument, expected, name(x.dtype), "convert it")
+    if x.device != q.device:
+        raise ArgumentError(argument, f"device {q.device} as q", str(x.device), "move it")
 
 
 def check_ints(argument: str, x: object, dims: str, device: torch.device) -> None:
@@ -61,14 +62,11 @@ def check_ints(argument: str, x: object, dims: str, device: torch.device) -> Non
 
 
 def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, kv: str) -> None:
-    require(
-        num_kv_heads > 0 and q.shape[-2] % num_kv_heads == 0,
-        "q",
-        f"a number of heads divisible by the {num_kv_heads} of {kv}",
-        q.shape[-2],
-        "check num_q_heads",
-    )
-    require(q.shape[-1] == head_dim, "q", f"head_dim {head_dim} as {kv}", q.shape[-1], "check it")
+    if num_kv_heads == 0 or q.shape[-2] % num_kv_heads:
+        expected = f"a number of heads divisible by the {num_kv_heads} of {kv}"
+        raise ArgumentError("q", expected, str(q.shape[-2]), "check num_q_heads")
+    if q.shape[-1] != head_dim:
+        raise ArgumentError("q", f"head_dim {head_dim} as {kv}", str(q.shape[-1]), "check it")
 
 
 def check_positive(argument: str, value: float) -> None:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.block_sparse_attention import operator
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
@@ -48,7 +48,7 @@ def block_sparse_attention(
         ArgumentError: a tensor or number does not fit the others.
         BackendError: the backend asked for cannot run.
     """
-    config = config or HiPConfig()
+    config = config or DEFAULT
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if check:
         _check(q, kv, layout, selection, config, sliding_window, scale, softcap)

@@ -20,10 +20,11 @@ def block_sparse_attention(
     sliding_window: int,
     sm_scale: float,
     softcap: float,
+    query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     torch.ops.hipserve_cpu.block_sparse_attention(
         q,
         k_cache,

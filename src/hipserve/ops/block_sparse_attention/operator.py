@@ -11,6 +11,15 @@ from hipserve.ops.block_sparse_attention import cpu, reference
 from hipserve.platform import resolve_backend
 
 
+def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    chosen = resolve_backend(name, q.device, q.dtype)
+    if chosen == "triton":
+        from hipserve.ops.block_sparse_attention import triton
+
+        return triton.block_sparse_attention
+    return {"cpu": cpu, "reference": reference}[chosen].block_sparse_attention
+
+
 def _run(
     q: Tensor,
     k_cache: Tensor,
@@ -28,15 +37,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
-    call: Callable[..., tuple[Tensor, Tensor]]
-    chosen, more = resolve_backend(backend, q.device, q.dtype), {}
-    if chosen == "triton":
-        from hipserve.ops.block_sparse_attention import triton
-
-        call, more = triton.block_sparse_attention, {"query_block_size": query_block_size}
-    else:
-        call = {"cpu": cpu, "reference": reference}[chosen].block_sparse_attention
-    return call(
+    return _backend(backend, q)(
         q,
         k_cache,
         v_cache,
@@ -49,7 +50,7 @@ def _run(
         sliding_window=sliding_window,
         sm_scale=sm_scale,
         softcap=softcap,
-        **more,
+        query_block_size=query_block_size,
     )
 
 

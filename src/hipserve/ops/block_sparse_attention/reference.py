@@ -22,6 +22,7 @@ def block_sparse_attention(
     sliding_window: int,
     sm_scale: float,
     softcap: float,
+    query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
     kv = PagedKV(k_cache, v_cache)

@@ -24,7 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 MAX_ROWS = 256
 WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
-PROGRAMS = 256
+PROGRAMS = 512
 """Fewer programs than this leave a large GPU idle: their keys are split."""
 
 
@@ -326,13 +326,12 @@ def make_tiling(
     heads = max(heads, k_cache.shape[2])
     group = q.shape[1] // heads
     dim = triton.next_power_of_2(q.shape[2])
+    half = q.element_size() == 2
     wide = dim <= 128 and gpu_shared_memory(q.device) >= WIDE_BYTES
-    rows = min(MAX_ROWS if wide else MAX_ROWS // 4, triton.next_power_of_2(max_rows * group))
-    rows = max(rows, 16)
-    keys = 32 if dim > 128 or q.element_size() > 2 else 64
-    if q.element_size() > 2:
-        rows = min(rows, 128)
-    elif rows == 128:
+    most = (MAX_ROWS if half else MAX_ROWS // 2) if wide else MAX_ROWS // 4
+    rows = max(min(most, triton.next_power_of_2(max_rows * group)), 16)
+    keys = 64 if half and dim <= 128 else 32
+    if wide and half and rows in (16, 128):
         keys = 128
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
@@ -368,6 +367,6 @@ def make_tiling(
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
-    if tiling.rows >= 128:
-        return {"num_warps": tiling.rows // 16, "num_stages": 2}
+    if tiling.rows >= 128 or tiling.keys == 128:
+        return {"num_warps": max(tiling.rows // 16, 4), "num_stages": 2}
     return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}

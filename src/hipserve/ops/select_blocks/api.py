@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hipserve.config import HiPConfig
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.select_blocks import operator
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
@@ -40,7 +40,7 @@ def select_blocks(
         ArgumentError: a tensor does not fit the others.
         BackendError: the backend asked for cannot run.
     """
-    config = config or HiPConfig()
+    config = config or DEFAULT
     if check:
         checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
         checks.check_kv(q, kv, config.bound_block_size if config.uses_bounds else None)

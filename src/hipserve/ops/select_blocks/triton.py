@@ -1,10 +1,11 @@
-"""Block selection in Triton: the search of `reference.py` in three launches.
+"""Block selection in Triton: the search of `reference.py`, one launch a step.
 
-`search_kernel` descends the bounds, `score_kernel` computes the exact scores of what they leave (the
-bulk of the work, and the part that several programs share where query blocks are few),
-`choose_kernel` keeps the best of those and walks the tree. Every query block and head has a scratch
-row of its own, which stays in cache. Nothing is sorted: `_keep_best` finds the count-th greatest
-score some bits at a time and compacts in position order.
+`rate_kernel` rates what rows read anyway; `score_kernel` keeps the best of one bound level and
+scores what lies below it, from the coarsest runs to the keys themselves; `choose_kernel` keeps the
+best of those and walks the tree. Where query blocks are few, several programs share a step's scores
+(each keeps for itself: that is cheaper than one more launch). Every query block and head has a
+scratch row of its own, which stays in cache. Nothing is sorted: `_keep_best` finds the count-th
+greatest score some bits at a time and compacts in position order.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Tiling:
     beam: int
     score_size: int
     list_size: int
+    parts: int
     keep: int = COARSE_KEEP
     lone_row: int = LONE_ROW
 
@@ -67,10 +69,10 @@ class Tiling:
 def _keep_best(scores, n, count, SIZE: tl.constexpr):
     """Which of the first `n` scores are the `count` greatest, and their places in order.
 
-    Ties go to the lower index. The threshold is built some bits at a time, on integers that order
-    as the scores do: each round counts the scores above every value that the next bits can take.
+    Ties go to the lower index. The threshold is built two bits at a time, on integers that order as
+    the scores do, until exactly `count` scores reach it; one sum carries the counts of all three
+    candidates.
     """
-    BITS: tl.constexpr = 4 if SIZE <= 2048 else 2
     i = tl.arange(0, SIZE)
     there = i < n
     score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
@@ -78,12 +80,23 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     wanted = tl.minimum(count, n)
     threshold = LEAST
-    digits = tl.arange(0, 2**BITS)
-    for shift in tl.static_range(32 - BITS, -1, -BITS):
-        edges = threshold + (digits << shift)
-        reached = there[:, None] & (key[:, None] >= edges[None, :])
-        enough = tl.sum(reached.to(tl.int32), axis=0) >= wanted
-        threshold += (tl.sum(enough.to(tl.int32)) - 1) << shift
+    reached, shift = n, 30
+    while (reached > wanted) & (shift >= 0):
+        step = 1 << shift
+        one, two, three = threshold + step, threshold + step + step, threshold + step + step + step
+        counts = (there & (key >= one)).to(tl.int64)
+        counts += (there & (key >= two)).to(tl.int64) << 20
+        counts += (there & (key >= three)).to(tl.int64) << 40
+        counts = tl.sum(counts, axis=0)
+        first = (counts & 0xFFFFF).to(tl.int32)
+        second = (counts >> 20 & 0xFFFFF).to(tl.int32)
+        third = (counts >> 40).to(tl.int32)
+        reached = tl.where(first >= wanted, first, reached)
+        reached = tl.where(second >= wanted, second, reached)
+        reached = tl.where(third >= wanted, third, reached)
+        enough = (first >= wanted).to(tl.int32) + (second >= wanted).to(tl.int32)
+        threshold += step * (enough + (third >= wanted).to(tl.int32))
+        shift -= 2
     above = there & (key > threshold)
     equal = there & (key == threshold)
     room = wanted - tl.sum(above.to(tl.int32))
@@ -114,6 +127,14 @@ def _weigh_sides(q_tile, REACH: tl.constexpr):
 
 
 @triton.jit
+def _base(base, tile, TILING: tl.constexpr):
+    """`[rows]`: what `rate_kernel` found for the rows of a tile, over all of its parts."""
+    part = tl.arange(0, TILING.parts) * TILING.rows * TILING.row_tiles
+    row = tile * TILING.rows + tl.arange(0, TILING.rows)
+    return tl.max(tl.load(base + part[:, None] + row[None, :]), axis=0)
+
+
+@triton.jit
 def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
     """`[keys]`: each key's greatest score of any row, less that row's base."""
     KEYS: tl.constexpr = TILING.keys
@@ -124,15 +145,13 @@ def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.con
         if TILING.row_tiles > 1:
             q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
+        less = _base(base, tile, TILING)
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
 
 @triton.jit
-def _greatest_in_box(
-    sides, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr
-):
+def _greatest_in_box(sides, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
     RUNS: tl.constexpr = TILING.keys
     best = tl.full([RUNS], -float("inf"), tl.float32)
@@ -144,7 +163,7 @@ def _greatest_in_box(
             to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
         s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
         s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
-        less = tl.load(base + tile * TILING.rows + tl.arange(0, TILING.rows))
+        less = _base(base, tile, TILING)
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
@@ -153,8 +172,12 @@ def _greatest_in_box(
 def _rate_read(
     queries, keys_at, base, begin, end, last, CONFIG: tl.constexpr, TILING: tl.constexpr
 ):
-    """Writes each row's base: its greatest score among sinks and window, as far as all see it."""
+    """Writes each row's base: its greatest score among sinks and window, as far as all see it.
+
+    A program of several looks at its part of the keys and writes its own base.
+    """
     k, k_strides, table, page_size = keys_at
+    part = tl.program_id(2)
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.static_range(TILES):
@@ -163,7 +186,8 @@ def _rate_read(
         if not CONFIG.relative_scores:
             top = tl.zeros([ROWS], tl.float32)
         else:
-            for start in range(0, begin + last - end, TILING.keys):
+            step: tl.constexpr = TILING.parts * TILING.keys
+            for start in range(part * TILING.keys, begin + last - end, step):
                 n = start + tl.arange(0, TILING.keys)
                 there = n < begin + last - end
                 keys = tl.where(n < begin, n, end + n - begin)
@@ -171,8 +195,8 @@ def _rate_read(
                 k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
                 top = tl.maximum(top, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
-        place = base + tile * TILING.rows + tl.arange(0, TILING.rows)
-        tl.store(place, tl.where(valid, top, float("inf")))
+        row = (part * TILING.row_tiles + tile) * TILING.rows + tl.arange(0, TILING.rows)
+        tl.store(base + row, tl.where(valid, top, float("inf")))
 
 
 @triton.jit
@@ -186,16 +210,9 @@ def _run_of(c, runs, edges):
 
 
 @triton.jit
-def _descend(
-    sides, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
-    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
-    """One level: scores the children of the `kept` runs, writes the best to `runs`."""
-    bounds, bounds_strides = bounds_at
-    _, _, table, page_size = keys_at
+def _candidates(begin, end, kept, LEVEL: tl.constexpr, TILING: tl.constexpr):
+    """What `_run_of` needs to tell the candidates of a level apart, and how many there are."""
     LENGTH: tl.constexpr = TILING.lengths[LEVEL]
-    SIZE: tl.constexpr = TILING.candidates[LEVEL]
-    KEEP: tl.constexpr = CONFIG.bound_budget * max(CONFIG.rerank, 1) * TILING.keep**LEVEL // LENGTH
     first = (begin + LENGTH - 1) // LENGTH
     behind = tl.maximum(first, end // LENGTH)
     low, high = behind, behind
@@ -206,44 +223,66 @@ def _descend(
         low, high = tl.where(parents, low, behind), tl.where(parents, high, behind)
     before = tl.maximum(tl.minimum(low, behind) - first, 0)
     high = tl.maximum(high, first)
-    n = before + kept * 4 + tl.maximum(behind - high, 0)
-    edges = (first, before, kept, high)
-    for start in range(0, n, TILING.keys):
+    return (first, before, kept, high), before + kept * 4 + tl.maximum(behind - high, 0)
+
+
+@triton.jit
+def _scores_of(mine, LEVEL: tl.constexpr, TILING: tl.constexpr):
+    """Where the scores of a level are: those of the next one may be written while they are read."""
+    return mine[0] + (LEVEL + 1) % 2 * TILING.score_size
+
+
+@triton.jit
+def _runs_of(mine, LEVEL: tl.constexpr, TILING: tl.constexpr):
+    return mine[1] + LEVEL % 2 * TILING.list_size
+
+
+@triton.jit
+def _keep_runs(mine, begin, end, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """Keeps the best candidates of a level, in order; returns how many."""
+    KEEP: tl.constexpr = (
+        CONFIG.bound_budget * max(CONFIG.rerank, 1) * TILING.keep**LEVEL // TILING.lengths[LEVEL]
+    )
+    counts = mine[3]
+    kept = 0
+    if TILING.levels - 1 > LEVEL:
+        kept = tl.load(counts + LEVEL + 1)
+    edges, n = _candidates(begin, end, kept, LEVEL, TILING)
+    chosen, place = _keep_best(_scores_of(mine, LEVEL, TILING), n, KEEP, TILING.candidates[LEVEL])
+    c = tl.arange(0, TILING.candidates[LEVEL])
+    run = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges)
+    tl.store(_runs_of(mine, LEVEL, TILING) + place, run, mask=chosen)
+    kept = tl.minimum(n, KEEP)
+    tl.store(counts + LEVEL, kept)
+    tl.debug_barrier()
+    return kept
+
+
+@triton.jit
+def _score_runs(
+    queries, keys_at, bounds_at, mine, begin, end, kept,
+    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Scores the candidates of a level by their boxes."""
+    bounds, bounds_strides = bounds_at
+    _, _, table, page_size = keys_at
+    LENGTH: tl.constexpr = TILING.lengths[LEVEL]
+    scores = _scores_of(mine, LEVEL, TILING)
+    edges, n = _candidates(begin, end, kept, LEVEL, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    sides = _weigh_sides(q_tile, CONFIG.bound_reach)
+    step = tl.num_programs(2) * TILING.keys
+    for start in range(tl.program_id(2) * TILING.keys, n, step):
         c = start + tl.arange(0, TILING.keys)
         there = c < n
-        key = _run_of(c, runs, edges) * LENGTH
+        key = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges) * LENGTH
         page = tl.load(table + key // page_size, mask=there, other=0).to(tl.int64)
         place = TILING.offsets[LEVEL] + key % page_size // LENGTH
         rows = bounds + page * bounds_strides[0] + place.to(tl.int64) * bounds_strides[1]
         low_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
         high_tile = load_tile(rows + bounds_strides[3], there, TILING.head_dim, TILING.dim)
-        best = _greatest_in_box(sides, queries, base, high_tile, low_tile, CONFIG, TILING)
+        best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
         tl.store(scores + c, best, mask=there)
-    tl.debug_barrier()
-    chosen, place = _keep_best(scores, n, KEEP, SIZE)
-    run = _run_of(tl.arange(0, SIZE), runs, edges)
-    tl.debug_barrier()
-    tl.store(runs + place, run, mask=chosen)
-    tl.debug_barrier()
-    return tl.minimum(n, KEEP)
-
-
-@triton.jit
-def _by_bounds(
-    queries, keys_at, bounds_at, base, scores, runs, begin, end,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
-    """Coarse levels first; leaves the kept runs of the finest level in `runs`, returns how many."""
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    sides = _weigh_sides(q_tile, CONFIG.bound_reach)
-    kept = 0
-    LEVELS: tl.constexpr = TILING.levels
-    for step in tl.static_range(LEVELS):
-        kept = _descend(
-            sides, queries, keys_at, bounds_at, base, scores, runs, kept, begin, end,
-            LEVELS - 1 - step, CONFIG, TILING,
-        )  # fmt: skip
-    return kept
 
 
 @triton.jit
@@ -259,6 +298,24 @@ def _score_keys(
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     WIDTH: tl.constexpr = CONFIG.key_block_size
     return tl.max(tl.reshape(best, [BLOCKS, WIDTH]), axis=1)
+
+
+@triton.jit
+def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """Scores the blocks in the kept runs by their keys."""
+    SIZE: tl.constexpr = CONFIG.bound_block_size
+    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
+    scores, runs = _scores_of(mine, -1, TILING), _runs_of(mine, 0, TILING)
+    total = kept * SIZE
+    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    step = tl.num_programs(2) * TILING.keys
+    for start in range(tl.program_id(2) * TILING.keys, total, step):
+        i = start + tl.arange(0, TILING.keys)
+        there = i < total
+        keys = tl.load(runs + i // SIZE, mask=there, other=0) * SIZE + i % SIZE
+        best = _score_keys(first, queries, keys_at, mine[2], keys, there, CONFIG, TILING)
+        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
+        tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
 
 
 @triton.jit
@@ -387,7 +444,7 @@ def _unite(a, n, b, m, ranks, out, TILING: tl.constexpr):
 
 
 @triton.jit
-def _open(q, k, pages, blocks, scratch, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _open(q, k, pages, blocks, scratch, TILING: tl.constexpr):
     """What the programs of one query block and head start from: queries, keys, scratch row."""
     query_blocks, first_block = blocks
     block, head = first_block + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -403,22 +460,20 @@ def _open(q, k, pages, blocks, scratch, CONFIG: tl.constexpr, TILING: tl.constex
     keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
     scores, lists, base, counts = scratch
     item = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    scores += item * TILING.score_size
-    lists += item * 4 * TILING.list_size
-    base += item * TILING.rows * TILING.row_tiles
-    mine = (scores, lists, base, counts + item)
+    scores += item * 2 * TILING.score_size
+    lists += item * 5 * TILING.list_size
+    base += item * TILING.parts * TILING.rows * TILING.row_tiles
+    mine = (scores, lists, base, counts + item * 4)
     return block, head, kv_head, (rows, q_strides[0], q_strides[1], num_rows), keys_at, mine
 
 
 @triton.jit
-def search_kernel(
-    q, k, pages, blocks, scratch, bounds, refresh, indices, window_start,
+def rate_kernel(
+    q, k, pages, blocks, scratch, refresh, indices, window_start,
     CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
-    """Window, each row's base, and the runs that the bounds leave."""
-    block, head, kv_head, queries, keys_at, mine = _open(
-        q, k, pages, blocks, scratch, CONFIG, TILING
-    )
+    """Window, empty list, and each row's base."""
+    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
     if refresh is not None:  # a flag on the device
         if tl.load(refresh + block) == 0:
             return
@@ -430,71 +485,63 @@ def search_kernel(
     below = tl.where(num_rows == 1, LONE, CONFIG.dense_below)
     sparse = (start - begin > CONFIG.budget) & (position + num_rows > below)
     end = tl.where(sparse, start, begin)
-    if head == 0:
-        tl.store(window_start + block, end)
-    out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
-    i = tl.arange(0, TILING.list_size)
-    tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
-    if not sparse:
-        return
-    scores, lists, base, count = mine
-    _rate_read(queries, keys_at, base, begin, end, position + 1, CONFIG, TILING)
-    tl.debug_barrier()
-    if CONFIG.uses_bounds:
-        bounds, bounds_strides = bounds
-        bounds_at = (bounds + kv_head * bounds_strides[2], bounds_strides)
-        kept = _by_bounds(
-            queries, keys_at, bounds_at, base, scores, lists, begin, end, CONFIG, TILING
-        )
-        tl.store(count, kept)
+    if tl.program_id(2) == 0:
+        if head == 0:
+            tl.store(window_start + block, end)
+        out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
+        i = tl.arange(0, TILING.list_size)
+        tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
+    if sparse:
+        _rate_read(queries, keys_at, mine[2], begin, end, position + 1, CONFIG, TILING)
 
 
 @triton.jit
 def score_kernel(
-    q, k, pages, blocks, scratch, refresh, window_start,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
+    q, k, pages, blocks, scratch, refresh, window_start, bounds,
+    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
-    """The exact scores of the blocks in the kept runs, shared by `num_programs(2)` programs."""
-    block, _, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, CONFIG, TILING)
-    if refresh is not None:  # a flag on the device
-        if tl.load(refresh + block) == 0:
-            return
-    if tl.load(window_start + block) <= CONFIG.num_sink_tokens:
-        return
-    scores, runs, base, count = mine
-    SIZE: tl.constexpr = CONFIG.bound_block_size
-    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
-    total = tl.load(count) * SIZE
-    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    step = tl.num_programs(2) * TILING.keys
-    for start in range(tl.program_id(2) * TILING.keys, total, step):
-        i = start + tl.arange(0, TILING.keys)
-        there = i < total
-        keys = tl.load(runs + i // SIZE, mask=there, other=0) * SIZE + i % SIZE
-        best = _score_keys(first, queries, keys_at, base, keys, there, CONFIG, TILING)
-        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
-        tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
-
-
-@triton.jit
-def choose_kernel(
-    q, k, pages, blocks, scratch, refresh, indices, window_start,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
-    """Writes the chosen blocks: the best of the kept runs, what the tree finds, or both."""
-    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, CONFIG, TILING)
-    if refresh is not None:  # a flag on the device
+    """Keeps the best runs of the level above and scores what is in them: runs, or keys (-1)."""
+    block, _, kv_head, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
+    if refresh is not None:
         if tl.load(refresh + block) == 0:
             return
     begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
     if end <= begin:
         return
-    scores, lists, base, count = mine
+    kept = 0
+    if TILING.levels - 1 > LEVEL:
+        kept = _keep_runs(mine, begin, end, LEVEL + 1, CONFIG, TILING)
+    if LEVEL >= 0:
+        bounds, strides = bounds
+        bounds_at = (bounds + kv_head * strides[2], strides)
+        _score_runs(queries, keys_at, bounds_at, mine, begin, end, kept, LEVEL, CONFIG, TILING)
+    else:
+        _score_blocks(queries, keys_at, mine, kept, CONFIG, TILING)
+
+
+@triton.jit
+def choose_kernel(
+    q, k, pages, blocks, scratch, refresh, window_start, indices,
+    CONFIG: tl.constexpr, TILING: tl.constexpr,
+):  # fmt: skip
+    """Writes the chosen blocks: the best of the kept runs, what the tree finds, or both."""
+    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
+    if refresh is not None:
+        if tl.load(refresh + block) == 0:
+            return
+    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
+    if end <= begin:
+        return
+    scores, lists, base, counts = mine
     out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
     i = tl.arange(0, TILING.list_size)
     if CONFIG.uses_bounds:
-        found = out if CONFIG.selector == "bound" else lists + TILING.list_size
-        n = _best_of_runs(scores, lists, found, tl.load(count), CONFIG, TILING)
+        found = out if CONFIG.selector == "bound" else lists + 4 * TILING.list_size
+        kept = tl.load(counts)
+        if not CONFIG.rerank:
+            kept = _keep_runs(mine, begin, end, 0, CONFIG, TILING)
+        exact = _scores_of(mine, -1, TILING)
+        n = _best_of_runs(exact, _runs_of(mine, 0, TILING), found, kept, CONFIG, TILING)
         tl.debug_barrier()
     if CONFIG.uses_tree:
         nodes = lists + 2 * TILING.list_size
@@ -549,18 +596,18 @@ def refresh_blocks(
         )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
-    per_block = heads * 4 * (tiling.score_size + 4 * tiling.list_size)
+    scratch_of = {
+        torch.float32: (2 * tiling.score_size, tiling.parts * tiling.rows * tiling.row_tiles),
+        torch.int32: (5 * tiling.list_size, 4),
+    }
+    per_block = heads * 4 * sum(map(sum, scratch_of.values()))
     chunk = min(max(SCRATCH_BYTES // per_block, 1), blocks)
-    items = chunk * heads
-    ints = {"dtype": torch.int32, "device": q.device}
-    floats = {"dtype": torch.float32, "device": q.device}
-    scratch = (
-        torch.empty(items * tiling.score_size, **floats),
-        torch.empty(items * 4 * tiling.list_size, **ints),
-        torch.empty(items * tiling.rows * tiling.row_tiles, **floats),
-        torch.empty(items, **ints),
+    (scores, base), (lists, counts) = (
+        [torch.empty(chunk * heads * size, dtype=dtype, device=q.device) for size in sizes]
+        for dtype, sizes in scratch_of.items()
     )
     bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
+    levels = range(tiling.levels - 1, -2 if config.rerank else -1, -1)
     for first in range(0, blocks, max(chunk, 1)):
         grid = (min(chunk, blocks - first), heads)
         inputs = (
@@ -568,14 +615,15 @@ def refresh_blocks(
             (k_cache, k_cache.stride()[:3]),
             (block_table, block_table.stride(0), k_cache.shape[1]),
             (query_blocks, first),
-            scratch,
+            (scores, lists, base, counts),
+            refresh,
         )
         launch = functools.partial(_launch, config, tiling, inputs)
-        launch(search_kernel, "search", grid, bounds, refresh, indices, window_start)
-        if config.uses_bounds and config.rerank:
-            shared = (*grid, score_splits(grid[0] * heads, config))
-            launch(score_kernel, "score", shared, refresh, window_start)
-        launch(choose_kernel, "choose", grid, refresh, indices, window_start)
+        launch(rate_kernel, (*grid, tiling.parts), indices, window_start)
+        for level in levels if config.uses_bounds else ():
+            splits = count_splits(grid[0] * heads, config, tiling, level)
+            launch(score_kernel, (*grid, splits), window_start, bounds, LEVEL=level)
+        launch(choose_kernel, grid, window_start, indices)
 
 
 def _launch(
@@ -583,19 +631,20 @@ def _launch(
     tiling: Tiling,
     inputs: tuple[Any, ...],
     kernel: Any,
-    name: str,
     grid: tuple[int, ...],
     *rest: Any,
+    **level: int,
 ) -> None:
-    keys, options = launch_options(name, tiling)
+    keys, options = launch_options(tiling, **level)
     tiling = dataclasses.replace(tiling, keys=max(keys, config.key_block_size))
-    kernel[grid](*inputs, *rest, CONFIG=config, TILING=tiling, **options)
+    kernel[grid](*inputs, *rest, CONFIG=config, TILING=tiling, **level, **options)
 
 
-def score_splits(items: int, config: HiPConfig) -> int:
-    """Programs that share the exact scores of one query block and head."""
-    tiles = config.bound_budget * config.rerank // 128
-    return max(min(PROGRAMS // max(items, 1), tiles), 1)
+def count_splits(items: int, config: HiPConfig, tiling: Tiling, level: int) -> int:
+    """Programs that share the scores of one level (-1: of the keys) of a query block and head."""
+    keys = launch_options(tiling, level)[0]
+    most = tiling.candidates[level] if level >= 0 else config.bound_budget * config.rerank
+    return max(min(PROGRAMS // max(items, 1), most // keys), 1)
 
 
 def make_tiling(
@@ -640,11 +689,17 @@ def make_tiling(
         beam,
         max([*candidates, blocks_seen, 2 * beam]),
         power(max([*kept, blocks_seen, beam, config.max_selected])),
+        min(max(power(PROGRAMS // max(blocks * heads, 1) // 2 + 1), 1), 8),
     )
 
 
-def launch_options(name: str, tiling: Tiling) -> tuple[int, dict[str, int]]:
-    """Keys of a tile, warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+def launch_options(tiling: Tiling, LEVEL: int | None = None) -> tuple[int, dict[str, int]]:
+    """Keys of a tile, warps and pipeline depth, as `benchmarks/gpu.py tune` found them.
+
+    `LEVEL` is of `score_kernel`: a bound level, or -1 for keys.
+    """
     if tiling.dim > 128:
         return 32, {"num_warps": 8, "num_stages": 1}
-    return 128 if tiling.rows == 16 else 64, {"num_warps": 8, "num_stages": 2}
+    if tiling.rows == 16:
+        return 64 if LEVEL is not None and LEVEL >= 0 else 128, {"num_warps": 4, "num_stages": 1}
+    return 128 if LEVEL == -1 else 32, {"num_warps": 4, "num_stages": 2}
