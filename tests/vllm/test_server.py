@@ -81,7 +81,7 @@ def test_answers_from_a_long_document_with_pruned_attention(server: Running) -> 
     assert 0 < values["hipserve_keys_read_total"] < values["hipserve_keys_visible_total"]
     assert values["hipserve_selection_seconds_total"] > 0
     assert values["hipserve_attention_seconds_total"] > 0
-    assert values["hipserve_refreshes_total"] > 0
+    assert values["hipserve_refreshes_total"] == 0  # lone rows are dense at this length
     assert values["hipserve_page_bound_bytes"] > 0
     assert values['hipserve_dense_query_blocks_total{reason="short"}'] > 0
     assert "vllm:request_success_total" in metrics

@@ -96,7 +96,7 @@ def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) 
     pairs = list(zip(cases, answers, strict=True))
     good = [(c, a) for c, a in pairs if a is not None and a.num_tokens == c.new_tokens]
     spread = sorted(good, key=lambda pair: -len(pair[0].prompt))
-    asked_again = spread[:: max(len(spread) // checks, 1)][:checks]
+    asked_again = spread[:: max(len(spread) // max(checks, 1), 1)][:checks]
     keys = {case.key for case in cases}
     wrong = 0
     for case, answer in asked_again:
