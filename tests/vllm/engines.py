@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 CHUNK = 512
 NEW = 16
 FULL = {"budget": 1 << 15}
@@ -24,6 +21,7 @@ PRUNED = {
     "sliding_window": 64,
     "query_block_size": 32,
     "dense_below": 0,
+    "dense_layers": [1, 4],
     "refresh_interval": 4,
 }
 SHORT = (1, 2, 3, 5, 17, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 345, 400, 511)
@@ -230,11 +228,38 @@ def compiled(report: dict[str, Any]) -> None:
     end(llm)
 
 
+def reduced(report: dict[str, Any]) -> None:
+    """How far bfloat16 takes the likelihood of every prompt token from float32's, in nats."""
+    from vllm import SamplingParams
+
+    ids = [one for one in prompts(LENGTHS) if len(one) >= 300]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+
+    def likelihoods(backend: str, dtype: str) -> list[float]:
+        llm = engine(backend, FULL if backend == "CUSTOM" else None, dtype=dtype)
+        outputs = llm.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=False)
+        end(llm)
+        return [
+            place[token].logprob
+            for output, one in zip(outputs, ids, strict=True)
+            for place, token in zip(output.prompt_logprobs[1:], one[1:], strict=True)
+        ]
+
+    exact = likelihoods("CPU_ATTN", "float32")
+    report["tokens"] = len(exact)
+    for backend in ("CPU_ATTN", "CUSTOM"):
+        values = likelihoods(backend, "bfloat16")
+        squares = [(a - b) ** 2 for a, b in zip(values, exact, strict=True)]
+        report[backend] = (sum(squares) / len(squares)) ** 0.5
+
+
 SCENARIOS: dict[str, Callable[[dict[str, Any]], None]] = {
-    f.__name__: f for f in (full, pruned, refused, parallel, compiled)
+    f.__name__: f for f in (full, pruned, refused, parallel, compiled, reduced)
 }
 
 if __name__ == "__main__":
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     results: dict[str, Any] = {}
     SCENARIOS[sys.argv[1]](results)
     Path(sys.argv[2]).write_text(json.dumps(results))

@@ -17,6 +17,14 @@ from hipserve import BackendError, HiPConfig
 from hipserve.integrations.vllm import backend, compat, metrics, server, settings
 from hipserve.ops import compute_bounds, write_kv
 
+PRUNES_EARLY = HiPConfig(
+    budget=1,
+    key_block_size=1,
+    bound_block_size=1,
+    num_sink_tokens=1,
+    sliding_window=1,
+    dense_below=0,
+)
 BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 
@@ -91,10 +99,16 @@ def common(lens: list[int], seq_lens: list[int], prefilling: list[bool], **more:
 
 def test_the_end_of_a_prompt_is_no_decode_step() -> None:
     step = common([1, 1, 7, 1], [10, 20, 30, 40], [False, True, True, False])
-    rows = backend.sequences(step, ("a", "b", "c", "d"))
+    rows = backend.sequences(step, ("a", "b", "c", "d"), PRUNES_EARLY)
     assert [row.decoding for row in rows] == [True, False, False, True]
     assert [row.request for row in rows] == ["a", "b", "c", "d"]
     assert [row.seq_len for row in rows] == [10, 20, 30, 40]
+
+
+def test_a_row_that_reads_everything_keeps_nothing() -> None:
+    step = common([1, 1], [3, 4], [False, False])
+    rows = backend.sequences(step, ("a", "b"), PRUNES_EARLY)
+    assert [row.decoding for row in rows] == [False, True]
 
 
 def test_requests_of_the_second_model_runner() -> None:
@@ -144,9 +158,7 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_workers_are_added_up(tmp_path: Path) -> None:
-    first, second = metrics.Tally(tmp_path / "e"), metrics.Tally(tmp_path / "e")
-    second.path = tmp_path / "e" / "worker-other"
-    second._values = type(second._values)(second.path, float, "w+", shape=len(metrics.METRICS))
+    first, second = metrics.Tally(tmp_path / "e"), metrics.Tally(tmp_path / "e", worker="other")
     first.add("hipserve_refreshes", 3)
     second.add("hipserve_refreshes", 4)
     second.add("hipserve_dense_query_blocks", 5, "short")
@@ -214,6 +226,21 @@ def test_workers_share_the_cores(workers: int, shared: str) -> None:
     assert len(text.split("|")) == workers
     if workers <= 4:
         assert text == shared
+
+
+@pytest.mark.parametrize(
+    ("flags", "workers"),
+    [
+        ("", 1),
+        ("-tp 2", 2),
+        ("--tensor-parallel-size=2 --pipeline-parallel-size 3", 6),
+        ("--data-parallel-size 2", 2),
+        ("-dp 4 -tp 2 --data-parallel-size-local 1", 2),
+        ("--tensor_parallel_size 2 --nnodes 2 --node-rank 1", 1),
+    ],
+)
+def test_every_worker_of_this_host_gets_cores(flags: str, workers: int) -> None:
+    assert serve(*flags.split()).num_workers == workers
 
 
 def test_loopback() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import scenario
+from engines import NEW, PRUNED, prompts
+from processes import free_port, get, post, scenario, serving
 
 pytest.importorskip("vllm")
 
@@ -42,6 +45,13 @@ def test_preempted_requests_give_the_same_tokens(full: dict[str, Any]) -> None:
 def test_pruned_tokens_equal_transformers(pruned: dict[str, Any]) -> None:
     assert pruned["alone"] == pruned["transformers"]
     assert pruned["counts"]["hipserve_keys_read"] < pruned["counts"]["hipserve_keys_visible"]
+
+
+def test_dense_layers_stay_dense(pruned: dict[str, Any]) -> None:
+    """Two of twelve; transformers keeps the same two, and the tokens are equal (above)."""
+    counts = pruned["counts"]
+    dense = counts["hipserve_dense_query_blocksdense_layer"]
+    assert dense * 12 == counts["hipserve_query_blocks"] * 2 > 0
 
 
 def test_pruned_tokens_do_not_depend_on_the_company(pruned: dict[str, Any]) -> None:
@@ -90,6 +100,38 @@ def test_compiled_models_give_the_same_tokens(pruned: dict[str, Any], folder: Pa
 def test_traced_models_give_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:
     together = scenario("compiled", folder, VLLM_CPU_CI_ENV="1")["together"]
     assert together == pruned["alone"]
+
+
+@pytest.mark.slow
+def test_bfloat16_rounds_no_more_than_dense_attention_does(folder: Path) -> None:
+    """Greedy tokens part after some twenty tokens, as they do between any two kernels."""
+    errors = scenario("reduced", folder)
+    assert errors["tokens"] > 10_000
+    assert errors["CUSTOM"] <= 1.25 * errors["CPU_ATTN"]
+
+
+@pytest.mark.slow
+def test_data_parallel_gives_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:
+    """Two engines behind one server, asked through it."""
+    settings, port = folder / "pruned.json", free_port()
+    settings.write_text(json.dumps(PRUNED))
+    flags = "--dtype float32 --max-model-len 4096 --max-num-batched-tokens 512"
+    flags += " --max-num-seqs 16 --kv-cache-memory-bytes 536870912 --data-parallel-size 2"
+    with serving("--config", str(settings), *flags.split(), port=port, log=folder / "dp"):
+        url = f"http://127.0.0.1:{port}"
+
+        def ask(prompt: list[int]) -> list[int]:
+            body = {"model": "acorn", "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+            more = {"ignore_eos": True, "return_token_ids": True}
+            status, answer = post(f"{url}/v1/completions", {**body, **more})
+            assert status == 200, answer
+            return answer["choices"][0]["token_ids"]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, prompts())) == pruned["alone"]
+        counts = re.findall(r"vllm:request_success_total\{(.*)\} (.*)", get(f"{url}/metrics"))
+        busy = {labels.split('engine="')[1][0] for labels, count in counts if float(count)}
+        assert busy == {"0", "1"}
 
 
 def workers(folder: Path, **options: Any) -> list[list[int]]:

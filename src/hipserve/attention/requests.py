@@ -45,7 +45,8 @@ class RefreshSchedule:
     """Which decode rows select afresh: a selection serves `refresh_interval` rows of its request.
 
     Rows have to follow each other: a request that was set back, preempted or resumed starts afresh,
-    and so does a request after rows that were not decode rows.
+    and so does a request after rows that were not decode rows. With an interval of 1 nobody keeps
+    anything.
 
     Args:
         num_slots: most requests that are alive at a time.
@@ -76,6 +77,8 @@ class RefreshSchedule:
         return [self._advance(sequence) for sequence in sequences]
 
     def _advance(self, sequence: SequenceStep) -> tuple[int, bool]:
+        if self.refresh_interval == 1:
+            return -1, True
         if not sequence.decoding or sequence.request is None:
             self.forget([sequence.request])
             return -1, True
@@ -117,6 +120,9 @@ class StepPlan:
     ) -> StepPlan:
         """The plan for `RefreshSchedule.step`'s decisions, one for every sequence of `layout`."""
         device = layout.seq_lens.device
+        if all(decision == (-1, True) for decision in decisions):
+            none = torch.empty(0, dtype=torch.int64, device=device)
+            return cls(layout, None, none, none, none, none)
         sequences: list[int] = layout.query_blocks(query_block_size)[:, 0].tolist()
         of_block = [decisions[sequence] for sequence in sequences]
         fresh = [i for i, (_, is_fresh) in enumerate(of_block) if is_fresh]
@@ -242,6 +248,8 @@ class RequestSelections:
     ) -> BlockSelection:
         """The same launches whatever the step: a row that keeps its own drops the new one."""
         made = select_blocks(q, kv, plan.layout, config=config, backend=backend, check=False)
+        if config.refresh_interval == 1:
+            return made
         self._allocate(made)
         fresh = plan.refresh > 0
         indices = torch.where(fresh[:, None, None], made.indices, self.indices[plan.slots])

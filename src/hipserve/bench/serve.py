@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -19,14 +20,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hipserve.bench.provenance import provenance
 from hipserve.config import HiPConfig
 from hipserve.errors import HipserveError
+from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Server
 
 KEY = "83724"
-NEEDLE = f"\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n"
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
 START_SECONDS = 300
+NEW_TOKENS = 64
+PIECE = 16 * 1024
+"""Prompts longer than two of these are read in pieces of so many tokens."""
 
 
 class WrongAnswerError(HipserveError):
@@ -35,18 +41,23 @@ class WrongAnswerError(HipserveError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One streamed answer: its text, seconds to its first token, seconds between the others."""
+    """One streamed answer: its text, seconds to its first token, seconds between the others.
+
+    A server in a hurry sends several tokens at a time; `num_tokens` is its own count.
+    """
 
     text: str
     first: float
     between: tuple[float, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt length, dense beside HiP."""
+    """One prompt length, dense beside HiP: medians over `answers` of each."""
 
     prompt_tokens: int
+    answers: int
     dense_first_seconds: float
     hip_first_seconds: float
     first_ratio: float
@@ -67,8 +78,8 @@ class Throughput:
 
 
 @contextmanager
-def running(server: Server, log: Path) -> Generator[Server]:
-    """The server, answering; its output goes to a file.
+def running(server: Server, log: Path) -> Generator[subprocess.Popen[bytes]]:
+    """The process of a server that answers; its output goes to a file.
 
     Raises:
         HipserveError: it does not start.
@@ -83,7 +94,7 @@ def running(server: Server, log: Path) -> Generator[Server]:
             if child.poll() is not None or time.monotonic() > deadline:
                 raise HipserveError(f"the server for {server.name} did not start; see {log}")
             time.sleep(0.5)
-        yield server
+        yield child
     finally:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -97,10 +108,12 @@ class Prompts:
     def __init__(self, tokenizer: Any, text: str) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._needle: list[int] = tokenizer(NEEDLE, add_special_tokens=False)["input_ids"]
 
-    def make(self, length: int, offset: int = 0) -> list[int]:
-        """`length` token ids; another `offset` starts elsewhere in the text."""
+    def make(self, length: int, offset: int = 0, key: str = KEY) -> list[int]:
+        """`length` token ids that hide `key`; another `offset` starts elsewhere in the text."""
+        needle: list[int] = self._tokenizer(NEEDLE.format(key=key), add_special_tokens=False)[
+            "input_ids"
+        ]
         mark = "<DOCUMENT>"
         turns = [{"role": "user", "content": f"Read the text.\n\n{mark}"}]
         turns.append({"role": "user", "content": QUESTION})
@@ -111,15 +124,30 @@ class Prompts:
             self._tokenizer(part, add_special_tokens=False)["input_ids"]
             for part in frame.split(mark)
         )
-        room = length - len(before) - len(after) - len(self._needle)
+        room = length - len(before) - len(after) - len(needle)
         start = offset * 997 % len(self._ids)
         source = (self._ids[start:] + self._ids) * (room // len(self._ids) + 2)
         half = room // 2
-        return [*before, *source[:half], *self._needle, *source[half:room], *after]
+        return [*before, *source[:half], *needle, *source[half:room], *after]
 
 
-def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
-    """Streams an answer; `salt` keeps prompts from meeting in the prefix cache."""
+def english(model: str) -> Prompts:
+    """Prompts of the language reference of CPython, as a model reads it."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return Prompts(AutoTokenizer.from_pretrained(model), text)
+
+
+def stream(
+    server: Server, prompt: Sequence[int], max_tokens: int, salt: str
+) -> Generator[dict[str, Any]]:
+    """The events of a streamed answer; closing it early cancels the request.
+
+    `salt` keeps prompts from meeting in the prefix cache.
+    """
     body = {
         "model": server.name,
         "prompt": list(prompt),
@@ -127,6 +155,7 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "cache_salt": salt,
     }
     request = urllib.request.Request(
@@ -134,35 +163,55 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    began, times, text = time.perf_counter(), list[float](), ""
-    with urllib.request.urlopen(request, timeout=3600) as stream:
-        for line in stream:
+    with urllib.request.urlopen(request, timeout=3600) as lines:
+        for line in lines:
             if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-                text += json.loads(line[6:])["choices"][0]["text"]
+                yield json.loads(line[6:])
+
+
+def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
+    """An answer, streamed to its end."""
+    began, times, text, tokens = time.perf_counter(), list[float](), "", 0
+    for event in stream(server, prompt, max_tokens, salt):
+        if event["choices"]:
+            times.append(time.perf_counter())
+            text += event["choices"][0]["text"]
+        else:
+            tokens = event["usage"]["completion_tokens"]
     gaps = tuple(b - a for a, b in itertools.pairwise(times))
-    return Answer(text, times[0] - began, gaps)
+    return Answer(text, times[0] - began, gaps, tokens)
 
 
-def measure(
-    dense: Server,
-    hip: Server,
-    prompts: Prompts,
-    length: int,
-    *,
-    repeats: int = 3,
-    new_tokens: int = 64,
-) -> Row:
-    """Dense and HiP in turn, the medians of `repeats` answers each.
+def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer]:
+    """What every server answers.
+
+    A long prompt is read in pieces, each of them by all servers in turn: a piece is a request for
+    one token, whose prefix the server has cached. The time to the first token is the sum.
+    """
+    salt = str(time.time_ns())
+    read = [0.0] * len(servers)
+    pieces = range(PIECE, len(prompt), PIECE) if len(prompt) > 2 * PIECE else ()
+    for end in pieces:
+        for i, server in enumerate(servers):
+            read[i] += ask(server, prompt[:end], 1, salt).first
+    answers = [ask(server, prompt, NEW_TOKENS, salt) for server in servers]
+    return [
+        replace(answer, first=answer.first + seconds)
+        for answer, seconds in zip(answers, read, strict=True)
+    ]
+
+
+def measure(dense: Server, hip: Server, prompts: Prompts, length: int, *, repeats: int = 3) -> Row:
+    """Dense and HiP in turn, the medians of `repeats` answers each; one of a prompt in pieces.
 
     Raises:
         WrongAnswerError: an answer lacks the pass key.
     """
     answers: dict[str, list[Answer]] = {dense.name: [], hip.name: []}
+    repeats = 1 if length > 2 * PIECE else repeats
     for repeat in range(repeats):
-        prompt = prompts.make(length, repeat)
-        for server in (dense, hip):
-            answer = ask(server, prompt, new_tokens, f"{length}-{repeat}-{time.time_ns()}")
+        of_all = ask_in_turn((dense, hip), prompts.make(length, repeat))
+        for server, answer in zip((dense, hip), of_all, strict=True):
             check(server, length, answer)
             answers[server.name].append(answer)
     first = {name: statistics.median(a.first for a in of) for name, of in answers.items()}
@@ -172,6 +221,7 @@ def measure(
     }
     return Row(
         length,
+        repeats,
         first[dense.name],
         first[hip.name],
         first[dense.name] / first[hip.name],
@@ -206,8 +256,7 @@ def measure_together(
 def _rate(server: Server, prompts: Prompts, length: int, clients: int, turn: int) -> float:
     def one(client: int) -> int:
         prompt = prompts.make(length, client)
-        answer = ask(server, prompt, 64, f"{turn}-{client}-{time.time_ns()}")
-        return len(answer.between) + 1
+        return ask(server, prompt, NEW_TOKENS, f"{turn}-{client}-{time.time_ns()}").num_tokens
 
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
@@ -232,29 +281,35 @@ def compare(
         HipserveError: a server does not start.
         WrongAnswerError: an answer is wrong.
     """
-    from pydoc_data.topics import topics
-
-    from transformers import AutoTokenizer
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    prompts = Prompts(AutoTokenizer.from_pretrained(model), text)
+    prompts = english(model)
     dense = Server(model, "dense", None, port=ports[0], flags=tuple(flags))
     hip = replace(dense, name="hip", config=config, port=ports[1])
     with running(dense, folder / "dense.log"), running(hip, folder / "hip.log"):
         for server in (dense, hip):
             ask(server, prompts.make(256), 8, "warm-up")
         rows: list[Row] = []
+        longest = Client(dense).facts().max_context - NEW_TOKENS
         for length in lengths:
-            rows.append(measure(dense, hip, prompts, length, repeats=repeats))
+            rows.append(measure(dense, hip, prompts, min(length, longest), repeats=repeats))
             if on_row:
                 on_row(rows[-1])
         return rows, measure_together(dense, hip, prompts, min(lengths))
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line a length."""
-    lines = [",".join(asdict(rows[0]))]
+def as_csv(rows: Sequence[Row], together: Throughput, command: str) -> str:
+    """Where the numbers come from, in comments; then one line a length."""
+    facts = {
+        "command": command,
+        **provenance("wall").to_dict(),
+        "threads": len(os.sched_getaffinity(0)),  # of a server; this process measures
+        "vllm": find_version(),
+        "together": f"{together.clients} clients x {together.prompt_tokens} tokens: "
+        f"dense {together.dense_tokens_per_second:.1f}, hip {together.hip_tokens_per_second:.1f} "
+        "tokens/s",
+    }
+    lines = [f"# {name}: {value}" for name, value in facts.items()]
+    lines.append(",".join(asdict(rows[0])))
     for row in rows:
-        length, *numbers = asdict(row).values()
-        lines.append(",".join([str(length), *(f"{number:.4g}" for number in numbers)]))
+        values = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in asdict(row).values())
+        lines.append(",".join(values))
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 def serve(
     model: options.Model = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "512,8k,32k",
-    repeats: Annotated[int, typer.Option(min=1, help="Answers a length and server.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Answers a length and server; one beyond 32k.")
+    ] = 3,
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
@@ -54,7 +57,7 @@ def serve(
         )
     if csv:
         csv.parent.mkdir(parents=True, exist_ok=True)
-        csv.write_text(as_csv(rows))
+        csv.write_text(as_csv(rows, together, f"hipserve {' '.join(sys.argv[1:])}"))
     if json:
         result_json({"rows": [asdict(row) for row in rows], "together": asdict(together)})
         return

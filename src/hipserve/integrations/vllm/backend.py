@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,7 @@ compat.check_version()
 class HiPBackend(AttentionBackend):
     """HiP attention as vLLM's `CUSTOM` backend."""
 
-    forward_includes_kv_cache_update: bool = False
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32"]
     # vLLM asks the class for block sizes right after it made the layers, and shows it no config.
@@ -105,12 +106,16 @@ class HiPStep(AttentionMetadata):
 
     Attributes:
         num_tokens: rows of q that count; the rest is padding.
+        slot_mapping: `[num_tokens]` int64, where their keys and values go.
         plan: the batch, and which query blocks select afresh.
+        selects: some query block is pruned, or its selection kept; else every layer is dense.
         counted_layer: the layer whose reads are counted for all pruned ones.
     """
 
     num_tokens: int
+    slot_mapping: Tensor
     plan: StepPlan | CapturedPlan
+    selects: bool
     counted_layer: str
 
 
@@ -127,7 +132,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse_without_kernels(device, kv_cache_spec.dtype)
         compat.follow_requests()
-        self.config = settings.hip_config(vllm_config)
+        self.config = settings.hip_config(vllm_config).on(device.type)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
         # Only GPUs replay graphs; elsewhere a step selects for the rows that need it alone.
@@ -151,24 +156,26 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         common = common_attn_metadata
         requests = compat.step_requests(common)
         self.schedule.forget(requests.ended)
-        decisions = self.schedule.step(sequences(common, requests.rows))
-        return HiPStep(
-            int(common.query_start_loc_cpu[-1]), self._plan(common, decisions), self.counted_layer
-        )
+        rows = sequences(common, requests.rows, self.config)
+        plan, selects = self._plan(common, rows)
+        count = int(common.query_start_loc_cpu[-1])
+        slots = common.slot_mapping[:count]
+        return HiPStep(count, slots, plan, selects, self.counted_layer)
 
     def _plan(
-        self, common: CommonAttentionMetadata, decisions: list[tuple[int, bool]]
-    ) -> StepPlan | CapturedPlan:
+        self, common: CommonAttentionMetadata, rows: list[SequenceStep]
+    ) -> tuple[StepPlan | CapturedPlan, bool]:
+        decisions = self.schedule.step(rows)
         layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         size = self.config.query_block_size
         if self.buffers is not None and common.max_query_len == 1:
-            return self.buffers.plan(layout, size, decisions)
+            return self.buffers.plan(layout, size, decisions), True
         layout.split_on_host(size, host_seq_lens(common), common.query_start_loc_cpu)
         plan = StepPlan.make(layout, size, decisions)
-        self._count(plan)
-        return plan
+        return plan, self._selects(plan, sum(row.decoding for row in rows))
 
-    def _count(self, plan: StepPlan) -> None:
+    def _selects(self, plan: StepPlan, num_decoding: int) -> bool:
+        """Counts a step's query blocks; whether its layers have anything to select."""
         blocks = plan.layout.query_blocks(self.config.query_block_size)[:, 2:].tolist()
         sinks, pruned = self.config.num_sink_tokens, self.num_pruned
         short = sum(self.config.window_start(first, rows) <= sinks for rows, first in blocks)
@@ -178,8 +185,14 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add(name, short * pruned, "short")
         self.tally.add(name, len(blocks) * dense, "dense_layer")
         self.tally.add(name, len(blocks) * self.windowed, "model_window")
-        self.tally.add("hipserve_refreshes", len(plan.stored) * pruned)
+        if short == len(blocks):
+            visible = sum(rows * first + rows * (rows + 1) // 2 for rows, first in blocks)
+            for keys in ("hipserve_keys_read", "hipserve_keys_visible"):
+                self.tally.add(keys, visible if pruned else 0)
+            return False
+        self.tally.add("hipserve_refreshes", (num_decoding - len(plan.kept)) * pruned)
         self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
+        return pruned > 0
 
 
 def refuse_without_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -198,18 +211,23 @@ def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
     return common.seq_lens.cpu() if bound is None else bound[: common.num_reqs]
 
 
-def sequences(common: CommonAttentionMetadata, rows: Any) -> list[SequenceStep]:
+def sequences(common: CommonAttentionMetadata, rows: Any, config: HiPConfig) -> list[SequenceStep]:
+    """What every row does; one that reads every key keeps nothing and counts as no decode row."""
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
     seq_lens = host_seq_lens(common).tolist()
+    pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
     return [
         SequenceStep(
             rows[i] if rows else None,
             seq_lens[i],
-            lens[i] == 1 and not (i < len(prefilling) and prefilling[i]),
+            lens[i] == 1 and pruned[i] and not (i < len(prefilling) and prefilling[i]),
         )
         for i in range(common.num_reqs)
     ]
+
+
+layer_index = functools.cache(extract_layer_index)
 
 
 class HiPImpl(AttentionImpl[HiPStep]):
@@ -245,7 +263,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
 
     def is_dense(self, layer_name: str) -> bool:
         """The layer reads every key, or those of the model's own window."""
-        dense = extract_layer_index(layer_name) in self.config.dense_layers
+        dense = layer_index(layer_name) in self.config.dense_layers
         return dense or self.sliding_window > 0
 
     def pages(self, kv_cache: Tensor) -> PagedKV:
@@ -255,51 +273,36 @@ class HiPImpl(AttentionImpl[HiPStep]):
             self._pages = (address, page_views(kv_cache, self.config, not self.sliding_window))
         return self._pages[1]
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,  # noqa: ARG002
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Writes the step's keys and values and brings the bounds of their runs up to date."""
-        count = slot_mapping.shape[0]
-        write_kv(
-            key[:count],
-            value[:count],
-            self.pages(kv_cache),
-            slot_mapping,
-            bound_block_size=self.config.bound_block_size,
-            check=False,
-        )
-
     def forward(
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,  # noqa: ARG002
-        value: Tensor,  # noqa: ARG002
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: HiPStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,  # noqa: ARG002
         output_block_scale: Tensor | None = None,  # noqa: ARG002
     ) -> Tensor:
-        """Attention of `query` `[num_tokens, num_q_heads, head_dim]`, written into `output`."""
+        """Attention of `query` `[num_tokens, num_q_heads, head_dim]`, written into `output`.
+
+        Keys and values of the step come first, unless another layer writes the pages.
+        """
         if attn_metadata is None:
             return output.fill_(0)
+        step, kv = attn_metadata, self.pages(kv_cache)
+        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            self._write(key, value, kv, step)
         began = time.perf_counter()
-        count, plan = attn_metadata.num_tokens, attn_metadata.plan
-        q, kv = query[:count], self.pages(kv_cache)
-        selection = None
-        if not self.is_dense(layer.layer_name):
-            selection = self.selections.select(q, kv, plan, self.config)
+        q, selection = first_rows(query, step.num_tokens), None
+        if step.selects and not self.is_dense(layer.layer_name):
+            selection = self.selections.select(q, kv, step.plan, self.config)
         selected = time.perf_counter()
         out, _ = block_sparse_attention(
             q,
             kv,
-            plan.layout,
+            step.plan.layout,
             selection,
             config=self.config,
             sliding_window=self.sliding_window,
@@ -307,20 +310,35 @@ class HiPImpl(AttentionImpl[HiPStep]):
             softcap=self.softcap,
             check=False,
         )
-        output[:count] = out
-        if isinstance(plan, StepPlan) and output.device.type == "cpu":
-            counted = layer.layer_name == attn_metadata.counted_layer
-            self._count(selection if counted else None, plan, selected - began)
+        first_rows(output, step.num_tokens).copy_(out)
+        if isinstance(step.plan, StepPlan) and output.device.type == "cpu":
+            self.tally.add("hipserve_selection_seconds", selected - began)
             self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
+            if selection is not None and layer.layer_name == step.counted_layer:
+                self._count(selection, step.plan)
         return output
 
-    def _count(self, selection: BlockSelection | None, plan: StepPlan, seconds: float) -> None:
+    def _write(self, key: Tensor, value: Tensor, kv: PagedKV, step: HiPStep) -> None:
+        """Writes the step's keys and values and brings the bounds of their runs up to date."""
+        write_kv(
+            first_rows(key, step.num_tokens),
+            first_rows(value, step.num_tokens),
+            kv,
+            step.slot_mapping,
+            bound_block_size=self.config.bound_block_size,
+            check=False,
+        )
+
+    def _count(self, selection: BlockSelection, plan: StepPlan) -> None:
         """Reading numbers back would stall a GPU, so that only CPUs count."""
-        self.tally.add("hipserve_selection_seconds", seconds)
-        if selection is not None:
-            read, visible = selection.keys_read(plan.layout, self.config)
-            self.tally.add("hipserve_keys_read", float(read))
-            self.tally.add("hipserve_keys_visible", float(visible))
+        read, visible = selection.keys_read(plan.layout, self.config)
+        self.tally.add("hipserve_keys_read", float(read))
+        self.tally.add("hipserve_keys_visible", float(visible))
+
+
+def first_rows(x: Tensor, count: int) -> Tensor:
+    """The rows that are no padding; most steps have none, and a slice costs more than asking."""
+    return x if x.shape[0] == count else x[:count]
 
 
 def page_views(kv_cache: Tensor, config: HiPConfig, prunable: bool) -> PagedKV:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import mmap
 import os
 import shutil
 import tempfile
@@ -69,10 +70,13 @@ def directory(instance_id: str) -> Path:
 class Tally:
     """The numbers of this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, worker: str = "") -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.path = folder / f"worker-{os.getpid()}"
-        self._values = np.memmap(self.path, np.float64, "w+", shape=len(METRICS))
+        self.path = folder / f"worker-{worker or os.getpid()}"
+        with self.path.open("w+b") as file:
+            file.truncate(8 * len(METRICS))
+            # Layers add several numbers each: to a view of doubles, which costs less than an array.
+            self._values = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
         atexit.register(self.remove)
 
     def add(self, name: str, value: float, reason: Reason | None = None) -> None:

@@ -80,11 +80,18 @@ class Server:
         own = dict(os.environ)
         if self.api_key:
             own["VLLM_API_KEY"] = self.api_key  # not on the command line, where others read it
-        workers = self._number("--tensor-parallel-size", "-tp")
-        workers *= self._number("--pipeline-parallel-size", "-pp")
         if "VLLM_CPU_OMP_THREADS_BIND" not in own and _on_cpu():
-            own["VLLM_CPU_OMP_THREADS_BIND"] = share_cores(sorted(_cores()), workers)
+            own["VLLM_CPU_OMP_THREADS_BIND"] = share_cores(sorted(_cores()), self.num_workers)
         return own
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes on this host."""
+        ranks = self._number("--tensor-parallel-size", "-tp")
+        ranks *= self._number("--pipeline-parallel-size", "-pp")
+        replicas = self._number("--data-parallel-size", "-dp")
+        replicas = self._number("--data-parallel-size-local", "-dpl", otherwise=replicas)
+        return max(ranks // self._number("--nnodes", "-n"), 1) * replicas
 
     @property
     def url(self) -> str:
@@ -107,12 +114,12 @@ class Server:
             word for flag, value in flags.items() if flag not in given for word in (flag, value)
         ]
 
-    def _number(self, *names: str) -> int:
+    def _number(self, *names: str, otherwise: int = 1) -> int:
         for flag, value in itertools.pairwise((*self.flags, "")):
             if normal(flag) in names:
                 text = flag.partition("=")[2] or value
-                return int(text) if text.isdigit() else 1
-        return 1
+                return int(text) if text.isdigit() else otherwise
+        return otherwise
 
 
 def normal(flag: str) -> str:
@@ -254,6 +261,10 @@ class Client:
         ]
         bounds = sum(_values(metrics, "hipserve_page_bound_bytes"))
         return Facts(model["id"], model["max_model_len"], sum(blocks), int(bounds))
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        return sum(_values(self._read("/metrics"), name))
 
     def _read(self, path: str) -> str:
         request = urllib.request.Request(self._server.url + path)
