@@ -113,13 +113,19 @@ def attend(recorder: Recorder, case: str, query_len: int, selected: bool, head_d
     )
 
 
-def select(recorders: dict[str, Recorder], case: str, query_len: int, config: HiPConfig) -> None:
+def select(
+    recorders: dict[str, Recorder],
+    case: str,
+    query_len: int,
+    config: HiPConfig,
+    head_dim: int = 128,
+) -> None:
     for recorder in recorders.values():
         recorder.case = case
-    q = torch.empty(query_len, 32, 128, dtype=torch.bfloat16)
-    pages = torch.empty(16, 256, 8, 128, dtype=torch.bfloat16)
+    q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
     runs = bound_offsets(256, config.bound_block_size)[-1]
-    bounds = torch.empty(16, runs, 8, 2, 128, dtype=torch.bfloat16)
+    bounds = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
     blocks = -(-query_len // 64)
     selection.select_blocks(
         q,
@@ -157,6 +163,7 @@ def main() -> None:
         attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "decode", 1, HiPConfig())
         select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
+        select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
         write()
     sys.stdout.write(json.dumps(found))
 

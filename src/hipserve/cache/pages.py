@@ -16,6 +16,9 @@ from hipserve.types import BatchLayout, PagedKV, bound_offsets
 GROWTH = 0.25
 """A pool that is full grows by this share at least, so that copies stay rare."""
 
+FEW_SLOTS = 64
+"""So many slots are told one by one; more of them page by page."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -189,9 +192,18 @@ class PagedLayer:
     def _slots(self, counts: list[int], device: torch.device) -> Tensor:
         """`[sum of counts]` int64: where the next `counts` keys of every sequence go."""
         size = self.page_size
-        slots = [
-            table[position // size] * size + position % size
-            for table, begin, count in zip(self._tables, self.lengths, counts, strict=True)
-            for position in range(begin, begin + count)
-        ]
-        return torch.tensor(slots, dtype=torch.int64, device=device)
+        writes = list(zip(self._tables, self.lengths, counts, strict=True))
+        if sum(counts) <= FEW_SLOTS:
+            slots = [
+                table[position // size] * size + position % size
+                for table, begin, count in writes
+                for position in range(begin, begin + count)
+            ]
+            return torch.tensor(slots, dtype=torch.int64, device=device)
+        inside = torch.arange(size, device=device)
+        parts: list[Tensor] = []
+        for table, begin, count in writes:
+            pages = torch.tensor(table[begin // size : -(-(begin + count) // size)], device=device)
+            every = (pages.long()[:, None] * size + inside).flatten()
+            parts.append(every.narrow(0, begin % size, count))
+        return torch.cat(parts)

@@ -698,7 +698,7 @@ def launch_options(tiling: Tiling, LEVEL: int | None = None) -> tuple[int, dict[
 
     `LEVEL` is of `score_kernel`: a bound level, or -1 for keys.
     """
-    if tiling.dim > 128:
+    if tiling.dim > 128 or tiling.row_tiles > 1:
         return 32, {"num_warps": 8, "num_stages": 1}
     if tiling.rows == 16:
         return 64 if LEVEL is not None and LEVEL >= 0 else 128, {"num_warps": 4, "num_stages": 1}
