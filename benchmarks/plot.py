@@ -1,6 +1,7 @@
-"""Draws the speed of attention from a CSV of `hipserve bench attention`, as a small SVG.
+"""Draws the speed of attention as a small SVG, from a CSV of either benchmark.
 
 python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
+python benchmarks/plot.py docs/data/attention-gpu.csv docs/speed-gpu.svg
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-PANELS = (
-    ("prefill", {"sdpa": "torch SDPA", "dense": "our dense kernel", "hip": "HiP"}),
-    ("decode", {"sdpa": "torch SDPA", "dense": "our dense kernel", "hip reused": "HiP"}),
-)
-COLORS = {"sdpa": "#8a8a8a", "dense": "#4477aa", "hip": "#cc3311", "hip reused": "#cc3311"}
+NAMES = {"sdpa": "torch SDPA", "dense": "our dense kernel", "hip": "HiP"}
+COLORS = {"sdpa": "#8a8a8a", "dense": "#4477aa", "hip": "#cc3311"}
 TITLES = {"prefill": "Prefill of one layer", "decode": "One decode step of one layer"}
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 860, 360, 64, 64, 56, 420
 INNER_WIDTH, INNER_HEIGHT = 240, HEIGHT - TOP - BOTTOM
@@ -23,19 +21,42 @@ INNER_WIDTH, INNER_HEIGHT = 240, HEIGHT - TOP - BOTTOM
 Series = dict[str, list[tuple[int, float]]]
 
 
-def read(path: Path) -> tuple[dict[str, str], dict[str, Series]]:
-    """Provenance, and for each phase the (length, seconds) of each contender."""
+def read(path: Path) -> tuple[str, dict[str, Series]]:
+    """Where the numbers come from, and for each phase the (length, seconds) of each contender."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
-    header = {key: value for key, _, value in comments}
+    comments = [line[2:] for line in lines if line.startswith("# ")]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    if "what" in rows[0]:
+        return f"{comments[0]}; default configuration, batch 1", read_gpu(rows)
+    header = {key: value for key, _, value in (comment.partition(": ") for comment in comments)}
+    caption = (
+        f"{header['cpu']}, {header['isa']}, {header['threads']} thread(s), {header['clock']} "
+        f"clock; {header['heads']} heads of {header['head_dim']}, {header['dtype']}, "
+        f"budget {header['config.budget']}; every decode step selects"
+    )
     phases: dict[str, Series] = {}
-    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+    for row in rows:
         series = phases.setdefault(row["phase"], {})
         series.setdefault(row["contender"], []).append((int(row["length"]), float(row["seconds"])))
-    return header, phases
+    return caption, phases
+
+
+def read_gpu(rows: list[dict[str, str]]) -> dict[str, Series]:
+    """The same from `benchmarks/gpu.py speed`: batch 1, every decode step selecting."""
+    phases: dict[str, Series] = {}
+    for row in sorted((row for row in rows if row["batch"] == "1"), key=lambda r: int(r["length"])):
+        prefill = row["what"] == "prefill"
+        names = ("dense_ms", "hip_ms") if prefill else ("dense_us", "refresh1_us")
+        for contender, name in zip(("sdpa", "hip"), names, strict=True):
+            seconds = float(row[name]) * (1e-3 if prefill else 1e-6)
+            series = phases.setdefault(row["what"], {})
+            series.setdefault(contender, []).append((int(row["length"]), seconds))
+    return phases
 
 
 def label_length(length: int) -> str:
+    if length % 2**20 == 0:
+        return f"{length // 2**20}M"
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
@@ -62,7 +83,7 @@ class Panel:
         share = (math.log10(seconds) - self.low) / max(self.high - self.low, 1)
         return TOP + INNER_HEIGHT * (1 - share)
 
-    def draw(self, names: dict[str, str]) -> list[str]:
+    def draw(self) -> list[str]:
         out = [text(self.left, TOP - 16, self.title, size=14, weight="bold")]
         for power in range(self.low, self.high + 1):
             y = self.y(10.0**power)
@@ -71,8 +92,8 @@ class Panel:
         for length in self.lengths:
             label = label_length(length)
             out.append(text(self.x(length), HEIGHT - BOTTOM + 18, label, anchor="middle"))
-        for name, label in names.items():
-            out += self.draw_line(name, label)
+        for name, label in NAMES.items():
+            out += self.draw_line(name, label) if name in self.series else []
         return out
 
     def draw_line(self, name: str, label: str) -> list[str]:
@@ -106,22 +127,16 @@ def text(
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content)}</text>'
 
 
-def draw(header: dict[str, str], phases: dict[str, Series]) -> str:
+def draw(caption: str, phases: dict[str, Series]) -> str:
     """The whole picture."""
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
-    for i, (phase, names) in enumerate(PANELS):
+    for i, (phase, title) in enumerate(TITLES.items()):
         if phase in phases:
-            out += Panel(LEFT + i * GAP, TITLES[phase], phases[phase]).draw(names)
-    caption = (
-        f"{header['cpu']}, {header['isa']}, {header['threads']} thread(s), {header['clock']} "
-        f"clock; {header['heads']} heads of {header['head_dim']}, {header['dtype']}, "
-        f"budget {header['config.budget']}; decode selects every "
-        f"{header['config.refresh_interval']} steps"
-    )
+            out += Panel(LEFT + i * GAP, title, phases[phase]).draw()
     return "\n".join([*out, text(LEFT, HEIGHT - 12, caption), "</svg>"]) + "\n"
 
 

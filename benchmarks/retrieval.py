@@ -1,6 +1,6 @@
 """Retrieval with all tasks in one document: what `hipserve eval retrieval` asks, at less cost.
 
-    python benchmarks/retrieval.py --length 32k --documents 8 --json docs/data/retrieval-32k.json
+    python benchmarks/retrieval.py --length 32k --documents 8
 
 Every document hides one pass key, eight needles, 32 hexadecimal pairs and one chain of variables at
 random depths of the Python language reference. It is read once under each configuration; then each

@@ -21,7 +21,7 @@ Budget = Annotated[
     typer.Option(parser=parse_count, metavar="KEYS", help="Keys a query block reads, such as 1k."),
 ]
 Selector = Annotated[str | None, typer.Option(help="tree, bound or tree+bound.")]
-Preset = Annotated[str, typer.Option(help="default, fast, text or paper.")]
+Preset = Annotated[str, typer.Option(help="default, fast or paper.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="HiPConfig as TOML or JSON.")
 ]
