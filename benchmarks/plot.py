@@ -93,7 +93,8 @@ class Panel:
             label = label_length(length)
             out.append(text(self.x(length), HEIGHT - BOTTOM + 18, label, anchor="middle"))
         for name, label in NAMES.items():
-            out += self.draw_line(name, label) if name in self.series else []
+            if name in self.series:
+                out += self.draw_line(name, label)
         return out
 
     def draw_line(self, name: str, label: str) -> list[str]:
@@ -136,7 +137,8 @@ def draw(caption: str, phases: dict[str, Series]) -> str:
     ]
     for i, (phase, title) in enumerate(TITLES.items()):
         if phase in phases:
-            out += Panel(LEFT + i * GAP, title, phases[phase]).draw()
+            named = {name: phases[phase][name] for name in NAMES if name in phases[phase]}
+            out += Panel(LEFT + i * GAP, title, named).draw()
     return "\n".join([*out, text(LEFT, HEIGHT - 12, caption), "</svg>"]) + "\n"
 
 
