@@ -34,7 +34,7 @@ class HiPConfig:
         budget: keys that a query block reads between the sinks and its window.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends boxes around runs
-            of keys, which cannot overlook a needle. `tree+bound` splits the budget between both.
+            of keys, which a single peak stretches. `tree+bound` splits the budget between both.
         representative: block of a range that stands for it in the tree.
         query_block_size: query rows that share one selection.
         key_block_size: keys that are chosen together.
