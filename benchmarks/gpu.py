@@ -336,11 +336,11 @@ def tune_one(
     attend = lambda: block_sparse_attention(q, kv, layout, chosen, config=config, check=False)  # noqa: E731
     search = lambda: select_blocks(q, kv, layout, config=config, check=False)  # noqa: E731
     say(f"tune {what}: attend {1000 * timed(attend):.1f} us, select {1000 * timed(search):.1f} us")
+    usual = selection.launch_options
     for level in (None, 2, 1, 0, -1):
         for keys, warps, stages in steps:
             option = (keys, {"num_warps": warps, "num_stages": stages})
-            usual = selection.launch_options
-            selection.launch_options = lambda tiling, LEVEL=None, o=option, at=level, usual=usual: (  # noqa: N803
+            selection.launch_options = lambda tiling, LEVEL=None, o=option, at=level: (  # noqa: N803
                 o if at == LEVEL else usual(tiling, LEVEL)
             )
             try:

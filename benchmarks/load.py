@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hipserve.bench.load import Outcome, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import ask, english, running
+from hipserve.bench.serve import ask, english, free_port, running
 from hipserve.config import HiPConfig
 from hipserve.integrations.vllm.server import Client, Server
 from hipserve.models.bundled import bundled_path
@@ -35,11 +34,10 @@ ALONE = {"running": 0, "waiting": 0, "kv_usage": 0}
 
 @contextmanager
 def serving(*flags: str) -> Iterator[tuple[Server, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "64")
-    server = Server(str(bundled_path()), "load", HiPConfig(), port=port, flags=common + flags)
+    server = Server(
+        str(bundled_path()), "load", HiPConfig(), port=free_port(), flags=common + flags
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         running(server, Path(folder) / "log") as process,

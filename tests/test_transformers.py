@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hipserve.attention.layer as attention_layer
+import hipserve.integrations.transformers as integration
 from hipserve import ArgumentError, HiPCache
+from hipserve.attention.dense import dense_rows
 
 PRUNED = {
     "budget": 32,
@@ -214,3 +217,32 @@ def test_refusals() -> None:
     model.set_attn_implementation("hip")
     with pytest.raises(ArgumentError, match="attention_mask"):
         model(prompts(), attention_mask=torch.ones(1, 1, 90, 90))
+
+
+@pytest.mark.parametrize("length", [40, 150])
+def test_a_head_by_torch_leaves_output_and_counts_alone(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with the first rows of a prompt, here with torch's kernels for CPUs."""
+    hip = {**PRUNED, "dense_below": 64, "dense_layers": [1]}
+    model, ids = build("llama", hip), prompts(2, length)
+
+    def run() -> tuple[torch.Tensor, tuple[float, float]]:
+        cache = HiPCache(model.config)
+        return model(ids, past_key_values=cache).logits, cache.count_keys()
+
+    def by_torch(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Any, **options: Any
+    ) -> torch.Tensor:
+        rows = dense_rows(config, q.shape[1])
+        heads = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(
+            *heads, is_causal=True, scale=options["sm_scale"], enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    expected, counts = run()
+    monkeypatch.setattr(integration, "dense_head", by_torch)
+    out, counts_by_torch = run()
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert counts_by_torch == counts

@@ -126,12 +126,6 @@ class BatchLayout:
             self._query_blocks[query_block_size] = blocks.to(self.seq_lens.device)
         return self._query_blocks[query_block_size]
 
-    def split_on_host(self, query_block_size: int, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
-        """Makes the query blocks from copies that the host has, so that no device is waited for."""
-        blocks = split_rows(seq_lens.tolist(), cu_seqlens_q.tolist(), query_block_size)
-        device = self.seq_lens.device
-        self._query_blocks[query_block_size] = blocks.to(device, non_blocking=True)
-
     def behind(self, position: int, query_block_size: int) -> BatchLayout:
         """The same batch without the query blocks that start before `position`."""
         key = (query_block_size, position)

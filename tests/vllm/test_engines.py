@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from engines import NEW, PRUNED, prompts
-from processes import free_port, get, post, scenario, serving
+from processes import get, post, scenario, serving
+
+from hipserve.bench.serve import free_port
 
 pytest.importorskip("vllm")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import free_port, get, post, serving
+from processes import get, post, serving
 
 from hipserve.bench.load import Leftover, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import english
+from hipserve.bench.serve import english, free_port
 from hipserve.integrations.vllm.server import Server
 from hipserve.models import bundled_path
 

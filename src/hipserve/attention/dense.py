@@ -27,24 +27,28 @@ def dense_rows(config: HiPConfig | None, query_len: int) -> int:
     return next((p for p in positions if config.window_start(p, size) > sinks), query_len)
 
 
-def torch_rows(
-    q: Tensor, k: Tensor, config: HiPConfig | None, softcap: float, backend: str = "auto"
-) -> int:
-    """How many of the first rows of whole sequences are left to torch: those that read everything.
+def dense_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: HiPConfig | None,
+    *,
+    sm_scale: float | None,
+    softcap: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The output of the first rows of whole sequences: those that read everything.
 
-    0 where torch's fused kernels are not the fastest or not able: off the GPU, in 32 bits, with a
-    softcap, or behind keys that are there already. q and k as in `hip_attention`.
+    `[batch, rows, num_q_heads, head_dim]` by cuDNN or FlashAttention; no rows where those are not
+    the fastest or not able: off the GPU, in 32 bits, with a softcap, or behind keys that are there
+    already. q, k and v as in `hip_attention`, `config` as in `dense_rows`.
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     able = q.is_cuda and half and q.shape[-1] <= 256 and k.shape[1] == q.shape[1] and not softcap
     if not able or backend != "auto" or torch.compiler.is_compiling():
-        return 0
-    return dense_rows(config, q.shape[1])
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
-    """Dense causal attention of `[batch, length, heads, head_dim]` by cuDNN or FlashAttention."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return q[:, :0]
+    rows = dense_rows(config, q.shape[1])
+    q, k, v = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(KERNELS, set_priority=True):
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=sm_scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hipserve.attention.dense import causal_attention, torch_rows
+from hipserve.attention.dense import dense_head
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -67,9 +67,11 @@ def hip_attention(
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    rows = 0 if return_lse else torch_rows(q, k, config, softcap, backend)
+    options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
+    head = q[:, :0] if return_lse else dense_head(q, k, v, config, **options)
+    rows = head.shape[1]
     if rows == query_len:
-        return causal_attention(q, k, v, sm_scale)
+        return head
     layout = whole_sequences(batch, query_len, k.shape[1], q.device)
     if rows:
         layout = layout.behind(rows, config.query_block_size)
@@ -81,14 +83,12 @@ def hip_attention(
         PagedKV(k, v, bounds),
         layout,
         config=config,
-        sm_scale=sm_scale,
-        softcap=softcap,
-        backend=backend,
         check=False,
+        **options,
     )
     out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
-        out[:, :rows] = causal_attention(q[:, :rows], k[:, :rows], v[:, :rows], sm_scale)
+        out[:, :rows] = head
     return (out, lse.view(batch, query_len, num_q_heads)) if return_lse else out
 
 

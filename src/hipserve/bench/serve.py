@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import time
@@ -75,6 +76,13 @@ class Throughput:
     dense_tokens_per_second: float
     hip_tokens_per_second: float
     ratio: float
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

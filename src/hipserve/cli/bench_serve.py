@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import tempfile
 from dataclasses import asdict
@@ -35,7 +34,7 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""
-    from hipserve.bench.serve import as_csv, compare
+    from hipserve.bench.serve import as_csv, compare, free_port
     from hipserve.integrations.vllm.server import quick_start
 
     settings = options.make_config(config, preset, budget, selector)
@@ -81,10 +80,3 @@ def table(rows: list[Row]) -> Table:
             f"{row.decode_ratio:.2f}x",
         )
     return shown
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
 from hipserve.attention import SelectionReuse, attend, hip_attention
-from hipserve.attention.dense import causal_attention, torch_rows
+from hipserve.attention.dense import dense_head
 from hipserve.cache import PagedLayer
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -188,30 +188,29 @@ def _attend_pages(
         valid = None if bool(valid.all()) else valid
     batch, query_len = rows.shape[:2]
     fresh = layer.write(valid)
-    dense, first = None, 0
+    head = rows[:, :0]
     if fresh is not None and valid is None and query_len == layer.seen:
-        first = torch_rows(rows, fresh[0], config, options["softcap"])
+        head = dense_head(rows, *fresh, config, **options)
+    first = head.shape[1]
+    if config is not None:
         layer.reuse.count_dense(batch, first)
-    if fresh is not None and first:
-        k, v = (x[:, :first] for x in fresh)
-        dense = causal_attention(rows[:, :first], k, v, options["sm_scale"])
-        if first == query_len:
-            return dense
+    if first and first == query_len:
+        return head
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
     q = rows.flatten(0, 1) if valid is None else rows[valid]
     if config is None:
         out, _ = block_sparse_attention(q, layer.pages.pages, layout, check=False, **options)
     else:
-        if dense is not None:
+        if first:
             layout = layout.behind(first, config.query_block_size)
         out, _ = attend(
             q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
         )
     if valid is None:
         out = out.view(batch, query_len, *out.shape[1:])
-        if dense is not None:
-            out[:, :first] = dense
+        if first:
+            out[:, :first] = head
         return out
     padded = rows.new_zeros(rows.shape)
     padded[valid] = out

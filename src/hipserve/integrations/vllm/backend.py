@@ -170,7 +170,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         size = self.config.query_block_size
         if self.buffers is not None and common.max_query_len == 1:
             return self.buffers.plan(layout, size, decisions), True
-        layout.split_on_host(size, host_seq_lens(common), common.query_start_loc_cpu)
+        lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
+        layout = replace(layout, lengths=lengths)
         plan = StepPlan.make(layout, size, decisions)
         return plan, self._selects(plan, sum(row.decoding for row in rows))
 
@@ -186,7 +187,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add(name, len(blocks) * dense, "dense_layer")
         self.tally.add(name, len(blocks) * self.windowed, "model_window")
         if short == len(blocks):
-            visible = sum(rows * first + rows * (rows + 1) // 2 for rows, first in blocks)
+            visible = plan.layout.keys_visible or 0
             for keys in ("hipserve_keys_read", "hipserve_keys_visible"):
                 self.tally.add(keys, visible if pruned else 0)
             return False
