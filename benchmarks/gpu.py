@@ -1,7 +1,7 @@
 """HiP attention on one GPU beside the fastest dense attention there: one command, one CSV.
 
     python benchmarks/gpu.py check            # kernels against the definition
-    python benchmarks/gpu.py tune             # launch options, timed
+    python benchmarks/gpu.py tune             # tiles of the search, timed
     python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
     python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
 
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
+from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
@@ -225,7 +226,10 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def decode_inputs(
     length: int, batch: int, config: HiPConfig, seed: int = 0
 ) -> tuple[Tensor, PagedKV, BatchLayout]:
-    """One row for each of `batch` sequences in shuffled pages, the same pages for every seed."""
+    """One row for each of `batch` sequences in shuffled pages, the same pages for every seed.
+
+    The pages are those of `HiPCache`: a head's keys lie together.
+    """
     g = torch.Generator("cuda").manual_seed(length + batch)
     count = length // PAGE
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
@@ -236,8 +240,18 @@ def decode_inputs(
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     options["generator"] = g.manual_seed(seed)
     q = torch.randn(batch, HEADS, DIM, **options)
-    k, v = torch.randn(2, batch * count, PAGE, KV_HEADS, DIM, **options)
-    return q, PagedKV(k, v, compute_bounds(k, bound_block_size=config.bound_block_size)), layout
+    kv = empty_pages(batch * count, PAGE, config.bound_block_size, q[:, :KV_HEADS])
+    assert kv.k_bounds is not None
+    for x in (kv.k_cache, kv.v_cache):
+        x.normal_(generator=g)
+    kv.k_bounds.copy_(compute_bounds(kv.k_cache, bound_block_size=config.bound_block_size))
+    return q, kv, layout
+
+
+def contiguous(x: Tensor, layout: BatchLayout) -> Tensor:
+    """`[batch, length, num_kv_heads, head_dim]` out of the pages, a head's rows together."""
+    pages = x[layout.block_table.long()].permute(0, 3, 1, 2, 4)
+    return pages.flatten(2, 3).contiguous().transpose(1, 2)
 
 
 def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str, Any]:
@@ -277,10 +291,11 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
     eager = select_blocks(q[0], kvs[0], layout, config=config, check=False)
     assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
 
+    whole = [[contiguous(x, layout) for x in (kv.k_cache, kv.v_cache)] for kv in kvs]
+
     def dense(name: str) -> Callable[[], None]:
         def all_layers() -> None:
-            for i, kv in enumerate(kvs):
-                k, v = (x.view(batch, length, KV_HEADS, DIM) for x in (kv.k_cache, kv.v_cache))
+            for i, (k, v) in enumerate(whole):
                 dense_call(q[i][:, None], k, v, name)()
 
         return all_layers
@@ -309,17 +324,17 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
 
 
 def tune(length: int) -> None:
-    """Times launch options: attention and each step of the search, of prefill and of decode."""
+    """Times tiles of the search (`tile_keys`), of prefill and of decode, and attention as it is."""
     config = HiPConfig()
     q, k, v = inputs(length)
     kv, layout = paged(k, v, length, config)
-    tune_one("prefill", functools.partial(milliseconds, runs=4), q[0], kv, layout, STEPS)
+    tune_one("prefill", functools.partial(milliseconds, runs=4), q[0], kv, layout, TILES)
     del q, k, v, kv
     for batch in (1, 8):
         q, kv, layout = decode_inputs(131072, batch, config)
         name = f"decode, batch {batch}"
         tune_one(
-            name, lambda call: milliseconds(capture(call).replay, 20), q, kv, layout, LONE_STEPS
+            name, lambda call: milliseconds(capture(call).replay, 20), q, kv, layout, LONE_TILES
         )
 
 
@@ -329,30 +344,26 @@ def tune_one(
     q: Tensor,
     kv: PagedKV,
     layout: BatchLayout,
-    steps: list[tuple[int, int, int]],
+    tiles: list[tuple[int, int, int, int]],
 ) -> None:
     config = HiPConfig()
     chosen = select_blocks(q, kv, layout, config=config, check=False)
     attend = lambda: block_sparse_attention(q, kv, layout, chosen, config=config, check=False)  # noqa: E731
     search = lambda: select_blocks(q, kv, layout, config=config, check=False)  # noqa: E731
     say(f"tune {what}: attend {1000 * timed(attend):.1f} us, select {1000 * timed(search):.1f} us")
-    usual = selection.launch_options
-    for level in (None, 2, 1, 0, -1):
-        for keys, warps, stages in steps:
-            option = (keys, {"num_warps": warps, "num_stages": stages})
-            selection.launch_options = lambda tiling, LEVEL=None, o=option, at=level: (  # noqa: N803
-                o if at == LEVEL else usual(tiling, LEVEL)
-            )
-            try:
-                say(f"tune {what}: select, level {level} {option}: {1000 * timed(search):.1f} us")
-            except Exception as error:  # an option that does not fit is no option
-                say(f"tune {what}: {option}: {type(error).__name__} {str(error)[:80]}")
-            finally:
-                selection.launch_options = usual
+    usual = selection.tile_keys
+    for tile in tiles:
+        selection.tile_keys = lambda *_, t=tile: t
+        try:
+            say(f"tune {what}: select, {tile}: {1000 * timed(search):.1f} us")
+        except Exception as error:  # what does not fit is no option
+            say(f"tune {what}: {tile}: {type(error).__name__} {str(error)[:80]}")
+        finally:
+            selection.tile_keys = usual
 
 
-STEPS = [(32, 4, 2), (64, 4, 1), (64, 4, 2), (128, 4, 2), (64, 8, 2), (128, 4, 3)]
-LONE_STEPS = [(32, 4, 1), (64, 4, 1), (128, 4, 1), (128, 8, 1), (64, 4, 2), (32, 2, 1)]
+TILES = [(128, 64, 32, 2), (128, 64, 64, 1), (128, 32, 32, 2), (64, 64, 32, 2), (128, 128, 64, 2)]
+LONE_TILES = [(128, 64, 128, 1), (128, 32, 128, 1), (64, 64, 64, 1), (256, 64, 128, 1)]
 
 
 def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]]]:

@@ -131,6 +131,21 @@ def gpu_shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@functools.cache
+def gpu_processors(device: torch.device) -> int:
+    """Programs that are sure to run at the same time; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def chains_launches(device: torch.device) -> bool:
+    """The GPU starts a kernel while the one before it ends (Hopper and later)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def default_device() -> str:
     """The device a command uses unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"

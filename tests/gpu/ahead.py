@@ -68,7 +68,8 @@ class Recorder:
 
     def launch(self, grid: Any, *arguments: Any, **options: Any) -> None:
         compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-        self.found[f"{self.name} {self.case}".strip()] = needs(compiled)
+        step = f"{options['FIRST']}, " if "FIRST" in options else ""
+        self.found[f"{self.name} {step}{self.case}".strip()] = needs(compiled)
 
 
 def needs(compiled: Any) -> dict[str, int]:
@@ -120,20 +121,24 @@ def select(
     config: HiPConfig,
     head_dim: int = 128,
 ) -> None:
-    for recorder in recorders.values():
-        recorder.case = case
+    for name in ("rate", "search"):
+        recorders[f"{name}_kernel"].case = case
     q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
     runs = bound_offsets(256, config.bound_block_size)[-1]
     bounds = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
     blocks = -(-query_len // 64)
-    selection.select_blocks(
+    chosen = torch.zeros(blocks, 8, config.max_selected, dtype=torch.int32)
+    selection.refresh_blocks(
         q,
         pages,
         bounds if config.uses_bounds else None,
         torch.zeros(1, 512, dtype=torch.int32),
         torch.zeros(blocks, 4, dtype=torch.int32),
         config,
+        torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None,
+        chosen,
+        chosen[:, 0, 0].contiguous(),
     )
 
 
@@ -149,6 +154,8 @@ def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(NamedTarget(capability))
     attention.gpu_shared_memory = lambda device: SHARED[capability]
+    attention.chains_launches = selection.chains_launches = lambda device: capability >= 90
+    selection.gpu_processors = lambda device: 132
     found: dict[str, dict[str, int]] = {}
     recorders: dict[str, Recorder] = {}
     for module in (attention, selection, writing):
@@ -157,13 +164,15 @@ def main() -> None:
             setattr(module, name, recorders[name])
     attend(recorders["attention_kernel"], "prefill", 4096, True, 128)
     select(recorders, "prefill", 4096, HiPConfig())
+    select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
+    select(recorders, "decode", 1, HiPConfig())
     if capability == 90:
         attend(recorders["attention_kernel"], "dense", 4096, False, 128)
         attend(recorders["attention_kernel"], "decode", 1, True, 128)
         attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
-        select(recorders, "decode", 1, HiPConfig())
-        select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
+        select(recorders, "decode, head_dim 256", 1, HiPConfig(), head_dim=256)
+        select(recorders, "decode, both selectors", 1, HiPConfig(selector="tree+bound"))
         write()
     sys.stdout.write(json.dumps(found))
 

@@ -20,8 +20,7 @@ KERNELS = {
     "attention_kernel",
     "merge_kernel",
     "rate_kernel",
-    "score_kernel",
-    "choose_kernel",
+    "search_kernel",
     "write_kernel",
     "bounds_kernel",
 }

@@ -1,9 +1,21 @@
-"""Device functions that the Triton kernels share: rows of a packed batch, keys in pages."""
+"""What the Triton kernels share: rows of a packed batch, keys in pages, launches in a chain."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+
+@triton.jit
+def follow(CHAINED: tl.constexpr):
+    """Waits for all that earlier kernels wrote: the first thing that a chained kernel does.
+
+    Hopper's programmatic dependent launch starts a kernel while the one before it ends. Every
+    program waits, so that each kernel ends after all those before it.
+    """
+    if CHAINED:
+        gdc_wait()
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.ops.gather import key_offsets, load_tile
-from hipserve.platform import gpu_shared_memory
+from hipserve.ops.gather import follow, key_offsets, load_tile
+from hipserve.platform import chains_launches, gpu_shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -24,8 +24,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 MAX_ROWS = 256
 WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
-PROGRAMS = 512
+PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: their keys are split."""
+MAX_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Tiling:
     windowed: bool
     capped: bool
     same_strides: bool
+    chained: bool
 
 
 @triton.jit
@@ -128,6 +130,7 @@ def attention_kernel(
     softcap,
     TILING: tl.constexpr,
 ):
+    follow(TILING.chained)
     split = tl.program_id(0) % TILING.splits
     row_tile = tl.program_id(0) // TILING.splits % TILING.row_tiles
     block = num_query_blocks - 1 - tl.program_id(0) // (TILING.splits * TILING.row_tiles)
@@ -215,18 +218,22 @@ def attention_kernel(
 
 
 @triton.jit
-def merge_kernel(parts, part_lse, out, out_strides, lse, num_tokens, TILING: tl.constexpr):
+def merge_kernel(
+    parts, part_lse, out, out_strides, lse, num_tokens, SPLITS: tl.constexpr, TILING: tl.constexpr
+):
     """Joins the splits of one row and head by their log-sum-exp."""
+    follow(TILING.chained)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads: tl.constexpr = TILING.heads * TILING.group_size
     d = tl.arange(0, TILING.dim)
-    split = tl.arange(0, TILING.splits)
+    split = tl.arange(0, SPLITS)
+    there = split < TILING.splits
     row = (split * num_tokens + token) * num_heads + head
-    sums = tl.load(part_lse + row)
+    sums = tl.load(part_lse + row, mask=there, other=-float("inf"))
     best = tl.max(sums, axis=0)
     weight = tl.exp2((sums - tl.where(best == -float("inf"), 0.0, best)) * LOG2E)
     total = tl.sum(weight, axis=0)
-    inside = (d < TILING.head_dim)[None, :]
+    inside = there[:, None] & (d < TILING.head_dim)[None, :]
     pieces = tl.load(parts + row[:, None] * TILING.head_dim + d[None, :], mask=inside, other=0.0)
     divisor = tl.where(total > 0, total, 1.0)
     joined = tl.sum(pieces * weight[:, None], axis=0) / divisor
@@ -299,11 +306,21 @@ def block_sparse_attention(
         sm_scale,
         softcap,
         TILING=tiling,
+        launch_pdl=tiling.chained,
         **launch_options(tiling),
     )
     if tiling.splits > 1:
         merge_kernel[(tokens, num_q_heads)](
-            parts, part_lse, out, out.stride()[:2], lse, tokens, TILING=tiling, num_warps=2
+            parts,
+            part_lse,
+            out,
+            out.stride()[:2],
+            lse,
+            tokens,
+            SPLITS=triton.next_power_of_2(tiling.splits),
+            TILING=tiling,
+            num_warps=2,
+            launch_pdl=tiling.chained,
         )
     return out, lse
 
@@ -331,20 +348,15 @@ def make_tiling(
     most = (MAX_ROWS if half else MAX_ROWS // 2) if wide else MAX_ROWS // 4
     rows = max(min(most, triton.next_power_of_2(max_rows * group)), 16)
     keys = 64 if half and dim <= 128 else 32
-    if wide and half and rows in (16, 128):
+    if wide and half and rows == 128:
         keys = 128
     row_tiles = -(-max_rows * group // rows)
     longest = block_table.shape[1] * k_cache.shape[1]
     if indices is not None:
         longest = min(longest, indices.shape[2] * key_block_size + num_sink_tokens + 1024)
     splits = 1
-    while (
-        max_rows == 1
-        and blocks * heads * splits < PROGRAMS
-        and 2 * splits * keys <= longest
-        and splits < 64
-    ):
-        splits *= 2
+    if max_rows == 1:
+        splits = max(min(PROGRAMS // (blocks * heads), longest // keys, MAX_SPLITS), 1)
     return Tiling(
         group,
         heads,
@@ -362,11 +374,14 @@ def make_tiling(
         sliding_window > 0,
         softcap > 0,
         k_cache.stride() == v_cache.stride(),
+        chains_launches(q.device),
     )
 
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
-    if tiling.rows >= 128 or tiling.keys == 128:
-        return {"num_warps": max(tiling.rows // 16, 4), "num_stages": 2}
+    if tiling.splits > 1:  # the more splits, the fewer tiles there are in each
+        return {"num_warps": 2, "num_stages": 1 if tiling.splits > 16 else 2}
+    if tiling.rows >= 128:
+        return {"num_warps": tiling.rows // 16, "num_stages": 2}
     return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}

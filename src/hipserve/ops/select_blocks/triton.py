@@ -1,19 +1,16 @@
-"""Block selection in Triton: the search of `reference.py`, one launch a step.
+"""Block selection in Triton: the search of `reference.py` in two launches.
 
-`rate_kernel` rates what rows read anyway; `score_kernel` keeps the best of one bound level and
-scores what lies below it, from the coarsest runs to the keys themselves; `choose_kernel` keeps the
-best of those and walks the tree. Where query blocks are few, several programs share a step's scores
-(each keeps for itself: that is cheaper than one more launch). Every query block and head has a
-scratch row of its own, which stays in cache. Nothing is sorted: `_keep_best` finds the count-th
-greatest score some bits at a time and compacts in position order.
+`rate_kernel` rates what rows read anyway. `search_kernel` scores the runs of each bound level and
+keeps the best, from the coarsest runs to the keys themselves, keeps the best key blocks, and walks
+the tree. Where query blocks are few, several programs share the scores of each; they wait for each
+other (`_meet`) and each keeps for itself. Every query block and head has a scratch row of its own,
+which stays in cache. Nothing is sorted: `_keep_best` finds the count-th greatest score by cutting
+ranges and compacts in position order.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -22,14 +19,16 @@ from torch import Tensor
 
 from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
-from hipserve.ops.gather import key_offsets, load_tile
+from hipserve.ops.gather import follow, key_offsets, load_tile
+from hipserve.platform import chains_launches, gpu_processors
 from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
 
 MAX_ROWS = 128
 SCRATCH_BYTES = 256 * 2**20
 PROGRAMS = 256
-"""Fewer programs than this leave a large GPU idle: the exact scores are split."""
-LEAST = tl.constexpr(-(2**31))
+"""Fewer programs than this leave a large GPU idle: several share a query block and head."""
+MAX_SHARERS = 16
+LEAST, SPAN = tl.constexpr(-(2**31)), tl.constexpr(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ class Tiling:
 
     `lengths`, `offsets` and `candidates` hold one entry a bound level, finest first; `blocks` and
     `beam` are the most key blocks that the re-rank and the tree see, `list_size` the longest list,
-    all powers of two.
+    all powers of two. `raters` and `searchers` are the programs of a query block and head; those
+    take `keys` at a time, and `runs` at bound levels. A launch does `together` of the `steps` of a
+    search: all of them for lone rows, whose time goes into launches and what they start with.
     """
 
     group_size: int
@@ -48,7 +49,10 @@ class Tiling:
     dim: int
     rows: int
     row_tiles: int
+    read_keys: int
     keys: int
+    runs: int
+    stages: int
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
     candidates: tuple[int, ...]
@@ -56,7 +60,11 @@ class Tiling:
     beam: int
     score_size: int
     list_size: int
-    parts: int
+    steps: int
+    together: int
+    raters: int
+    searchers: int
+    chained: bool
     keep: int = COARSE_KEEP
     lone_row: int = LONE_ROW
 
@@ -69,38 +77,36 @@ class Tiling:
 def _keep_best(scores, n, count, SIZE: tl.constexpr):
     """Which of the first `n` scores are the `count` greatest, and their places in order.
 
-    Ties go to the lower index. The threshold is built two bits at a time, on integers that order as
-    the scores do, until exactly `count` scores reach it; one sum carries the counts of all three
-    candidates.
+    Ties go to the lower index. The threshold is found by cutting its range in three, on integers
+    that order as the scores do, until exactly `count` scores reach it; one sum of 32 bits, which a
+    warp does in one instruction, carries both counts.
     """
     i = tl.arange(0, SIZE)
     there = i < n
     score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    PAIR: tl.constexpr = tl.int32 if SIZE < 2**15 else tl.int64
+    HALF: tl.constexpr = 16 if SIZE < 2**15 else 32
     wanted = tl.minimum(count, n)
-    threshold = LEAST
-    reached, shift = n, 30
-    while (reached > wanted) & (shift >= 0):
-        step = 1 << shift
-        one, two, three = threshold + step, threshold + step + step, threshold + step + step + step
-        counts = (there & (key >= one)).to(tl.int64)
-        counts += (there & (key >= two)).to(tl.int64) << 20
-        counts += (there & (key >= three)).to(tl.int64) << 40
+    low, span = tl.full([], LEAST, tl.int64), tl.full([], SPAN, tl.int64)  # where it lies
+    reached = n
+    while (reached > wanted) & (span > 1):
+        third = tl.maximum(span // 3, 1)
+        first, second = low + third, low + 2 * third
+        counts = (there & (key >= first.to(tl.int32))).to(PAIR)
+        counts += (there & (key >= second.to(tl.int32))).to(PAIR) << HALF
         counts = tl.sum(counts, axis=0)
-        first = (counts & 0xFFFFF).to(tl.int32)
-        second = (counts >> 20 & 0xFFFFF).to(tl.int32)
-        third = (counts >> 40).to(tl.int32)
-        reached = tl.where(first >= wanted, first, reached)
-        reached = tl.where(second >= wanted, second, reached)
-        reached = tl.where(third >= wanted, third, reached)
-        enough = (first >= wanted).to(tl.int32) + (second >= wanted).to(tl.int32)
-        threshold += step * (enough + (third >= wanted).to(tl.int32))
-        shift -= 2
-    above = there & (key > threshold)
-    equal = there & (key == threshold)
-    room = wanted - tl.sum(above.to(tl.int32))
-    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+        one, two = counts & ((1 << HALF) - 1), counts >> HALF
+        one, two = one.to(tl.int32), two.to(tl.int32)
+        low = tl.where(two >= wanted, second, tl.where(one >= wanted, first, low))
+        span = tl.where(two >= wanted, span - 2 * third, third)
+        reached = tl.where(two >= wanted, two, tl.where(one >= wanted, one, reached))
+    kept = there & (key >= low.to(tl.int32))
+    if reached > wanted:
+        equal = there & (key == low.to(tl.int32))
+        rank = tl.cumsum(equal.to(tl.int32), 0)
+        kept &= ~equal | (rank <= tl.sum(equal.to(tl.int32)) - (reached - wanted))
     return kept, tl.cumsum(kept.to(tl.int32), 0) - 1
 
 
@@ -129,41 +135,44 @@ def _weigh_sides(q_tile, REACH: tl.constexpr):
 @triton.jit
 def _base(base, tile, TILING: tl.constexpr):
     """`[rows]`: what `rate_kernel` found for the rows of a tile, over all of its parts."""
-    part = tl.arange(0, TILING.parts) * TILING.rows * TILING.row_tiles
+    part = tl.arange(0, TILING.raters) * TILING.rows * TILING.row_tiles
     row = tile * TILING.rows + tl.arange(0, TILING.rows)
     return tl.max(tl.load(base + part[:, None] + row[None, :]), axis=0)
 
 
 @triton.jit
 def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
-    """`[keys]`: each key's greatest score of any row, less that row's base."""
+    """`[keys]`: each key's greatest score of any row, less that row's base.
+
+    `first` is the first tile of queries and its base: mostly there is no other.
+    """
     KEYS: tl.constexpr = TILING.keys
     best = tl.full([KEYS], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
-    for tile in tl.static_range(TILES):
-        q_tile = first
+    for tile in tl.range(TILES, num_stages=1):
+        q_tile, less = first
         if TILING.row_tiles > 1:
             q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
+            less = _base(base, tile, TILING)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        less = _base(base, tile, TILING)
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
 
 @triton.jit
-def _greatest_in_box(sides, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
-    RUNS: tl.constexpr = TILING.keys
+    RUNS: tl.constexpr = TILING.runs
     best = tl.full([RUNS], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
-    for tile in tl.static_range(TILES):
-        to_high, to_low = sides
+    for tile in tl.range(TILES, num_stages=1):
+        to_high, to_low, less = first
         if TILING.row_tiles > 1:
             q_tile, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
             to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+            less = _base(base, tile, TILING)
         s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
         s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
-        less = _base(base, tile, TILING)
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
@@ -177,18 +186,19 @@ def _rate_read(
     A program of several looks at its part of the keys and writes its own base.
     """
     k, k_strides, table, page_size = keys_at
-    part = tl.program_id(2)
-    STEP: tl.constexpr = TILING.parts * TILING.keys
+    part = tl.program_id(0) % TILING.raters
+    KEYS: tl.constexpr = TILING.read_keys
+    STEP: tl.constexpr = TILING.raters * TILING.read_keys
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
-    for tile in tl.static_range(TILES):
+    for tile in tl.range(TILES, num_stages=1):
         q_tile, valid = _load_queries(queries, tile, CONFIG.query_stride, TILING)
         top = tl.full([ROWS], -float("inf"), tl.float32)
         if not CONFIG.relative_scores:
             top = tl.zeros([ROWS], tl.float32)
         else:
-            for start in range(part * TILING.keys, begin + last - end, STEP):
-                n = start + tl.arange(0, TILING.keys)
+            for start in tl.range(part * KEYS, begin + last - end, STEP, num_stages=TILING.stages):
+                n = start + tl.arange(0, KEYS)
                 there = n < begin + last - end
                 keys = tl.where(n < begin, n, end + n - begin)
                 rows = k + key_offsets(k_strides, table, page_size, keys, there)
@@ -238,24 +248,27 @@ def _runs_of(mine, LEVEL: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _keep_runs(mine, begin, end, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
-    """Keeps the best candidates of a level, in order; returns how many."""
+def _count_kept(begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """How many runs of a level are kept, below `kept` runs of the level above."""
     KEEP: tl.constexpr = (
         CONFIG.bound_budget * max(CONFIG.rerank, 1) * TILING.keep**LEVEL // TILING.lengths[LEVEL]
     )
-    counts = mine[3]
-    kept = 0
-    if TILING.levels - 1 > LEVEL:
-        kept = tl.load(counts + LEVEL + 1)
+    _, n = _candidates(begin, end, kept, LEVEL, TILING)
+    return tl.minimum(n, KEEP)
+
+
+@triton.jit
+def _keep_runs(
+    mine, begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr
+):
+    """Keeps the best candidates of a level, below `kept` runs of the level above, in order."""
+    count = _count_kept(begin, end, kept, LEVEL, CONFIG, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
-    chosen, place = _keep_best(_scores_of(mine, LEVEL, TILING), n, KEEP, TILING.candidates[LEVEL])
+    chosen, place = _keep_best(_scores_of(mine, LEVEL, TILING), n, count, TILING.candidates[LEVEL])
     c = tl.arange(0, TILING.candidates[LEVEL])
     run = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges)
     tl.store(_runs_of(mine, LEVEL, TILING) + place, run, mask=chosen)
-    kept = tl.minimum(n, KEEP)
-    tl.store(counts + LEVEL, kept)
     tl.debug_barrier()
-    return kept
 
 
 @triton.jit
@@ -264,34 +277,38 @@ def _score_runs(
     LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Scores the candidates of a level by their boxes."""
-    bounds, bounds_strides = bounds_at
-    _, _, table, page_size = keys_at
-    LENGTH: tl.constexpr = TILING.lengths[LEVEL]
     scores = _scores_of(mine, LEVEL, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
     q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    sides = _weigh_sides(q_tile, CONFIG.bound_reach)
-    step = tl.num_programs(2) * TILING.keys
-    for start in range(tl.program_id(2) * TILING.keys, n, step):
-        c = start + tl.arange(0, TILING.keys)
-        there = c < n
-        key = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges) * LENGTH
-        page = tl.load(table + key // page_size, mask=there, other=0).to(tl.int64)
-        place = TILING.offsets[LEVEL] + key % page_size // LENGTH
-        rows = bounds + page * bounds_strides[0] + place.to(tl.int64) * bounds_strides[1]
-        low_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
-        high_tile = load_tile(rows + bounds_strides[3], there, TILING.head_dim, TILING.dim)
+    to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+    sides = (to_high, to_low, _base(mine[2], 0, TILING))
+    first = tl.program_id(0) % TILING.searchers * TILING.runs
+    STEP: tl.constexpr = TILING.searchers * TILING.runs
+    c = first + tl.arange(0, TILING.runs)
+    for _ in tl.range(first, n, STEP, num_stages=1):
+        boxes = _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
+        low_tile = load_tile(boxes, c < n, TILING.head_dim, TILING.dim)
+        high_tile = load_tile(boxes + bounds_at[1][3], c < n, TILING.head_dim, TILING.dim)
         best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
-        tl.store(scores + c, best, mask=there)
+        tl.store(scores + c, best, mask=c < n)
+        c += STEP
 
 
 @triton.jit
-def _score_keys(
-    first, queries, keys_at, base, keys, there, CONFIG: tl.constexpr, TILING: tl.constexpr
-):
-    """`[keys // key_block_size]`: the greatest score of each block of the keys at `keys`."""
-    k, k_strides, table, page_size = keys_at
-    rows = k + key_offsets(k_strides, table, page_size, keys, there)
+def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING: tl.constexpr):
+    """Where the boxes of the candidates `c` are; asked for early, as the answer takes two loads."""
+    bounds, strides = bounds_at
+    _, _, table, page_size = keys_at
+    LENGTH: tl.constexpr = TILING.lengths[LEVEL]
+    key = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges) * LENGTH
+    page = tl.load(table + key // page_size, mask=c < n, other=0).to(tl.int64)
+    place = TILING.offsets[LEVEL] + key % page_size // LENGTH
+    return bounds + page * strides[0] + place.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def _score_keys(first, queries, base, rows, there, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """`[keys // key_block_size]`: the greatest score of each block of the keys at `rows`."""
     k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
     best = _greatest(first, queries, base, k_tile, CONFIG.query_stride, TILING)
     best = tl.where(there, best, -float("inf"))
@@ -301,21 +318,31 @@ def _score_keys(
 
 
 @triton.jit
+def _keys_of(i, total, runs, keys_at, SIZE: tl.constexpr):
+    """Where the i-th keys of the kept runs are; asked for early, as the answer takes two loads."""
+    k, k_strides, table, page_size = keys_at
+    keys = tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
+    return k + key_offsets(k_strides, table, page_size, keys, i < total)
+
+
+@triton.jit
 def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """Scores the blocks in the kept runs by their keys."""
     SIZE: tl.constexpr = CONFIG.bound_block_size
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     scores, runs = _scores_of(mine, -1, TILING), _runs_of(mine, 0, TILING)
     total = kept * SIZE
-    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    step = tl.num_programs(2) * TILING.keys
-    for start in range(tl.program_id(2) * TILING.keys, total, step):
-        i = start + tl.arange(0, TILING.keys)
-        there = i < total
-        keys = tl.load(runs + i // SIZE, mask=there, other=0) * SIZE + i % SIZE
-        best = _score_keys(first, queries, keys_at, mine[2], keys, there, CONFIG, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    first = (q_tile, _base(mine[2], 0, TILING))
+    begin = tl.program_id(0) % TILING.searchers * TILING.keys
+    STEP: tl.constexpr = TILING.searchers * TILING.keys
+    i = begin + tl.arange(0, TILING.keys)
+    for start in range(begin, total, STEP):
+        rows = _keys_of(i, total, runs, keys_at, SIZE)
+        best = _score_keys(first, queries, mine[2], rows, i < total, CONFIG, TILING)
         to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
         tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
+        i += STEP
 
 
 @triton.jit
@@ -383,7 +410,8 @@ def _by_tree(
     edge = (head + (i + 1).to(tl.int64) * count // BEAM).to(tl.int32)
     tl.store(nodes + stride + i, edge, mask=i < BEAM)
     tl.debug_barrier()
-    first, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    first = (q_tile, _base(base, 0, TILING))
     longest = (count + BEAM - 1) // BEAM
     while longest > 1:
         for start in range(0, 2 * BEAM, BLOCKS):
@@ -392,8 +420,9 @@ def _by_tree(
             left, right = _halves(c, nodes, 2 * BEAM, stride)
             block = _representative(left, right, CONFIG)
             block = tl.minimum(tl.maximum(block, head), end // SIZE - 1)
-            keys = block * SIZE + k % SIZE
-            best = _score_keys(first, queries, keys_at, base, keys, c < 2 * BEAM, CONFIG, TILING)
+            keys, there = block * SIZE + k % SIZE, c < 2 * BEAM
+            rows = keys_at[0] + key_offsets(keys_at[1], keys_at[2], keys_at[3], keys, there)
+            best = _score_keys(first, queries, base, rows, there, CONFIG, TILING)
             c = start + tl.arange(0, BLOCKS)
             left, right = _halves(c, nodes, 2 * BEAM, stride)
             best = tl.where(left < right, best, -float("inf"))
@@ -444,10 +473,24 @@ def _unite(a, n, b, m, ranks, out, TILING: tl.constexpr):
 
 
 @triton.jit
-def _open(q, k, pages, blocks, scratch, TILING: tl.constexpr):
-    """What the programs of one query block and head start from: queries, keys, scratch row."""
-    query_blocks, first_block = blocks
-    block, head = first_block + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+def _item(blocks, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
+    """Scratch row, query block and head of this program.
+
+    One head after the other, as its query blocks read the same keys; the last blocks, which see
+    most, come first.
+    """
+    item, count = tl.program_id(0) // PROGRAMS, tl.num_programs(0) // (PROGRAMS * TILING.heads)
+    return item, blocks[1] - 1 - item % count, item // count
+
+
+@triton.jit
+def _open(q, k, pages, blocks, scratch, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
+    """What the programs of one query block and head start from: queries, keys, scratch row.
+
+    The programs that share one follow each other, so that they run together.
+    """
+    query_blocks, _ = blocks
+    item, block, head = _item(blocks, PROGRAMS, TILING)
     q, q_strides = q
     k, k_strides = k
     block_table, table_stride, page_size = pages
@@ -458,13 +501,38 @@ def _open(q, k, pages, blocks, scratch, TILING: tl.constexpr):
     kv_head = head * TILING.kv_heads // TILING.heads
     table = block_table + seq.to(tl.int64) * table_stride
     keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
-    scores, lists, base, counts = scratch
-    item = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    scores, lists, base, met = scratch
+    item = item.to(tl.int64)
     scores += item * 2 * TILING.score_size
     lists += item * 5 * TILING.list_size
-    base += item * TILING.parts * TILING.rows * TILING.row_tiles
-    mine = (scores, lists, base, counts + item * 4)
-    return block, head, kv_head, (rows, q_strides[0], q_strides[1], num_rows), keys_at, mine
+    base += item * TILING.raters * TILING.rows * TILING.row_tiles
+    queries = (rows, q_strides[0], q_strides[1], num_rows)
+    return block, head, kv_head, queries, keys_at, (scores, lists, base, met + item)
+
+
+@triton.jit
+def _due(blocks, refresh, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
+    """The query block selects afresh: always, or as a flag on the device says."""
+    due = True
+    if refresh is not None:
+        _, block, _ = _item(blocks, PROGRAMS, TILING)
+        due = tl.load(refresh + block) != 0
+    return due
+
+
+@triton.jit
+def _meet(met, times, TILING: tl.constexpr):
+    """Waits until all programs that share the search were here so many times.
+
+    They all run at once: they follow each other, a GPU starts programs in order, and there are
+    never more of them than it has processors.
+    """
+    tl.debug_barrier()
+    if TILING.searchers > 1:
+        tl.atomic_add(met, 1, sem="release")
+        while tl.atomic_add(met, 0, sem="acquire") < times * TILING.searchers:
+            pass
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -473,10 +541,12 @@ def rate_kernel(
     CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Window, empty list, and each row's base."""
-    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
-    if refresh is not None:  # a flag on the device
-        if tl.load(refresh + block) == 0:
-            return
+    follow(TILING.chained)
+    if not _due(blocks, refresh, TILING.raters, TILING):
+        return
+    block, head, _, queries, keys_at, mine = _open(
+        q, k, pages, blocks, scratch, TILING.raters, TILING
+    )
     num_rows, position = queries[3], tl.load(blocks[0] + 4 * block + 3)
     begin = CONFIG.num_sink_tokens
     start = position - CONFIG.sliding_window + 1
@@ -485,9 +555,10 @@ def rate_kernel(
     below = tl.where(num_rows == 1, LONE, CONFIG.dense_below)
     sparse = (start - begin > CONFIG.budget) & (position + num_rows > below)
     end = tl.where(sparse, start, begin)
-    if tl.program_id(2) == 0:
+    if tl.program_id(0) % TILING.raters == 0:
         if head == 0:
             tl.store(window_start + block, end)
+        tl.store(mine[3], 0)
         out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
         i = tl.arange(0, TILING.list_size)
         tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
@@ -496,50 +567,53 @@ def rate_kernel(
 
 
 @triton.jit
-def score_kernel(
-    q, k, pages, blocks, scratch, refresh, window_start, bounds,
-    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
+def search_kernel(
+    q, k, pages, blocks, scratch, refresh, indices, window_start, bounds,
+    FIRST: tl.constexpr, END: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
-    """Keeps the best runs of the level above and scores what is in them: runs, or keys (-1)."""
-    block, _, kv_head, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
-    if refresh is not None:
-        if tl.load(refresh + block) == 0:
-            return
+    """The steps [FIRST, END) of a search. Each keeps the best of the one before and scores those:
+    runs of one bound level, or at last keys; the final one writes the chosen blocks."""
+    follow(TILING.chained)
+    if not _due(blocks, refresh, TILING.searchers, TILING):
+        return
+    block, head, kv_head, queries, keys_at, mine = _open(
+        q, k, pages, blocks, scratch, TILING.searchers, TILING
+    )
     begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
     if end <= begin:
         return
+    bounds_at = (bounds[0] + kv_head * bounds[1][2], bounds[1])
     kept = 0
-    if TILING.levels - 1 > LEVEL:
-        kept = _keep_runs(mine, begin, end, LEVEL + 1, CONFIG, TILING)
-    if LEVEL >= 0:
-        bounds, strides = bounds
-        bounds_at = (bounds + kv_head * strides[2], strides)
-        _score_runs(queries, keys_at, bounds_at, mine, begin, end, kept, LEVEL, CONFIG, TILING)
-    else:
+    LEVELS: tl.constexpr = TILING.levels
+    for n in tl.static_range(LEVELS):
+        if n >= FIRST and n < END:
+            _score_runs(
+                queries, keys_at, bounds_at, mine, begin, end, kept, LEVELS - 1 - n, CONFIG, TILING
+            )
+            if n + 1 < END:
+                _meet(mine[3], n + 1, TILING)
+        if n + 1 >= FIRST and n + 1 < END:
+            _keep_runs(mine, begin, end, kept, LEVELS - 1 - n, CONFIG, TILING)
+        kept = _count_kept(begin, end, kept, LEVELS - 1 - n, CONFIG, TILING)
+    STEPS: tl.constexpr = TILING.steps
+    if FIRST <= STEPS - 2 and STEPS - 2 < END and STEPS > LEVELS + 1:
         _score_blocks(queries, keys_at, mine, kept, CONFIG, TILING)
+        if STEPS == END:
+            _meet(mine[3], LEVELS + 1, TILING)
+    if STEPS == END:
+        if tl.program_id(0) % TILING.searchers == 0:
+            out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
+            _choose(queries, keys_at, mine, begin, end, kept, out, CONFIG, TILING)
 
 
 @triton.jit
-def choose_kernel(
-    q, k, pages, blocks, scratch, refresh, window_start, indices,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
+def _choose(
+    queries, keys_at, mine, begin, end, kept, out, CONFIG: tl.constexpr, TILING: tl.constexpr
+):
     """Writes the chosen blocks: the best of the kept runs, what the tree finds, or both."""
-    block, head, _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, TILING)
-    if refresh is not None:
-        if tl.load(refresh + block) == 0:
-            return
-    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
-    if end <= begin:
-        return
-    scores, lists, base, counts = mine
-    out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
-    i = tl.arange(0, TILING.list_size)
+    scores, lists, base, _ = mine
     if CONFIG.uses_bounds:
         found = out if CONFIG.selector == "bound" else lists + 4 * TILING.list_size
-        kept = tl.load(counts)
-        if not CONFIG.rerank:
-            kept = _keep_runs(mine, begin, end, 0, CONFIG, TILING)
         exact = _scores_of(mine, -1, TILING)
         n = _best_of_runs(exact, _runs_of(mine, 0, TILING), found, kept, CONFIG, TILING)
         tl.debug_barrier()
@@ -549,6 +623,7 @@ def choose_kernel(
         if CONFIG.uses_bounds:
             _unite(found, n, nodes, m, lists, out, TILING)
         else:
+            i = tl.arange(0, TILING.list_size)
             chosen = tl.load(nodes + i, mask=i < m, other=-1)
             tl.store(out + i, chosen, mask=i < CONFIG.max_selected)
 
@@ -597,54 +672,41 @@ def refresh_blocks(
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
     scratch_of = {
-        torch.float32: (2 * tiling.score_size, tiling.parts * tiling.rows * tiling.row_tiles),
-        torch.int32: (5 * tiling.list_size, 4),
+        torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
+        torch.int32: (5 * tiling.list_size, 1),
     }
     per_block = heads * 4 * sum(map(sum, scratch_of.values()))
     chunk = min(max(SCRATCH_BYTES // per_block, 1), blocks)
-    (scores, base), (lists, counts) = (
+    (scores, base), (lists, met) = (
         [torch.empty(chunk * heads * size, dtype=dtype, device=q.device) for size in sizes]
         for dtype, sizes in scratch_of.items()
     )
     bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
-    levels = range(tiling.levels - 1, -2 if config.rerank else -1, -1)
-    for first in range(0, blocks, max(chunk, 1)):
-        grid = (min(chunk, blocks - first), heads)
+    options = {"CONFIG": config, "TILING": tiling, "launch_pdl": tiling.chained}
+    wide = tiling.rows > 16 and (tiling.dim > 128 or tiling.row_tiles > 1)
+    for end in range(blocks, 0, -max(chunk, 1)):
+        items = min(chunk, end) * heads
         inputs = (
             (q, q.stride()[:2]),
             (k_cache, k_cache.stride()[:3]),
             (block_table, block_table.stride(0), k_cache.shape[1]),
-            (query_blocks, first),
-            (scores, lists, base, counts),
+            (query_blocks, end),
+            (scores, lists, base, met),
             refresh,
+            indices,
+            window_start,
         )
-        launch = functools.partial(_launch, config, tiling, inputs)
-        launch(rate_kernel, (*grid, tiling.parts), indices, window_start)
-        for level in levels if config.uses_bounds else ():
-            splits = count_splits(grid[0] * heads, config, tiling, level)
-            launch(score_kernel, (*grid, splits), window_start, bounds, LEVEL=level)
-        launch(choose_kernel, grid, window_start, indices)
-
-
-def _launch(
-    config: HiPConfig,
-    tiling: Tiling,
-    inputs: tuple[Any, ...],
-    kernel: Any,
-    grid: tuple[int, ...],
-    *rest: Any,
-    **level: int,
-) -> None:
-    keys, options = launch_options(tiling, **level)
-    tiling = dataclasses.replace(tiling, keys=max(keys, config.key_block_size))
-    kernel[grid](*inputs, *rest, CONFIG=config, TILING=tiling, **level, **options)
-
-
-def count_splits(items: int, config: HiPConfig, tiling: Tiling, level: int) -> int:
-    """Programs that share the scores of one level (-1: of the keys) of a query block and head."""
-    keys = launch_options(tiling, level)[0]
-    most = tiling.candidates[level] if level >= 0 else config.bound_budget * config.rerank
-    return max(min(PROGRAMS // max(items, 1), most // keys), 1)
+        rate_kernel[(items * tiling.raters,)](*inputs, num_warps=8 if wide else 4, **options)
+        for step in range(0, tiling.steps, tiling.together):
+            search_kernel[(items * tiling.searchers,)](
+                *inputs,
+                bounds,
+                num_stages=tiling.stages,
+                FIRST=step,
+                END=step + tiling.together,
+                num_warps=8 if wide else 4,
+                **options,
+            )
 
 
 def make_tiling(
@@ -673,6 +735,12 @@ def make_tiling(
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
     kept = [keep * COARSE_KEEP**level // length for level, length in enumerate(lengths)]
+    few = max(PROGRAMS // max(blocks * heads, 1), 1)
+    few = min(few, MAX_SHARERS, gpu_processors(q.device))
+    keys, runs, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows), few)
+    keys = max(keys, config.key_block_size)
+    shares = [keep // keys * (config.rerank > 0), *(count // runs for count in candidates)]
+    steps = len(lengths) + (2 if lengths and config.rerank else 1)
     return Tiling(
         group,
         heads,
@@ -681,7 +749,10 @@ def make_tiling(
         dim,
         rows,
         -(-stacked // rows),
-        0,
+        read_keys,
+        keys,
+        runs,
+        stages,
         tuple(lengths),
         bound_offsets(page_size, config.bound_block_size),
         tuple(candidates),
@@ -689,17 +760,23 @@ def make_tiling(
         beam,
         max([*candidates, blocks_seen, 2 * beam]),
         power(max([*kept, blocks_seen, beam, config.max_selected])),
-        min(max(power(PROGRAMS // max(blocks * heads, 1) // 2 + 1), 1), 8),
+        steps,
+        steps if max_rows == 1 else 1,
+        min(power(few // 2 + 1), 8),
+        max(min(few, max(shares)), 1) if lengths else 1,
+        chains_launches(q.device),
     )
 
 
-def launch_options(tiling: Tiling, LEVEL: int | None = None) -> tuple[int, dict[str, int]]:
-    """Keys of a tile, warps and pipeline depth, as `benchmarks/gpu.py tune` found them.
+def tile_keys(dim: int, rows: int, row_tiles: int, sharers: int) -> tuple[int, int, int, int]:
+    """Keys of a tile in the search, runs, keys read anyway; pipeline depth of the first.
 
-    `LEVEL` is of `score_kernel`: a bound level, or -1 for keys.
+    As `benchmarks/gpu.py tune` found them.
     """
-    if tiling.dim > 128 or tiling.row_tiles > 1:
-        return 32, {"num_warps": 8, "num_stages": 1}
-    if tiling.rows == 16:
-        return 64 if LEVEL is not None and LEVEL >= 0 else 128, {"num_warps": 4, "num_stages": 1}
-    return 128 if LEVEL == -1 else 32, {"num_warps": 4, "num_stages": 2}
+    if dim > 128:
+        return 32, 32, 32, 1
+    if row_tiles > 1:
+        return 64, 64, 64, 1
+    if rows == 16:
+        return 128, 32 if sharers == MAX_SHARERS else 64, 128, 1
+    return 128, 64, 32, 2
