@@ -81,7 +81,7 @@ def exhausted(requests: int, clients: int, longest: int) -> tuple[dict[str, Any]
 def drained(requests: int, clients: int, longest: int) -> tuple[dict[str, Any], bool]:
     """SIGTERM while 16 answers stream: all of them end, and so does the server."""
     del requests, clients, longest
-    with serving("--kv-cache-memory-bytes", str(1 << 30)) as (server, process):
+    with serving("--max-model-len", "8192") as (server, process):
         with ThreadPoolExecutor(16) as pool:
             prompt = english(str(bundled_path())).make(512)
             answers = [pool.submit(ask, server, prompt, 200, str(i)) for i in range(16)]

@@ -100,7 +100,8 @@ def running(server: Server, log: Path) -> Generator[subprocess.Popen[bytes]]:
         deadline, client = time.monotonic() + START_SECONDS, Client(server)
         while not client.healthy():
             if child.poll() is not None or time.monotonic() > deadline:
-                raise HipserveError(f"the server for {server.name} did not start; see {log}")
+                last = "\n".join(log.read_text("utf-8", "replace").splitlines()[-20:])
+                raise HipserveError(f"the server for {server.name} did not start:\n{last}")
             time.sleep(0.5)
         yield child
     finally:
