@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
+from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
@@ -258,8 +258,8 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
     """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides."""
     made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
     q, kvs, layout = [m[0] for m in made], [m[1] for m in made], made[0][2]
-    table, ints = layout.block_table, {"dtype": torch.int32, "device": "cuda"}
-    blocks = layout.query_blocks(config.query_block_size)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+    layout.query_blocks(config.query_block_size)  # kept: a graph cannot wait for the host
     refresh = torch.ones(batch, **ints)
     chosen = [
         BlockSelection(
@@ -273,10 +273,7 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
     def step() -> None:
         outs.clear()
         for i, kv in enumerate(kvs):
-            selection.refresh_blocks(
-                q[i], kv.k_cache, kv.k_bounds, table, blocks, config, refresh,
-                chosen[i].indices, chosen[i].window_start,
-            )  # fmt: skip
+            refresh_blocks(q[i], kv, layout, chosen[i], refresh, config=config)
             outs.append(
                 block_sparse_attention(q[i], kv, layout, chosen[i], config=config, check=False)[0]
             )

@@ -15,7 +15,13 @@ import torch
 
 from cases import Case, Shape, empty_pages, make_case, random_config, random_shape
 from hipserve import BackendError, HiPConfig, hip_attention
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.ops import (
+    block_sparse_attention,
+    compute_bounds,
+    refresh_blocks,
+    select_blocks,
+    write_kv,
+)
 from hipserve.platform import interpreting
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
@@ -100,22 +106,18 @@ def test_decode_splits_its_keys_and_merges_them() -> None:
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, None, HiPConfig()))
 
 
-def test_only_flagged_blocks_select_anew() -> None:
-    from hipserve.ops.select_blocks import triton
-
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_only_flagged_blocks_select_anew(backend: str) -> None:
     case = on_grid(make_case(Shape((400, 300, 350), (1, 1, 1))))
     q, kv, layout = moved(case)
-    fresh = select_blocks(q, kv, layout, config=SMALL, backend="triton")
-    indices, starts = torch.full_like(fresh.indices, 7), torch.full_like(fresh.window_start, 9)
+    fresh = select_blocks(q, kv, layout, config=SMALL, backend=backend)
+    kept = BlockSelection(torch.full_like(fresh.indices, 7), torch.full_like(fresh.window_start, 9))
     flags = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
-    blocks = layout.query_blocks(SMALL.query_block_size)
-    triton.refresh_blocks(
-        q, kv.k_cache, kv.k_bounds, layout.block_table, blocks, SMALL, flags, indices, starts
-    )
-    assert torch.equal(indices[[0, 2]], fresh.indices[[0, 2]])
-    assert torch.equal(starts[[0, 2]], fresh.window_start[[0, 2]])
-    assert bool((indices[1] == 7).all())
-    assert int(starts[1]) == 9
+    refresh_blocks(q, kv, layout, kept, flags, config=SMALL, backend=backend)
+    assert torch.equal(kept.indices[[0, 2]], fresh.indices[[0, 2]])
+    assert torch.equal(kept.window_start[[0, 2]], fresh.window_start[[0, 2]])
+    assert bool((kept.indices[1] == 7).all())
+    assert int(kept.window_start[1]) == 9
 
 
 def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.ops import select_blocks
+from hipserve.ops import refresh_blocks, select_blocks
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 
@@ -247,21 +248,23 @@ class RequestSelections:
         self, q: Tensor, kv: PagedKV, plan: CapturedPlan, config: HiPConfig, backend: str
     ) -> BlockSelection:
         """The same launches whatever the step: a row that keeps its own drops the new one."""
-        made = select_blocks(q, kv, plan.layout, config=config, backend=backend, check=False)
+        options: dict[str, Any] = {"config": config, "backend": backend}
         if config.refresh_interval == 1:
-            return made
-        self._allocate(made)
-        fresh = plan.refresh > 0
-        indices = torch.where(fresh[:, None, None], made.indices, self.indices[plan.slots])
-        window_start = torch.where(fresh, made.window_start, self.window_start[plan.slots])
-        self.indices[plan.slots], self.window_start[plan.slots] = indices, window_start
-        return BlockSelection(indices, window_start)
+            return select_blocks(q, kv, plan.layout, check=False, **options)
+        heads = kv.num_kv_heads if config.share_group else q.shape[1]
+        self._allocate(q.device, heads, config.max_selected)
+        selection = self._kept(plan.slots)
+        refresh_blocks(q, kv, plan.layout, selection, plan.refresh, **options)
+        self.indices[plan.slots] = selection.indices
+        self.window_start[plan.slots] = selection.window_start
+        return selection
 
-    def _allocate(self, selection: BlockSelection) -> None:
+    def _allocate(self, device: torch.device, heads: int, max_selected: int) -> None:
         if not self.indices.numel():
-            shape = (self.num_slots + 1, *selection.indices.shape[1:])
-            self.indices = selection.indices.new_full(shape, -1)
-            self.window_start = selection.window_start.new_zeros(self.num_slots + 1)
+            ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+            shape = (self.num_slots + 1, heads, max_selected)
+            self.indices = torch.full(shape, -1, **ints)
+            self.window_start = torch.zeros(self.num_slots + 1, **ints)
 
     def _kept(self, slots: Tensor) -> BlockSelection:
         return BlockSelection(self.indices[slots], self.window_start[slots])
@@ -276,6 +279,6 @@ class RequestSelections:
         return BlockSelection(indices, window_start)
 
     def _store(self, selection: BlockSelection, plan: StepPlan) -> None:
-        self._allocate(selection)
+        self._allocate(selection.indices.device, *selection.indices.shape[1:])
         self.indices[plan.stored_slots] = selection.indices[plan.stored]
         self.window_start[plan.stored_slots] = selection.window_start[plan.stored]

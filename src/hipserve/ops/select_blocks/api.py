@@ -1,4 +1,4 @@
-"""`select_blocks`: checks and dispatch."""
+"""`select_blocks` and `refresh_blocks`: checks and dispatch."""
 
 from __future__ import annotations
 
@@ -49,3 +49,29 @@ def select_blocks(
             checks.check_page_size(kv.page_size, config.bound_block_size)
     query_blocks = layout.query_blocks(config.query_block_size)
     return BlockSelection(*operator.run(q, kv, layout.block_table, query_blocks, config, backend))
+
+
+def refresh_blocks(
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    selection: BlockSelection,
+    refresh: Tensor,
+    *,
+    config: HiPConfig | None = None,
+    backend: str = "auto",
+) -> None:
+    """`select_blocks` into an earlier selection, where a flag on the device asks for it.
+
+    What runs depends on shapes alone and nothing is read back, so that a CUDA graph may hold it.
+
+    Args:
+        q, kv, layout, config, backend: as in `select_blocks`, which checks them; this does not.
+        selection: one entry a query block; overwritten where `refresh` is not 0.
+        refresh: `[num_query_blocks]` int32.
+    """
+    config = config or DEFAULT
+    query_blocks = layout.query_blocks(config.query_block_size)
+    tensors = (q, kv, layout.block_table, query_blocks)
+    kept = (selection.indices, selection.window_start)
+    operator.refresh(*tensors, config, refresh, *kept, backend)

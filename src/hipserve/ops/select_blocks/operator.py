@@ -38,6 +38,29 @@ def run(
     return _backend(backend, q)(*tensors, config.on(q.device.type))
 
 
+def refresh(
+    q: Tensor,
+    kv: PagedKV,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    config: HiPConfig,
+    due: Tensor,
+    indices: Tensor,
+    window_start: Tensor,
+    backend: str,
+) -> None:
+    """Overwrites the entries that are due; only Triton spares the work for the others."""
+    if resolve_backend(backend, q.device, q.dtype) == "triton":
+        from hipserve.ops.select_blocks import triton
+
+        k_bounds = kv.k_bounds if config.uses_bounds else None
+        tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
+        return triton.refresh_blocks(*tensors, config, due, indices, window_start)
+    made = run(q, kv, block_table, query_blocks, config, backend)
+    indices.copy_(torch.where(due[:, None, None] > 0, made[0], indices))
+    window_start.copy_(torch.where(due > 0, made[1], window_start))
+
+
 @torch.compiler.assume_constant_result
 def _text(config: HiPConfig) -> str:
     """A configuration as an operator takes it; written while torch.compile traces."""
