@@ -69,8 +69,8 @@ class HiPConfig:
     key_block_size: int = 16
     query_stride: int = 4
     bound_block_size: int = 16
-    bound_reach: float = 0.5
-    rerank: int = 4
+    bound_reach: float = 0.75
+    rerank: int = 6
     relative_scores: bool = True
     bound_share: float = 0.5
     share_group: bool = True
@@ -268,7 +268,7 @@ def _settled(config: HiPConfig, device: str) -> HiPConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"rerank": 2},
+    "fast": {"rerank": 2, "bound_reach": 0.5},
     "paper": {
         "budget": 512,
         "selector": "tree",

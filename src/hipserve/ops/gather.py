@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # a Triton for other GPUs, whose kernels are never chained
+    gdc_wait = None
 
 
 @triton.jit

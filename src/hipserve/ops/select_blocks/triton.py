@@ -296,7 +296,7 @@ def _score_runs(
 
 @triton.jit
 def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING: tl.constexpr):
-    """Where the boxes of the candidates `c` are; asked for early, as the answer takes two loads."""
+    """Where the boxes of the candidates `c` are."""
     bounds, strides = bounds_at
     _, _, table, page_size = keys_at
     LENGTH: tl.constexpr = TILING.lengths[LEVEL]
@@ -319,7 +319,7 @@ def _score_keys(first, queries, base, rows, there, CONFIG: tl.constexpr, TILING:
 
 @triton.jit
 def _keys_of(i, total, runs, keys_at, SIZE: tl.constexpr):
-    """Where the i-th keys of the kept runs are; asked for early, as the answer takes two loads."""
+    """Where the i-th keys of the kept runs are."""
     k, k_strides, table, page_size = keys_at
     keys = tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
     return k + key_offsets(k_strides, table, page_size, keys, i < total)
@@ -571,8 +571,11 @@ def search_kernel(
     q, k, pages, blocks, scratch, refresh, indices, window_start, bounds,
     FIRST: tl.constexpr, END: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
-    """The steps [FIRST, END) of a search. Each keeps the best of the one before and scores those:
-    runs of one bound level, or at last keys; the final one writes the chosen blocks."""
+    """The steps [FIRST, END) of a search; the last one writes the chosen blocks.
+
+    Each of the others keeps the best of what the one before it scored, and scores what is in them:
+    runs of the next bound level, or at last keys.
+    """
     follow(TILING.chained)
     if not _due(blocks, refresh, TILING.searchers, TILING):
         return
