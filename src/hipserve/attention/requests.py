@@ -247,7 +247,7 @@ class RequestSelections:
     def _select_captured(
         self, q: Tensor, kv: PagedKV, plan: CapturedPlan, config: HiPConfig, backend: str
     ) -> BlockSelection:
-        """The same launches whatever the step: a row that keeps its own drops the new one."""
+        """The same launches whatever the step: flags on the device tell who selects afresh."""
         options: dict[str, Any] = {"config": config, "backend": backend}
         if config.refresh_interval == 1:
             return select_blocks(q, kv, plan.layout, check=False, **options)

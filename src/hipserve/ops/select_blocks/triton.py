@@ -1,11 +1,11 @@
-"""Block selection in Triton: the search of `reference.py` in two launches.
+"""Block selection in Triton: the search of `reference.py`, one launch a step, or one for all.
 
 `rate_kernel` rates what rows read anyway. `search_kernel` scores the runs of each bound level and
 keeps the best, from the coarsest runs to the keys themselves, keeps the best key blocks, and walks
-the tree. Where query blocks are few, several programs share the scores of each; they wait for each
-other (`_meet`) and each keeps for itself. Every query block and head has a scratch row of its own,
-which stays in cache. Nothing is sorted: `_keep_best` finds the count-th greatest score by cutting
-ranges and compacts in position order.
+the tree: in one launch for lone rows, else in one a step. Where query blocks are few, several
+programs share the scores of each; they wait for each other (`_meet`) and each keeps for itself.
+Every query block and head has a scratch row of its own, which stays in cache. Nothing is sorted:
+`_keep_best` finds the count-th greatest score by cutting ranges and compacts in position order.
 """
 
 from __future__ import annotations
