@@ -74,6 +74,18 @@ def test_slots_are_given_on_and_never_shared() -> None:
     assert schedule.num_alive == 0
 
 
+def test_requests_that_take_turns_keep_their_selections() -> None:
+    """The batches of a pipeline: nobody who waits gives way while there are slots for all."""
+    schedule = RefreshSchedule(4, refresh_interval=8)
+    names = ("ab", "cd")
+    seen = [
+        freshness(schedule, *(decode(name, 10 + turn) for name in names[i]))
+        for turn in range(3)
+        for i in range(2)
+    ]
+    assert seen == [[True, True]] * 2 + [[False, False]] * 4
+
+
 def test_rows_without_a_request_leave_nothing_behind() -> None:
     schedule = RefreshSchedule(2, refresh_interval=8)
     assert schedule.step([SequenceStep(None, 5, True)] * 3) == [(-1, True)] * 3

@@ -140,6 +140,22 @@ def test_a_runner_tells_rows_and_who_has_ended() -> None:
     assert seen[1] == compat.StepRequests(("x", "y"), frozenset())
 
 
+def test_a_stage_makes_room_once_for_what_it_receives() -> None:
+    made: list[dict[str, Any]] = []
+
+    def make(**sizes: Any) -> str:
+        made.append(sizes)
+        return "room"
+
+    runner = SimpleNamespace(
+        intermediate_tensors=None, model=SimpleNamespace(make_empty_intermediate_tensors=make),
+        model_config=SimpleNamespace(dtype=torch.float32), device="cpu", max_num_tokens=512,
+    )  # fmt: skip
+    gather = compat.making_room(lambda runner, count: (runner.intermediate_tensors, count))
+    assert gather(runner, 3) == gather(runner, 3) == ("room", 3)
+    assert made == [{"batch_size": 512, "dtype": torch.float32, "device": "cpu"}]
+
+
 def test_an_unknown_version_of_vllm_is_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

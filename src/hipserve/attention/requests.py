@@ -73,7 +73,8 @@ class RefreshSchedule:
 
     def step(self, sequences: Sequence[SequenceStep]) -> list[tuple[int, bool]]:
         """For every sequence its slot (-1: none) and whether it selects afresh."""
-        if len(sequences) > len(self._free):  # requests that wait give way to those that run
+        new = sum(s.decoding and s.request not in self._uses for s in sequences)
+        if new > len(self._free):  # requests that wait give way to those that run
             self.forget(set(self._uses) - {sequence.request for sequence in sequences})
         return [self._advance(sequence) for sequence in sequences]
 

@@ -132,6 +132,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse_without_kernels(device, kv_cache_spec.dtype)
         compat.follow_requests()
+        compat.receive_from_stages()
         self.config = settings.hip_config(vllm_config).on(device.type)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)

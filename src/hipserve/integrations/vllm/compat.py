@@ -115,6 +115,34 @@ def telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def receive_from_stages() -> None:
+    """Lets a later pipeline stage start without a warm-up.
+
+    vLLM 0.32 makes the buffer for what the stage before sends in the first model runner's dummy run
+    alone, and CPU workers leave that out in eager mode and under VLLM_CPU_CI_ENV.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner: Any = GPUModelRunner
+    gather = runner.sync_and_gather_intermediate_tensors
+    runner.sync_and_gather_intermediate_tensors = making_room(gather)
+
+
+def making_room(gather: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(gather)
+    def sync_and_gather(runner: Any, *positional: Any, **named: Any) -> Any:
+        if runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens,
+                dtype=runner.model_config.dtype,
+                device=runner.device,
+            )
+        return gather(runner, *positional, **named)
+
+    return sync_and_gather
+
+
+@functools.cache
 def extend_registry(show: Callable[[Any], Any]) -> None:
     """Lets `show` add to the registry that the API server is about to publish."""
     from vllm.entrypoints.serve.instrumentator import metrics
