@@ -37,13 +37,6 @@ SMALL = HiPConfig(
 CASES = 300 if GPU else 6
 
 
-def on_grid(case: Case) -> Case:
-    """Multiples of 1/4 below 4: dot products are exact in any order."""
-    for x in (case.q, case.kv.k_cache, case.kv.k_bounds):
-        x.copy_((x.float() * 4).round().clamp(-15, 15) / 4)
-    return case
-
-
 def moved(case: Case) -> tuple[torch.Tensor, PagedKV, BatchLayout]:
     kv, layout = case.kv, case.layout
     assert kv.k_bounds is not None
@@ -67,7 +60,7 @@ def small(seed: int) -> tuple[Shape, HiPConfig]:
 @pytest.mark.parametrize("seed", range(CASES))
 def test_selection_equals_the_definition(seed: int) -> None:
     shape, config = small(seed)
-    case = on_grid(make_case(replace(shape, kind="normal"), config.bound_block_size))
+    case = make_case(replace(shape, kind="grid"), config.bound_block_size)
     q, kv, layout = moved(case)
     got = select_blocks(q, kv, layout, config=config, backend="triton")
     expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
@@ -108,7 +101,7 @@ def test_decode_splits_its_keys_and_merges_them() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_only_flagged_blocks_select_anew(backend: str) -> None:
-    case = on_grid(make_case(Shape((400, 300, 350), (1, 1, 1))))
+    case = make_case(Shape((400, 300, 350), (1, 1, 1), kind="grid"))
     q, kv, layout = moved(case)
     fresh = select_blocks(q, kv, layout, config=SMALL, backend=backend)
     kept = BlockSelection(torch.full_like(fresh.indices, 7), torch.full_like(fresh.window_start, 9))
@@ -123,7 +116,7 @@ def test_only_flagged_blocks_select_anew(backend: str) -> None:
 def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from hipserve.ops.select_blocks import triton
 
-    case = on_grid(make_case(Shape((400,), (64,), num_kv_heads=1)))
+    case = make_case(Shape((400,), (64,), num_kv_heads=1, kind="grid"))
     q, kv, layout = moved(case)
     whole = select_blocks(q, kv, layout, config=SMALL, backend="triton")
     monkeypatch.setattr(triton, "SCRATCH_BYTES", 1)
