@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -109,6 +109,19 @@ def test_a_row_that_reads_everything_keeps_nothing() -> None:
     step = common([1, 1], [3, 4], [False, False])
     rows = backend.sequences(step, ("a", "b"), PRUNES_EARLY)
     assert [row.decoding for row in rows] == [False, True]
+
+
+def test_rows_that_pad_a_graph_are_left_out() -> None:
+    step = common(
+        [1, 1, 0, 0], [10, 20, 0, 0], [False, False], req_idx=torch.tensor([7, 3]).numpy()
+    )
+    rows = backend.sequences(step, compat.step_requests(step).rows, PRUNES_EARLY)
+    assert [(row.request, row.decoding) for row in rows] == [(7, True), (3, True)]
+
+
+def test_decode_steps_may_be_captured_whole() -> None:
+    support = backend.HiPBuilder.get_cudagraph_support
+    assert support(cast("Any", None), cast("Any", None)).name == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
 def test_requests_of_the_second_model_runner() -> None:

@@ -13,6 +13,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -122,6 +123,11 @@ class HiPStep(AttentionMetadata):
 class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     """Builds the step for the layers of one KV cache group."""
 
+    # Steps of one row a request are replayed as a whole; `DecodeBuffers` keeps their addresses.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -131,6 +137,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse_without_kernels(device, kv_cache_spec.dtype)
+        settings.check(vllm_config)
         compat.follow_requests()
         compat.receive_from_stages()
         self.config = settings.hip_config(vllm_config).on(device.type)
@@ -144,6 +151,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.windowed = sum(impl.sliding_window > 0 for impl in impls.values())
         pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
         self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
+        longest = vllm_config.model_config.max_model_len
+        self.prunes = bool(pruned) and self.config.may_prune(longest, longest)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
         bounds = block_layout(kv_cache_spec, self.config).bound_bytes * blocks
         self.tally.add("hipserve_page_bound_bytes", 0 if self.windowed else bounds)
@@ -170,7 +179,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         size = self.config.query_block_size
         if self.buffers is not None and common.max_query_len == 1:
-            return self.buffers.plan(layout, size, decisions), True
+            return self.buffers.plan(layout, size, decisions), self.prunes
         lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
         layout = replace(layout, lengths=lengths)
         plan = StepPlan.make(layout, size, decisions)
@@ -213,19 +222,25 @@ def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
     return common.seq_lens.cpu() if bound is None else bound[: common.num_reqs]
 
 
-def sequences(common: CommonAttentionMetadata, rows: Any, config: HiPConfig) -> list[SequenceStep]:
-    """What every row does; one that reads every key keeps nothing and counts as no decode row."""
+def sequences(
+    common: CommonAttentionMetadata, requests: tuple[Any, ...] | None, config: HiPConfig
+) -> list[SequenceStep]:
+    """What every row does; one that reads every key keeps nothing and counts as no decode row.
+
+    Rows beyond the known requests pad a graph's batch and are left out.
+    """
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
     seq_lens = host_seq_lens(common).tolist()
+    count = common.num_reqs if requests is None else min(common.num_reqs, len(requests))
     pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
     return [
         SequenceStep(
-            rows[i] if rows else None,
+            requests[i] if requests else None,
             seq_lens[i],
             lens[i] == 1 and pruned[i] and not (i < len(prefilling) and prefilling[i]),
         )
-        for i in range(common.num_reqs)
+        for i in range(count)
     ]
 
 

@@ -72,7 +72,7 @@ def step_requests(common: CommonAttentionMetadata) -> StepRequests:
     """
     if common.req_idx is not None:
         return StepRequests(tuple(int(i) for i in common.req_idx[: common.num_reqs]))
-    if _current is not None and _current.rows and len(_current.rows) == common.num_reqs:
+    if _current is not None and _current.rows and len(_current.rows) <= common.num_reqs:
         return _current
     return StepRequests(None)
 
