@@ -137,7 +137,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse_without_kernels(device, kv_cache_spec.dtype)
-        settings.check(vllm_config)
+        settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
         compat.follow_requests()
         compat.receive_from_stages()
         self.config = settings.hip_config(vllm_config).on(device.type)
@@ -227,20 +227,19 @@ def sequences(
 ) -> list[SequenceStep]:
     """What every row does; one that reads every key keeps nothing and counts as no decode row.
 
-    Rows beyond the known requests pad a graph's batch and are left out.
+    Where requests are known, rows beyond them pad a graph's batch and are left out.
     """
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
     seq_lens = host_seq_lens(common).tolist()
-    count = common.num_reqs if requests is None else min(common.num_reqs, len(requests))
     pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
     return [
         SequenceStep(
-            requests[i] if requests else None,
+            request,
             seq_lens[i],
             lens[i] == 1 and pruned[i] and not (i < len(prefilling) and prefilling[i]),
         )
-        for i in range(count)
+        for i, request in enumerate(requests or (None,) * common.num_reqs)
     ]
 
 
