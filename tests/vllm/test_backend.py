@@ -247,6 +247,20 @@ def test_the_key_is_not_on_the_command_line() -> None:
     assert one.environment()["VLLM_API_KEY"] == "secret"
 
 
+def test_idle_threads_give_their_cores_away_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "_on_cpu", lambda: True)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert serve().environment()["GOMP_SPINCOUNT"] == str(server.SPIN_COUNT)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert serve().environment()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "GOMP_SPINCOUNT" not in serve().environment()
+
+
 @pytest.mark.parametrize(
     ("workers", "shared"), [(1, "0,1,2,3"), (2, "0,1|2,3"), (3, "0|1|2"), (8, "0|1|2|3|" * 2)]
 )

@@ -79,7 +79,7 @@ class HiPBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBNHC,)
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -368,7 +368,7 @@ def page_views(kv_cache: Tensor, config: HiPConfig, prunable: bool) -> PagedKV:
     if layout.num_runs:
         k_bounds = kv_cache.as_strided(
             (blocks, layout.num_runs, heads, 2, head_dim),
-            (kv_cache.stride(0), layout.row, 2 * head_dim, head_dim, 1),
+            (kv_cache.stride(0), 2 * head_dim, layout.num_runs * 2 * head_dim, head_dim, 1),
             kv_cache.storage_offset() + size * layout.row,
         )
     return PagedKV(rows[..., :head_dim], rows[..., head_dim:], k_bounds)

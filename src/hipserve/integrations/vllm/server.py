@@ -28,6 +28,11 @@ COMMAND = "hipserve.integrations.vllm.command"
 DRAIN_SECONDS = 30
 """How long a server that is told to stop goes on answering what it has begun."""
 
+SPIN_COUNT = 20_000
+"""Turns, some tenths of a millisecond, that an idle OpenMP thread waits before it gives its core
+away: longer than the gaps within a decode step, shorter than those between steps, when the API
+server and its clients need the cores. OpenMP's own default spins through both."""
+
 STAGES = (
     ("Platform plugin", "vLLM is reading its configuration"),
     ("Starting to load model", "loading the model"),
@@ -80,8 +85,11 @@ class Server:
         own = dict(os.environ)
         if self.api_key:
             own["VLLM_API_KEY"] = self.api_key  # not on the command line, where others read it
-        if "VLLM_CPU_OMP_THREADS_BIND" not in own and _on_cpu():
-            own["VLLM_CPU_OMP_THREADS_BIND"] = share_cores(sorted(_cores()), self.num_workers)
+        if _on_cpu():
+            cores = share_cores(sorted(_cores()), self.num_workers)
+            own.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+            if "OMP_WAIT_POLICY" not in own:
+                own.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
         return own
 
     @property
