@@ -1,6 +1,6 @@
 """HiP attention on one GPU beside the fastest dense attention there: one command, one CSV.
 
-    python benchmarks/gpu.py check            # kernels against the definition
+    python benchmarks/gpu.py check --count 1000 --processes 16   # kernels against the definition
     python benchmarks/gpu.py tune             # tiles of the search, timed
     python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
     python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
@@ -17,11 +17,13 @@ import argparse
 import csv
 import dataclasses
 import functools
+import math
+import multiprocessing
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from cases import Case, make_case, random_config, random_shape
+from cases import make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
@@ -53,23 +55,15 @@ def say(text: str) -> None:
 # Correctness.
 
 
-def to_cuda(case: Case) -> Case:
-    kv = PagedKV(*(x.cuda() for x in (case.kv.k_cache, case.kv.v_cache, case.kv.k_bounds)))
-    layout = case.layout
-    moved = BatchLayout(
-        *(x.cuda() for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
-    )
-    return dataclasses.replace(case, q=case.q.cuda(), kv=kv, layout=moved)
-
-
 def check_one(seed: int) -> None:
+    """Raises AssertionError where a random configuration differs from the definition."""
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.bfloat16, torch.float16))
     config = random_config(rng, shape.page_size)
     if shape.kind == "normal":
         shape = dataclasses.replace(shape, kind="grid")
     case = make_case(shape, config.bound_block_size)
-    gpu = to_cuda(case)
+    gpu = case.on("cuda")
     chosen = select_blocks(gpu.q, gpu.kv, gpu.layout, config=config)
     host = BlockSelection(chosen.indices.cpu(), chosen.window_start.cpu())
     if shape.kind == "grid":
@@ -83,16 +77,33 @@ def check_one(seed: int) -> None:
         assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, mask, config))
 
 
-def check(count: int, first: int = 0) -> bool:
-    failures = 0
-    for seed in range(first, first + count):
-        try:
-            check_one(seed)
-        except Exception as error:  # a benchmark reports what broke and goes on
-            failures += 1
-            say(f"check {seed} FAILED: {type(error).__name__}: {str(error)[:300]}")
-    say(f"check: {count - failures} of {count} random configurations agree with the definition")
-    return not failures
+def failure_of(seed: int) -> str:
+    """What is wrong with a configuration, if anything: a check reports it and goes on."""
+    try:
+        check_one(seed)
+    except Exception as error:
+        return f"check {seed} FAILED: {type(error).__name__}: {str(error)[:300]}"
+    return ""
+
+
+def check(seeds: Iterable[int], processes: int = 1, seconds: float = math.inf) -> bool:
+    """Checks configurations, each with kernels of its own, until the time is over.
+
+    Compiling them takes most of the time, so that several processes get further.
+    """
+    began, done, failed = time.time(), 0, 0
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for complaint in pool.imap_unordered(failure_of, seeds):
+            done += 1
+            failed += bool(complaint)
+            if complaint:
+                say(complaint)
+            if time.time() - began > seconds:
+                say("out of time; the rest is unchecked")
+                break
+        pool.terminate()
+    say(f"check: {done - failed} of {done} random configurations agree with the definition")
+    return not failed
 
 
 # Timing.
@@ -408,6 +419,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--csv")
     options = parser.parse_args()
     began = time.time()
@@ -417,8 +429,12 @@ def main() -> None:
     elif options.what == "compile":
         DENSE.clear()
         jobs(HiPConfig(), layers=1)[options.first]()
-    elif check(options.count, options.first) and options.what == "speed":
-        speed(options.csv, began + options.seconds)
+    else:
+        seeds = range(options.first, options.first + options.count)
+        if not check(seeds, options.processes, options.seconds):
+            sys.exit(1)
+        if options.what == "speed":
+            speed(options.csv, began + options.seconds)
     say(f"{time.time() - began:.0f} s")
 
 

@@ -8,7 +8,7 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int kCoarseKeep = 2;  // as COARSE_KEEP in types.py
+constexpr int kCoarseKeep = 6;  // as COARSE_KEEP in types.py
 
 // Positions of the `count` greatest scores, ascending; ties go to the lower position. The threshold
 // is found bit by bit on order-preserving integers; `keys` has room for a vector more than n.
@@ -139,7 +139,7 @@ struct SearchSize {
     int64_t keep = call.budget * most(call.rerank, (int64_t)1);
     int64_t coarse = levels.length[levels.count - 1], fine = call.bound_block_size;
     int64_t blocks = keep / call.key_block_size + 2 * call.budget / call.key_block_size;
-    int64_t runs = longest / coarse + 8 * (keep * kCoarseKeep * kCoarseKeep / fine) + 64;
+    int64_t runs = longest / coarse + keep * kCoarseKeep / fine + 4 * levels.ratio() + 64;
     candidates = blocks + runs + 256;
   }
 };
@@ -339,7 +339,7 @@ template <class Unit, class T> class Search {
            run * call_.bounds.slot_stride + kv_head_ * call_.bounds.head_stride;
   }
 
-  // Coarse levels first; each keeps twice the keys of the one below it. Leaves blocks in found_.
+  // The coarse level first, which keeps more keys than the fine one. Leaves blocks in found_.
   int64_t by_bounds(int64_t budget) {
     const int64_t finest = budget * most(call_.rerank, (int64_t)1);
     int64_t kept = -1, per_run = call_.bound_block_size / call_.key_block_size;
@@ -347,7 +347,8 @@ template <class Unit, class T> class Search {
       int64_t n = candidates(kept, level), keys = finest;
       for (int i = 0; i < level; ++i) keys *= kCoarseKeep;
       score_runs(next_, n, level);
-      kept = top(scores_, n, keys / levels_.length[level], kept_, order_);
+      const int64_t length = levels_.length[level];
+      kept = top(scores_, n, (keys + length - 1) / length, kept_, order_);
       for (int64_t i = 0; i < kept; ++i) runs_[i] = next_[kept_[i]];
     }
     int64_t n = kept * per_run;

@@ -358,18 +358,24 @@ static inline void pad(TileRows& tile) {
   for (int j = tile.count; j < (tile.count + 15) / 16 * 16; ++j) tile.row[j] = kZeros;
 }
 
-// Bound levels: runs of bound_block_size * 4^level keys, finest first, as hipserve/types.py lays
-// them out in a page.
+constexpr int64_t kCoarseRatio = 16;  // as COARSE_RATIO in types.py
+
+// Bound levels, fine runs first, as bound_levels in hipserve/types.py lays them out in a page.
 struct BoundLevels {
-  int64_t count = 0, length[3], offset[4];
+  int64_t count = 0, length[2], offset[3] = {0};
   BoundLevels(int64_t page_size, int64_t bound_block_size) {
-    offset[0] = 0;
-    for (int64_t size = bound_block_size; count < 3; size *= 4) {
-      if (count && size > page_size) break;
-      length[count] = size;
-      offset[count + 1] = offset[count] + (page_size + size - 1) / size;
-      ++count;
-    }
+    int64_t ratio = kCoarseRatio;
+    while (ratio > 1 && ratio * bound_block_size > page_size) ratio /= 2;
+    add(bound_block_size, page_size);
+    if (ratio * 4 >= kCoarseRatio) add(ratio * bound_block_size, page_size);
+  }
+  int64_t ratio() const { return length[count - 1] / length[0]; }
+
+ private:
+  void add(int64_t size, int64_t page_size) {
+    length[count] = size;
+    offset[count + 1] = offset[count] + (page_size + size - 1) / size;
+    ++count;
   }
 };
 

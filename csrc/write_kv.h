@@ -42,7 +42,7 @@ static void bound_page(const T* keys, int64_t slot_stride, T* bounds, int64_t ru
         for (int64_t slot = run * length; slot < end; ++slot)
           box.add(keys + slot * slot_stride, keys + slot * slot_stride);
       else
-        for (int64_t child = run * 4; child * levels.length[level - 1] < end; ++child) {
+        for (int64_t child = run * levels.ratio(); child * levels.length[level - 1] < end; ++child) {
           const T* finer = bounds + (levels.offset[level - 1] + child) * run_stride;
           box.add(finer, finer + dim);
         }

@@ -57,6 +57,14 @@ class Case:
             kv=kv,
         )
 
+    def on(self, device: str) -> Case:
+        """What kernels read, on another device; `ks` and `vs` stay where the oracle reads them."""
+        kv, layout = self.kv, self.layout
+        assert kv.k_bounds is not None
+        pages = (x.to(device) for x in (kv.k_cache, kv.v_cache, kv.k_bounds))
+        batch = (x.to(device) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
+        return replace(self, q=self.q.to(device), kv=PagedKV(*pages), layout=BatchLayout(*batch))
+
 
 def random_values(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator

@@ -70,7 +70,7 @@ class HiPConfig:
     query_stride: int = 4
     bound_block_size: int = 16
     bound_reach: float = 0.75
-    rerank: int = 6
+    rerank: int = 4
     relative_scores: bool = True
     bound_share: float = 0.5
     share_group: bool = True

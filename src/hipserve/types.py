@@ -13,21 +13,21 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 
-LEVEL_RATIO = 4
-"""A run of one bound level holds this many runs of the level below."""
+COARSE_RATIO = 16
+"""A coarse run holds this many fine ones: 256 keys with the default `bound_block_size`; fewer in
+smaller pages, but no less than a quarter of it."""
 
-NUM_BOUND_LEVELS = 3
-"""Bound levels kept in a page: 16, 64 and 256 keys with the default `bound_block_size`."""
-
-
-COARSE_KEEP = 2
-"""The search keeps, of each bound level, this many times the keys of the level below it."""
+COARSE_KEEP = 6
+"""The search keeps this many times as many keys by their coarse runs as by the fine ones."""
 
 
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
     """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries."""
-    lengths = [bound_block_size * LEVEL_RATIO**level for level in range(NUM_BOUND_LEVELS)]
-    return tuple(length for length in lengths if length <= max(page_size, bound_block_size))
+    ratio = COARSE_RATIO
+    while ratio > 1 and ratio * bound_block_size > page_size:
+        ratio //= 2
+    coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO else ()
+    return (bound_block_size, *coarse)
 
 
 def bound_offsets(page_size: int, bound_block_size: int) -> tuple[int, ...]:

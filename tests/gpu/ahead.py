@@ -145,7 +145,8 @@ def select(
 def write() -> None:
     k = torch.empty(64, 8, 128, dtype=torch.bfloat16)
     pages = torch.empty(4, 256, 8, 128, dtype=torch.bfloat16)
-    bounds = torch.empty(4, 21, 8, 2, 128, dtype=torch.bfloat16)
+    runs = bound_offsets(256, 16)[-1]
+    bounds = torch.empty(4, runs, 8, 2, 128, dtype=torch.bfloat16)
     writing.write_kv(k, k, pages, pages, bounds, torch.zeros(64, dtype=torch.int64), 16)
     writing.compute_bounds(pages, 16)
 

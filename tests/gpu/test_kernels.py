@@ -38,15 +38,8 @@ CASES = 300 if GPU else 6
 
 
 def moved(case: Case) -> tuple[torch.Tensor, PagedKV, BatchLayout]:
-    kv, layout = case.kv, case.layout
-    assert kv.k_bounds is not None
-    return (
-        case.q.to(DEVICE),
-        PagedKV(*(x.to(DEVICE) for x in (kv.k_cache, kv.v_cache, kv.k_bounds))),
-        BatchLayout(
-            *(x.to(DEVICE) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
-        ),
-    )
+    there = case.on(DEVICE)
+    return there.q, there.kv, there.layout
 
 
 def small(seed: int) -> tuple[Shape, HiPConfig]:

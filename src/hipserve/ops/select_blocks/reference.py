@@ -129,7 +129,7 @@ class Search:
             length = lengths[level]
             candidates = self.candidates(runs, parent, length)
             keys = finest_keys * COARSE_KEEP**level
-            runs = candidates.gather(1, top(self.run_scores(candidates, level), keys // length))
+            runs = candidates.gather(1, top(self.run_scores(candidates, level), -(-keys // length)))
             parent = length
         assert runs is not None
         per_run = config.bound_block_size // config.key_block_size

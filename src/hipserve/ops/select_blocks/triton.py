@@ -28,16 +28,16 @@ SCRATCH_BYTES = 256 * 2**20
 PROGRAMS = 256
 """Fewer programs than this leave a large GPU idle: several share a query block and head."""
 MAX_SHARERS = 16
-LEAST, SPAN = tl.constexpr(-(2**31)), tl.constexpr(2**32 - 1)
+LEAST, GREATEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
 class Tiling:
     """What a kernel is compiled for; all sizes count elements.
 
-    `lengths`, `offsets` and `candidates` hold one entry a bound level, finest first; `blocks` and
-    `beam` are the most key blocks that the re-rank and the tree see, `list_size` the longest list,
-    all powers of two. `raters` and `searchers` are the programs of a query block and head; those
+    `lengths`, `offsets`, `candidates` and `kept` hold one entry a bound level, finest first;
+    `blocks` and `beam` are the most key blocks that the re-rank and the tree see, `list_size` the
+    longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a query block and head; those
     take `keys` at a time, and `runs` at bound levels. A launch does `together` of the `steps` of a
     search: all of them for lone rows, whose time goes into launches and what they start with.
     """
@@ -56,6 +56,7 @@ class Tiling:
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
     candidates: tuple[int, ...]
+    kept: tuple[int, ...]
     blocks: int
     beam: int
     score_size: int
@@ -65,12 +66,16 @@ class Tiling:
     raters: int
     searchers: int
     chained: bool
-    keep: int = COARSE_KEEP
     lone_row: int = LONE_ROW
 
     @property
     def levels(self) -> int:
         return len(self.lengths)
+
+    @property
+    def ratio(self) -> int:
+        """Fine runs in a coarse one."""
+        return self.lengths[-1] // self.lengths[0]
 
 
 @triton.jit
@@ -89,7 +94,8 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     PAIR: tl.constexpr = tl.int32 if SIZE < 2**15 else tl.int64
     HALF: tl.constexpr = 16 if SIZE < 2**15 else 32
     wanted = tl.minimum(count, n)
-    low, span = tl.full([], LEAST, tl.int64), tl.full([], SPAN, tl.int64)  # where it lies
+    low = tl.min(tl.where(there, key, GREATEST)).to(tl.int64)  # where it lies: [low, low + span)
+    span = tl.max(tl.where(there, key, LEAST)) - low + 1
     reached = n
     while (reached > wanted) & (span > 1):
         third = tl.maximum(span // 3, 1)
@@ -210,12 +216,12 @@ def _rate_read(
 
 
 @triton.jit
-def _run_of(c, runs, edges):
+def _run_of(c, runs, edges, RATIO: tl.constexpr):
     """Run of the c-th candidate of a level: before the kept parents, their children, behind."""
     begin, low, kept, high = edges
-    inner = (c >= low) & (c < low + kept * 4)
-    child = tl.load(runs + (c - low) // 4, mask=inner, other=0) * 4 + (c - low) % 4
-    outer = tl.where(c < low, begin + c, high + c - low - kept * 4)
+    inner = (c >= low) & (c < low + kept * RATIO)
+    child = tl.load(runs + (c - low) // RATIO, mask=inner, other=0) * RATIO + (c - low) % RATIO
+    outer = tl.where(c < low, begin + c, high + c - low - kept * RATIO)
     return tl.where(inner, child, outer)
 
 
@@ -226,14 +232,15 @@ def _candidates(begin, end, kept, LEVEL: tl.constexpr, TILING: tl.constexpr):
     first = (begin + LENGTH - 1) // LENGTH
     behind = tl.maximum(first, end // LENGTH)
     low, high = behind, behind
+    RATIO: tl.constexpr = TILING.ratio
     if TILING.levels - 1 > LEVEL:
-        low = (begin + LENGTH * 4 - 1) // (LENGTH * 4) * 4
-        high = end // (LENGTH * 4) * 4
+        low = (begin + LENGTH * RATIO - 1) // (LENGTH * RATIO) * RATIO
+        high = end // (LENGTH * RATIO) * RATIO
         parents = low < high
         low, high = tl.where(parents, low, behind), tl.where(parents, high, behind)
     before = tl.maximum(tl.minimum(low, behind) - first, 0)
     high = tl.maximum(high, first)
-    return (first, before, kept, high), before + kept * 4 + tl.maximum(behind - high, 0)
+    return (first, before, kept, high), before + kept * RATIO + tl.maximum(behind - high, 0)
 
 
 @triton.jit
@@ -250,9 +257,7 @@ def _runs_of(mine, LEVEL: tl.constexpr, TILING: tl.constexpr):
 @triton.jit
 def _count_kept(begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """How many runs of a level are kept, below `kept` runs of the level above."""
-    KEEP: tl.constexpr = (
-        CONFIG.bound_budget * max(CONFIG.rerank, 1) * TILING.keep**LEVEL // TILING.lengths[LEVEL]
-    )
+    KEEP: tl.constexpr = TILING.kept[LEVEL]
     _, n = _candidates(begin, end, kept, LEVEL, TILING)
     return tl.minimum(n, KEEP)
 
@@ -266,7 +271,7 @@ def _keep_runs(
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
     chosen, place = _keep_best(_scores_of(mine, LEVEL, TILING), n, count, TILING.candidates[LEVEL])
     c = tl.arange(0, TILING.candidates[LEVEL])
-    run = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges)
+    run = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges, TILING.ratio)
     tl.store(_runs_of(mine, LEVEL, TILING) + place, run, mask=chosen)
     tl.debug_barrier()
 
@@ -300,7 +305,7 @@ def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING
     bounds, strides = bounds_at
     _, _, table, page_size = keys_at
     LENGTH: tl.constexpr = TILING.lengths[LEVEL]
-    key = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges) * LENGTH
+    key = _run_of(c, _runs_of(mine, LEVEL + 1, TILING), edges, TILING.ratio) * LENGTH
     page = tl.load(table + key // page_size, mask=c < n, other=0).to(tl.int64)
     place = TILING.offsets[LEVEL] + key % page_size // LENGTH
     return bounds + page * strides[0] + place.to(tl.int64) * strides[1]
@@ -729,15 +734,13 @@ def make_tiling(
     page_size, longest = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
-    candidates = [
-        power(4 * (keep * COARSE_KEEP ** (level + 1) // (4 * length)) + 16)
-        for level, length in enumerate(lengths)
-    ]
-    if lengths:
-        candidates[-1] = power(max(longest // lengths[-1], 1))
+    kept = [-(-keep * COARSE_KEEP**level // length) for level, length in enumerate(lengths)]
+    candidates = [power(max(longest // length, 1)) for length in lengths[-1:]]
+    if len(lengths) > 1:
+        ratio = lengths[1] // lengths[0]
+        candidates.insert(0, power(ratio * (kept[1] + 2)))  # what parents leave at both ends
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
-    kept = [keep * COARSE_KEEP**level // length for level, length in enumerate(lengths)]
     few = max(PROGRAMS // max(blocks * heads, 1), 1)
     few = min(few, MAX_SHARERS, gpu_processors(q.device))
     keys, runs, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows), few)
@@ -759,6 +762,7 @@ def make_tiling(
         tuple(lengths),
         bound_offsets(page_size, config.bound_block_size),
         tuple(candidates),
+        tuple(kept),
         blocks_seen,
         beam,
         max([*candidates, blocks_seen, 2 * beam]),
