@@ -8,7 +8,7 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int kCoarseKeep = 6;  // as COARSE_KEEP in types.py
+constexpr int64_t kCoarseKeep = 6;  // as COARSE_KEEP in types.py
 
 // Positions of the `count` greatest scores, ascending; ties go to the lower position. The threshold
 // is found bit by bit on order-preserving integers; `keys` has room for a vector more than n.
@@ -341,14 +341,12 @@ template <class Unit, class T> class Search {
 
   // The coarse level first, which keeps more keys than the fine one. Leaves blocks in found_.
   int64_t by_bounds(int64_t budget) {
-    const int64_t finest = budget * most(call_.rerank, (int64_t)1);
+    const int64_t keys = budget * most(call_.rerank, (int64_t)1);
     int64_t kept = -1, per_run = call_.bound_block_size / call_.key_block_size;
     for (int level = (int)levels_.count - 1; level >= 0; --level) {
-      int64_t n = candidates(kept, level), keys = finest;
-      for (int i = 0; i < level; ++i) keys *= kCoarseKeep;
+      int64_t n = candidates(kept, level);
       score_runs(next_, n, level);
-      const int64_t length = levels_.length[level];
-      kept = top(scores_, n, (keys + length - 1) / length, kept_, order_);
+      kept = top(scores_, n, kept_runs(keys, level), kept_, order_);
       for (int64_t i = 0; i < kept; ++i) runs_[i] = next_[kept_[i]];
     }
     int64_t n = kept * per_run;
@@ -358,6 +356,13 @@ template <class Unit, class T> class Search {
     n = top(scores_, n, budget / call_.key_block_size, kept_, order_);
     for (int64_t i = 0; i < n; ++i) found_[i] = found_[kept_[i]];
     return n;
+  }
+
+  // As kept_runs in types.py.
+  int64_t kept_runs(int64_t keys, int level) const {
+    const int64_t length = levels_.length[level];
+    if (level == 0) return (keys + length - 1) / length;
+    return most((kCoarseKeep * keys + length - 1) / length - 2, (int64_t)1);
   }
 
   // Runs of a level to score, ascending: children of the kept runs, and runs whose parent sticks

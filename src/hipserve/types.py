@@ -18,7 +18,7 @@ COARSE_RATIO = 16
 smaller pages, but no less than a quarter of it."""
 
 COARSE_KEEP = 6
-"""The search keeps this many times as many keys by their coarse runs as by the fine ones."""
+"""Of the fine level a search scores this many times what it keeps."""
 
 
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
@@ -28,6 +28,16 @@ def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
         ratio //= 2
     coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO else ()
     return (bound_block_size, *coarse)
+
+
+def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
+    """How many runs of each level a search keeps that is to keep `keys` by their fine runs.
+
+    At both ends of what is searched lie fine runs that no coarse run covers, less than one's worth
+    each; they are scored as well, hence the two coarse runs less.
+    """
+    fine, *coarse = levels
+    return (-(-keys // fine), *(max(-(-COARSE_KEEP * keys // run) - 2, 1) for run in coarse))
 
 
 def bound_offsets(page_size: int, bound_block_size: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
+from hipserve.types import bound_levels, bound_offsets, kept_runs
 
 
 def select_blocks(
@@ -123,13 +123,12 @@ class Search:
     def by_bounds(self, budget: int) -> Tensor:
         config = self.config
         lengths = bound_levels(self.k_cache.shape[1], config.bound_block_size)
-        finest_keys = budget * max(config.rerank, 1)
+        counts = kept_runs(budget * max(config.rerank, 1), lengths)
         runs, parent = None, None
         for level in reversed(range(len(lengths))):
             length = lengths[level]
             candidates = self.candidates(runs, parent, length)
-            keys = finest_keys * COARSE_KEEP**level
-            runs = candidates.gather(1, top(self.run_scores(candidates, level), -(-keys // length)))
+            runs = candidates.gather(1, top(self.run_scores(candidates, level), counts[level]))
             parent = length
         assert runs is not None
         per_run = config.bound_block_size // config.key_block_size

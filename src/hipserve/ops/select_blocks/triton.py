@@ -21,11 +21,11 @@ from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
 from hipserve.ops.gather import follow, key_offsets, load_tile
 from hipserve.platform import chains_launches, gpu_processors
-from hipserve.types import COARSE_KEEP, bound_levels, bound_offsets
+from hipserve.types import bound_levels, bound_offsets, kept_runs
 
 MAX_ROWS = 128
 SCRATCH_BYTES = 256 * 2**20
-PROGRAMS = 256
+PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: several share a query block and head."""
 MAX_SHARERS = 16
 LEAST, GREATEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -128,14 +128,14 @@ def _load_queries(queries, tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _weigh_sides(q_tile, REACH: tl.constexpr):
-    """What multiplies the maxima of a box and what its minima (`bound_reach`)."""
+def _weighed(q_tile, REACH: tl.constexpr, TILING: tl.constexpr):
+    """`[rows, 2 * dim]`: what multiplies the minima of a box, then its maxima (`bound_reach`)."""
     NEAR: tl.constexpr = (1 + REACH) / 2
     FAR: tl.constexpr = (1 - REACH) / 2
     x = q_tile.to(tl.float32)
-    to_high = tl.where(x > 0, x * NEAR, x * FAR)
-    to_low = tl.where(x > 0, x * FAR, x * NEAR)
-    return to_high.to(q_tile.dtype), to_low.to(q_tile.dtype)
+    sides = tl.join(tl.where(x > 0, x * FAR, x * NEAR), tl.where(x > 0, x * NEAR, x * FAR))
+    sides = tl.reshape(tl.permute(sides, (0, 2, 1)), [TILING.rows, 2 * TILING.dim])
+    return sides.to(q_tile.dtype)
 
 
 @triton.jit
@@ -147,38 +147,29 @@ def _base(base, tile, TILING: tl.constexpr):
 
 
 @triton.jit
-def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
-    """`[keys]`: each key's greatest score of any row, less that row's base.
-
-    `first` is the first tile of queries and its base: mostly there is no other.
-    """
-    KEYS: tl.constexpr = TILING.keys
-    best = tl.full([KEYS], -float("inf"), tl.float32)
-    TILES: tl.constexpr = TILING.row_tiles
-    for tile in tl.range(TILES, num_stages=1):
-        q_tile, less = first
-        if TILING.row_tiles > 1:
-            q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
-            less = _base(base, tile, TILING)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
-    return best
+def _rows_of(queries, base, tile, BOXES: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """A tile of sampled rows, as keys or as boxes are to be multiplied with, and their base."""
+    rows, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
+    if BOXES:
+        rows = _weighed(rows, CONFIG.bound_reach, TILING)
+    return rows, _base(base, tile, TILING)
 
 
 @triton.jit
-def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
-    """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
-    RUNS: tl.constexpr = TILING.runs
-    best = tl.full([RUNS], -float("inf"), tl.float32)
+def _greatest(
+    first, queries, base, keys, BOXES: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr
+):
+    """`[n]`: the greatest score that any row has with each of n keys (or boxes), less its base.
+
+    `first` is the first tile of rows and its base: mostly there is no other.
+    """
+    best = tl.full([keys.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
-        to_high, to_low, less = first
+        rows, less = first
         if TILING.row_tiles > 1:
-            q_tile, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
-            to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
-            less = _base(base, tile, TILING)
-        s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
-        s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
+            rows, less = _rows_of(queries, base, tile, BOXES, CONFIG, TILING)
+        s = tl.dot(keys, tl.trans(rows), input_precision="ieee")
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
@@ -284,19 +275,25 @@ def _score_runs(
     """Scores the candidates of a level by their boxes."""
     scores = _scores_of(mine, LEVEL, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
-    sides = (to_high, to_low, _base(mine[2], 0, TILING))
+    rows = _rows_of(queries, mine[2], 0, True, CONFIG, TILING)
     first = tl.program_id(0) % TILING.searchers * TILING.runs
     STEP: tl.constexpr = TILING.searchers * TILING.runs
     c = first + tl.arange(0, TILING.runs)
     for _ in tl.range(first, n, STEP, num_stages=1):
         boxes = _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
-        low_tile = load_tile(boxes, c < n, TILING.head_dim, TILING.dim)
-        high_tile = load_tile(boxes + bounds_at[1][3], c < n, TILING.head_dim, TILING.dim)
-        best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
+        tile = _load_boxes(boxes, bounds_at[1][3], c < n, TILING)
+        best = _greatest(rows, queries, mine[2], tile, True, CONFIG, TILING)
         tl.store(scores + c, best, mask=c < n)
         c += STEP
+
+
+@triton.jit
+def _load_boxes(boxes, side_stride, there, TILING: tl.constexpr):
+    """`[runs, 2 * dim]`: minima and maxima, side by side."""
+    d = tl.arange(0, 2 * TILING.dim)
+    column = d % TILING.dim
+    places = boxes[:, None] + (d // TILING.dim * side_stride + column)[None, :]
+    return tl.load(places, mask=there[:, None] & (column < TILING.head_dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -315,7 +312,7 @@ def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING
 def _score_keys(first, queries, base, rows, there, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """`[keys // key_block_size]`: the greatest score of each block of the keys at `rows`."""
     k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
-    best = _greatest(first, queries, base, k_tile, CONFIG.query_stride, TILING)
+    best = _greatest(first, queries, base, k_tile, False, CONFIG, TILING)
     best = tl.where(there, best, -float("inf"))
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     WIDTH: tl.constexpr = CONFIG.key_block_size
@@ -337,8 +334,7 @@ def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     scores, runs = _scores_of(mine, -1, TILING), _runs_of(mine, 0, TILING)
     total = kept * SIZE
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    first = (q_tile, _base(mine[2], 0, TILING))
+    first = _rows_of(queries, mine[2], 0, False, CONFIG, TILING)
     begin = tl.program_id(0) % TILING.searchers * TILING.keys
     STEP: tl.constexpr = TILING.searchers * TILING.keys
     i = begin + tl.arange(0, TILING.keys)
@@ -415,8 +411,7 @@ def _by_tree(
     edge = (head + (i + 1).to(tl.int64) * count // BEAM).to(tl.int32)
     tl.store(nodes + stride + i, edge, mask=i < BEAM)
     tl.debug_barrier()
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    first = (q_tile, _base(base, 0, TILING))
+    first = _rows_of(queries, base, 0, False, CONFIG, TILING)
     longest = (count + BEAM - 1) // BEAM
     while longest > 1:
         for start in range(0, 2 * BEAM, BLOCKS):
@@ -734,7 +729,7 @@ def make_tiling(
     page_size, longest = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
-    kept = [-(-keep * COARSE_KEEP**level // length) for level, length in enumerate(lengths)]
+    kept = kept_runs(keep, lengths) if lengths else ()
     candidates = [power(max(longest // length, 1)) for length in lengths[-1:]]
     if len(lengths) > 1:
         ratio = lengths[1] // lengths[0]
@@ -762,7 +757,7 @@ def make_tiling(
         tuple(lengths),
         bound_offsets(page_size, config.bound_block_size),
         tuple(candidates),
-        tuple(kept),
+        kept,
         blocks_seen,
         beam,
         max([*candidates, blocks_seen, 2 * beam]),
@@ -781,7 +776,7 @@ def tile_keys(dim: int, rows: int, row_tiles: int, sharers: int) -> tuple[int, i
     As `benchmarks/gpu.py tune` found them.
     """
     if dim > 128:
-        return 32, 32, 32, 1
+        return 32, 16 if rows == 16 else 32, 32, 1
     if row_tiles > 1:
         return 64, 64, 64, 1
     if rows == 16:
