@@ -37,9 +37,10 @@ class Tiling:
 
     `lengths`, `offsets`, `candidates` and `kept` hold one entry a bound level, finest first;
     `blocks` and `beam` are the most key blocks that the re-rank and the tree see, `list_size` the
-    longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a query block and head; those
-    take `keys` at a time, and `runs` at bound levels. A launch does `together` of the `steps` of a
-    search: all of them for lone rows, whose time goes into launches and what they start with.
+    longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a
+    query block and head; those take `keys` at a time, and `runs` at bound levels. A launch does
+    `together` of the `steps` of a search: all of them for lone rows, whose time goes into launches
+    and what they start with.
     """
 
     group_size: int
@@ -71,6 +72,11 @@ class Tiling:
     @property
     def levels(self) -> int:
         return len(self.lengths)
+
+    @property
+    def lone(self) -> bool:
+        """For rows of their own: the whole search is one launch, and waits for memory."""
+        return self.together > 1
 
     @property
     def ratio(self) -> int:
@@ -128,14 +134,14 @@ def _load_queries(queries, tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _weighed(q_tile, REACH: tl.constexpr, TILING: tl.constexpr):
-    """`[rows, 2 * dim]`: what multiplies the minima of a box, then its maxima (`bound_reach`)."""
+def _weigh_sides(q_tile, REACH: tl.constexpr):
+    """What multiplies the maxima of a box and what its minima (`bound_reach`)."""
     NEAR: tl.constexpr = (1 + REACH) / 2
     FAR: tl.constexpr = (1 - REACH) / 2
     x = q_tile.to(tl.float32)
-    sides = tl.join(tl.where(x > 0, x * FAR, x * NEAR), tl.where(x > 0, x * NEAR, x * FAR))
-    sides = tl.reshape(tl.permute(sides, (0, 2, 1)), [TILING.rows, 2 * TILING.dim])
-    return sides.to(q_tile.dtype)
+    to_high = tl.where(x > 0, x * NEAR, x * FAR)
+    to_low = tl.where(x > 0, x * FAR, x * NEAR)
+    return to_high.to(q_tile.dtype), to_low.to(q_tile.dtype)
 
 
 @triton.jit
@@ -147,29 +153,38 @@ def _base(base, tile, TILING: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(queries, base, tile, BOXES: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
-    """A tile of sampled rows, as keys or as boxes are to be multiplied with, and their base."""
-    rows, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
-    if BOXES:
-        rows = _weighed(rows, CONFIG.bound_reach, TILING)
-    return rows, _base(base, tile, TILING)
+def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.constexpr):
+    """`[keys]`: each key's greatest score of any row, less that row's base.
+
+    `first` is the first tile of queries and its base: mostly there is no other.
+    """
+    KEYS: tl.constexpr = TILING.keys
+    best = tl.full([KEYS], -float("inf"), tl.float32)
+    TILES: tl.constexpr = TILING.row_tiles
+    for tile in tl.range(TILES, num_stages=1):
+        q_tile, less = first
+        if TILING.row_tiles > 1:
+            q_tile, _ = _load_queries(queries, tile, STRIDE, TILING)
+            less = _base(base, tile, TILING)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+        best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
+    return best
 
 
 @triton.jit
-def _greatest(
-    first, queries, base, keys, BOXES: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr
-):
-    """`[n]`: the greatest score that any row has with each of n keys (or boxes), less its base.
-
-    `first` is the first tile of rows and its base: mostly there is no other.
-    """
-    best = tl.full([keys.shape[0]], -float("inf"), tl.float32)
+def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
+    RUNS: tl.constexpr = TILING.runs
+    best = tl.full([RUNS], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
-        rows, less = first
+        to_high, to_low, less = first
         if TILING.row_tiles > 1:
-            rows, less = _rows_of(queries, base, tile, BOXES, CONFIG, TILING)
-        s = tl.dot(keys, tl.trans(rows), input_precision="ieee")
+            q_tile, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
+            to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+            less = _base(base, tile, TILING)
+        s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
+        s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
         best = tl.maximum(best, tl.max(s - less[None, :], axis=1))
     return best
 
@@ -246,7 +261,7 @@ def _runs_of(mine, LEVEL: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _count_kept(begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _count_kept(begin, end, kept, LEVEL: tl.constexpr, TILING: tl.constexpr):
     """How many runs of a level are kept, below `kept` runs of the level above."""
     KEEP: tl.constexpr = TILING.kept[LEVEL]
     _, n = _candidates(begin, end, kept, LEVEL, TILING)
@@ -254,11 +269,9 @@ def _count_kept(begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TIL
 
 
 @triton.jit
-def _keep_runs(
-    mine, begin, end, kept, LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr
-):
+def _keep_runs(mine, begin, end, kept, LEVEL: tl.constexpr, TILING: tl.constexpr):
     """Keeps the best candidates of a level, below `kept` runs of the level above, in order."""
-    count = _count_kept(begin, end, kept, LEVEL, CONFIG, TILING)
+    count = _count_kept(begin, end, kept, LEVEL, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
     chosen, place = _keep_best(_scores_of(mine, LEVEL, TILING), n, count, TILING.candidates[LEVEL])
     c = tl.arange(0, TILING.candidates[LEVEL])
@@ -275,25 +288,23 @@ def _score_runs(
     """Scores the candidates of a level by their boxes."""
     scores = _scores_of(mine, LEVEL, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
-    rows = _rows_of(queries, mine[2], 0, True, CONFIG, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+    sides = (to_high, to_low, _base(mine[2], 0, TILING))
     first = tl.program_id(0) % TILING.searchers * TILING.runs
     STEP: tl.constexpr = TILING.searchers * TILING.runs
-    c = first + tl.arange(0, TILING.runs)
-    for _ in tl.range(first, n, STEP, num_stages=1):
-        boxes = _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
-        tile = _load_boxes(boxes, bounds_at[1][3], c < n, TILING)
-        best = _greatest(rows, queries, mine[2], tile, True, CONFIG, TILING)
+    i = tl.arange(0, TILING.runs)
+    boxes = _boxes_of(first + i, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
+    for start in tl.range(first, n, STEP, num_stages=1):
+        c = start + i
+        if not TILING.lone:
+            boxes = _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
+        low_tile = load_tile(boxes, c < n, TILING.head_dim, TILING.dim)
+        high_tile = load_tile(boxes + bounds_at[1][3], c < n, TILING.head_dim, TILING.dim)
+        if TILING.lone:  # what is next is looked up while the boxes are on their way
+            boxes = _boxes_of(c + STEP, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
+        best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
         tl.store(scores + c, best, mask=c < n)
-        c += STEP
-
-
-@triton.jit
-def _load_boxes(boxes, side_stride, there, TILING: tl.constexpr):
-    """`[runs, 2 * dim]`: minima and maxima, side by side."""
-    d = tl.arange(0, 2 * TILING.dim)
-    column = d % TILING.dim
-    places = boxes[:, None] + (d // TILING.dim * side_stride + column)[None, :]
-    return tl.load(places, mask=there[:, None] & (column < TILING.head_dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -309,10 +320,9 @@ def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING
 
 
 @triton.jit
-def _score_keys(first, queries, base, rows, there, CONFIG: tl.constexpr, TILING: tl.constexpr):
-    """`[keys // key_block_size]`: the greatest score of each block of the keys at `rows`."""
-    k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
-    best = _greatest(first, queries, base, k_tile, False, CONFIG, TILING)
+def _score_keys(first, queries, base, k_tile, there, CONFIG: tl.constexpr, TILING: tl.constexpr):
+    """`[keys // key_block_size]`: the greatest score of each block of the keys in a tile."""
+    best = _greatest(first, queries, base, k_tile, CONFIG.query_stride, TILING)
     best = tl.where(there, best, -float("inf"))
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     WIDTH: tl.constexpr = CONFIG.key_block_size
@@ -334,16 +344,22 @@ def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl
     BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
     scores, runs = _scores_of(mine, -1, TILING), _runs_of(mine, 0, TILING)
     total = kept * SIZE
-    first = _rows_of(queries, mine[2], 0, False, CONFIG, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    first = (q_tile, _base(mine[2], 0, TILING))
     begin = tl.program_id(0) % TILING.searchers * TILING.keys
     STEP: tl.constexpr = TILING.searchers * TILING.keys
-    i = begin + tl.arange(0, TILING.keys)
+    key = tl.arange(0, TILING.keys)
+    rows = _keys_of(begin + key, total, runs, keys_at, SIZE)
     for start in range(begin, total, STEP):
-        rows = _keys_of(i, total, runs, keys_at, SIZE)
-        best = _score_keys(first, queries, mine[2], rows, i < total, CONFIG, TILING)
+        there = start + key < total
+        if not TILING.lone:
+            rows = _keys_of(start + key, total, runs, keys_at, SIZE)
+        k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
+        if TILING.lone:
+            rows = _keys_of(start + STEP + key, total, runs, keys_at, SIZE)
+        best = _score_keys(first, queries, mine[2], k_tile, there, CONFIG, TILING)
         to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
         tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
-        i += STEP
 
 
 @triton.jit
@@ -411,7 +427,8 @@ def _by_tree(
     edge = (head + (i + 1).to(tl.int64) * count // BEAM).to(tl.int32)
     tl.store(nodes + stride + i, edge, mask=i < BEAM)
     tl.debug_barrier()
-    first = _rows_of(queries, base, 0, False, CONFIG, TILING)
+    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    first = (q_tile, _base(base, 0, TILING))
     longest = (count + BEAM - 1) // BEAM
     while longest > 1:
         for start in range(0, 2 * BEAM, BLOCKS):
@@ -422,7 +439,8 @@ def _by_tree(
             block = tl.minimum(tl.maximum(block, head), end // SIZE - 1)
             keys, there = block * SIZE + k % SIZE, c < 2 * BEAM
             rows = keys_at[0] + key_offsets(keys_at[1], keys_at[2], keys_at[3], keys, there)
-            best = _score_keys(first, queries, base, rows, there, CONFIG, TILING)
+            k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
+            best = _score_keys(first, queries, base, k_tile, there, CONFIG, TILING)
             c = start + tl.arange(0, BLOCKS)
             left, right = _halves(c, nodes, 2 * BEAM, stride)
             best = tl.where(left < right, best, -float("inf"))
@@ -596,8 +614,8 @@ def search_kernel(
             if n + 1 < END:
                 _meet(mine[3], n + 1, TILING)
         if n + 1 >= FIRST and n + 1 < END:
-            _keep_runs(mine, begin, end, kept, LEVELS - 1 - n, CONFIG, TILING)
-        kept = _count_kept(begin, end, kept, LEVELS - 1 - n, CONFIG, TILING)
+            _keep_runs(mine, begin, end, kept, LEVELS - 1 - n, TILING)
+        kept = _count_kept(begin, end, kept, LEVELS - 1 - n, TILING)
     STEPS: tl.constexpr = TILING.steps
     if FIRST <= STEPS - 2 and STEPS - 2 < END and STEPS > LEVELS + 1:
         _score_blocks(queries, keys_at, mine, kept, CONFIG, TILING)
@@ -776,7 +794,7 @@ def tile_keys(dim: int, rows: int, row_tiles: int, sharers: int) -> tuple[int, i
     As `benchmarks/gpu.py tune` found them.
     """
     if dim > 128:
-        return 32, 16 if rows == 16 else 32, 32, 1
+        return 32, 32, 32, 1
     if row_tiles > 1:
         return 64, 64, 64, 1
     if rows == 16:
