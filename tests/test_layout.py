@@ -15,7 +15,7 @@ from hipserve.attention import SelectionReuse, attend, layer
 from hipserve.config import LONE_ROW
 from hipserve.ops import compute_bounds, select_blocks
 from hipserve.ops.block_sparse_attention.reference import read_keys
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.types import BatchLayout, PagedKV, bound_levels, kept_runs
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 lengths = st.lists(st.integers(0, 400), min_size=1, max_size=4)
@@ -41,6 +41,19 @@ def test_numbers_and_tensors_make_the_same_blocks(
     rows = [(position + i + 1) for _, _, n, position in blocks.tolist() for i in range(n)]
     assert known.keys_visible == sum(rows)
     assert read_back.keys_visible is None
+
+
+@given(
+    page_size=st.integers(1, 3000), size=st.sampled_from([1, 16, 64]), keys=st.integers(1, 9000)
+)
+def test_coarse_runs_hold_whole_fine_ones_and_enough_keys(
+    page_size: int, size: int, keys: int
+) -> None:
+    levels = bound_levels(page_size, size)
+    assert levels[0] == size
+    for count, length in zip(kept_runs(keys, levels), levels, strict=True):
+        assert length == size or (length <= page_size and length % size == 0)
+        assert count * length >= keys
 
 
 @given(
