@@ -43,9 +43,7 @@ def test_numbers_and_tensors_make_the_same_blocks(
     assert read_back.keys_visible is None
 
 
-@given(
-    page_size=st.integers(1, 3000), size=st.sampled_from([1, 16, 64]), keys=st.integers(1, 9000)
-)
+@given(page_size=st.integers(1, 3000), size=st.sampled_from([1, 16, 64]), keys=st.integers(1, 9000))
 def test_coarse_runs_hold_whole_fine_ones_and_enough_keys(
     page_size: int, size: int, keys: int
 ) -> None:
