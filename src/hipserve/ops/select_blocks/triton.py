@@ -74,11 +74,6 @@ class Tiling:
         return len(self.lengths)
 
     @property
-    def lone(self) -> bool:
-        """For rows of their own: the whole search is one launch, and waits for memory."""
-        return self.together > 1
-
-    @property
     def ratio(self) -> int:
         """Fine runs in a coarse one."""
         return self.lengths[-1] // self.lengths[0]
@@ -297,12 +292,10 @@ def _score_runs(
     boxes = _boxes_of(first + i, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
     for start in tl.range(first, n, STEP, num_stages=1):
         c = start + i
-        if not TILING.lone:
-            boxes = _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
         low_tile = load_tile(boxes, c < n, TILING.head_dim, TILING.dim)
         high_tile = load_tile(boxes + bounds_at[1][3], c < n, TILING.head_dim, TILING.dim)
-        if TILING.lone:  # what is next is looked up while the boxes are on their way
-            boxes = _boxes_of(c + STEP, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
+        # What is next is looked up while these are on their way.
+        boxes = _boxes_of(c + STEP, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
         best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
         tl.store(scores + c, best, mask=c < n)
 
@@ -352,11 +345,8 @@ def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl
     rows = _keys_of(begin + key, total, runs, keys_at, SIZE)
     for start in range(begin, total, STEP):
         there = start + key < total
-        if not TILING.lone:
-            rows = _keys_of(start + key, total, runs, keys_at, SIZE)
         k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
-        if TILING.lone:
-            rows = _keys_of(start + STEP + key, total, runs, keys_at, SIZE)
+        rows = _keys_of(start + STEP + key, total, runs, keys_at, SIZE)
         best = _score_keys(first, queries, mine[2], k_tile, there, CONFIG, TILING)
         to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
         tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
