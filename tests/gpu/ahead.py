@@ -92,16 +92,18 @@ def needs(compiled: Any) -> dict[str, int]:
     }
 
 
-def attend(recorder: Recorder, case: str, query_len: int, selected: bool, head_dim: int) -> None:
+def attend(
+    recorder: Recorder, case: str, query_len: int, selected: bool, head_dim: int, batch: int = 1
+) -> None:
     recorder.case = case
-    q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
+    q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(64, 256, 8, head_dim, dtype=torch.bfloat16)
-    blocks = -(-query_len // 64)
+    blocks = batch * -(-query_len // 64)
     attention.block_sparse_attention(
         q,
         pages,
         pages,
-        torch.zeros(1, 64, dtype=torch.int32),
+        torch.zeros(batch, 64, dtype=torch.int32),
         torch.zeros(blocks, 4, dtype=torch.int32),
         torch.zeros(blocks, 8, 64, dtype=torch.int32) if selected else None,
         torch.zeros(blocks, dtype=torch.int32) if selected else None,
@@ -170,6 +172,7 @@ def main() -> None:
     if capability == 90:
         attend(recorders["attention_kernel"], "dense", 4096, False, 128)
         attend(recorders["attention_kernel"], "decode", 1, True, 128)
+        attend(recorders["attention_kernel"], "decode, batch 8", 1, True, 128, batch=8)
         attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
         select(recorders, "decode, head_dim 256", 1, HiPConfig(), head_dim=256)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 try:
-    from triton.language.extra.cuda import gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # a Triton for other GPUs, whose kernels are never chained
-    gdc_wait = None
+    gdc_launch_dependents = gdc_wait = None
 
 
 @triton.jit
@@ -20,6 +20,16 @@ def follow(CHAINED: tl.constexpr):
     """
     if CHAINED:
         gdc_wait()
+
+
+@triton.jit
+def lead(CHAINED: tl.constexpr):
+    """Lets the next kernel take its places as soon as all programs of this one have theirs.
+
+    For a kernel that leaves room: otherwise programs that wait keep out programs that work.
+    """
+    if CHAINED:
+        gdc_launch_dependents()
 
 
 @triton.jit

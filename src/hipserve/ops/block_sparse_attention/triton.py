@@ -26,12 +26,15 @@ WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: their keys are split."""
+SMALL_PROGRAMS = 832
+"""The same for small programs, of one warp and 32 keys at a time."""
+FEW_SPLITS = 16
 MAX_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a kernel is compiled for; all sizes count elements."""
+    """What a kernel is compiled for; all sizes count elements. A small program has one warp."""
 
     group_size: int
     heads: int
@@ -42,6 +45,7 @@ class Tiling:
     keys: int
     row_tiles: int
     splits: int
+    small: bool
     num_sink_tokens: int
     key_block_size: int
     max_selected: int
@@ -354,9 +358,13 @@ def make_tiling(
     longest = block_table.shape[1] * k_cache.shape[1]
     if indices is not None:
         longest = min(longest, indices.shape[2] * key_block_size + num_sink_tokens + 1024)
-    splits = 1
+    splits, small = 1, False
     if max_rows == 1:
-        splits = max(min(PROGRAMS // (blocks * heads), longest // keys, MAX_SPLITS), 1)
+        most = PROGRAMS // (blocks * heads)
+        small = half and dim <= 128 and indices is not None and 1 < most <= FEW_SPLITS
+        if small:
+            keys, most = 32, SMALL_PROGRAMS // (blocks * heads)
+        splits = max(min(most, longest // keys, MAX_SPLITS), 1)
     return Tiling(
         group,
         heads,
@@ -367,6 +375,7 @@ def make_tiling(
         keys,
         row_tiles,
         splits,
+        small,
         num_sink_tokens,
         key_block_size,
         0 if indices is None else indices.shape[2],
@@ -380,8 +389,10 @@ def make_tiling(
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+    if tiling.small:
+        return {"num_warps": 1, "num_stages": 2}
     if tiling.splits > 1:  # the more splits, the fewer tiles there are in each
-        return {"num_warps": 2, "num_stages": 1 if tiling.splits > 16 else 2}
+        return {"num_warps": 2, "num_stages": 1 if tiling.splits > FEW_SPLITS else 2}
     if tiling.rows >= 128:
         return {"num_warps": tiling.rows // 16, "num_stages": 2}
     return {"num_warps": 8 if tiling.rows * tiling.dim > 8192 else 4, "num_stages": 3}

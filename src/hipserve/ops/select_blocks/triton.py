@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
-from hipserve.ops.gather import follow, key_offsets, load_tile
+from hipserve.ops.gather import follow, key_offsets, lead, load_tile
 from hipserve.platform import chains_launches, gpu_processors
 from hipserve.types import bound_levels, bound_offsets, kept_runs
 
@@ -28,7 +28,7 @@ SCRATCH_BYTES = 256 * 2**20
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: several share a query block and head."""
 MAX_SHARERS = 16
-LEAST, GREATEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+SIGN, GREATEST = tl.constexpr(2**31), tl.constexpr(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tiling:
     `lengths`, `offsets`, `candidates` and `kept` hold one entry a bound level, finest first;
     `blocks` and `beam` are the most key blocks that the re-rank and the tree see, `list_size` the
     longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a
-    query block and head; those take `keys` at a time, and `runs` at bound levels. A launch does
+    query block and head; those take `keys` at a time, and `runs` at each bound level. A launch does
     `together` of the `steps` of a search: all of them for lone rows, whose time goes into launches
     and what they start with.
     """
@@ -52,7 +52,7 @@ class Tiling:
     row_tiles: int
     read_keys: int
     keys: int
-    runs: int
+    runs: tuple[int, ...]
     stages: int
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -90,28 +90,27 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     there = i < n
     score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = score.to(tl.uint32, bitcast=True)
+    key = tl.where(bits < SIGN, bits + SIGN, ~bits)
     PAIR: tl.constexpr = tl.int32 if SIZE < 2**15 else tl.int64
     HALF: tl.constexpr = 16 if SIZE < 2**15 else 32
     wanted = tl.minimum(count, n)
-    low = tl.min(tl.where(there, key, GREATEST)).to(tl.int64)  # where it lies: [low, low + span)
-    span = tl.max(tl.where(there, key, LEAST)) - low + 1
+    low = tl.min(tl.where(there, key, GREATEST))  # the threshold lies in [low, low + span)
+    span = tl.max(tl.where(there, key, 0)) - low + 1
     reached = n
     while (reached > wanted) & (span > 1):
-        third = tl.maximum(span // 3, 1)
+        third = (span + 1) // 3
         first, second = low + third, low + 2 * third
-        counts = (there & (key >= first.to(tl.int32))).to(PAIR)
-        counts += (there & (key >= second.to(tl.int32))).to(PAIR) << HALF
+        counts = (there & (key >= first)).to(PAIR)
+        counts += (there & (key >= second)).to(PAIR) << HALF
         counts = tl.sum(counts, axis=0)
-        one, two = counts & ((1 << HALF) - 1), counts >> HALF
-        one, two = one.to(tl.int32), two.to(tl.int32)
+        one, two = (counts & ((1 << HALF) - 1)).to(tl.int32), (counts >> HALF).to(tl.int32)
         low = tl.where(two >= wanted, second, tl.where(one >= wanted, first, low))
         span = tl.where(two >= wanted, span - 2 * third, third)
         reached = tl.where(two >= wanted, two, tl.where(one >= wanted, one, reached))
-    kept = there & (key >= low.to(tl.int32))
+    kept = there & (key >= low)
     if reached > wanted:
-        equal = there & (key == low.to(tl.int32))
+        equal = there & (key == low)
         rank = tl.cumsum(equal.to(tl.int32), 0)
         kept &= ~equal | (rank <= tl.sum(equal.to(tl.int32)) - (reached - wanted))
     return kept, tl.cumsum(kept.to(tl.int32), 0) - 1
@@ -169,8 +168,7 @@ def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.con
 @triton.jit
 def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
     """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
-    RUNS: tl.constexpr = TILING.runs
-    best = tl.full([RUNS], -float("inf"), tl.float32)
+    best = tl.full([high.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
         to_high, to_low, less = first
@@ -286,9 +284,10 @@ def _score_runs(
     q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
     to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
     sides = (to_high, to_low, _base(mine[2], 0, TILING))
-    first = tl.program_id(0) % TILING.searchers * TILING.runs
-    STEP: tl.constexpr = TILING.searchers * TILING.runs
-    i = tl.arange(0, TILING.runs)
+    RUNS: tl.constexpr = TILING.runs[LEVEL]
+    first = tl.program_id(0) % TILING.searchers * RUNS
+    STEP: tl.constexpr = TILING.searchers * RUNS
+    i = tl.arange(0, RUNS)
     boxes = _boxes_of(first + i, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
     for start in tl.range(first, n, STEP, num_stages=1):
         c = start + i
@@ -550,12 +549,16 @@ def rate_kernel(
 ):  # fmt: skip
     """Window, empty list, and each row's base."""
     follow(TILING.chained)
-    if not _due(blocks, refresh, TILING.raters, TILING):
+    lead(TILING.chained)
+    _, block, _ = _item(blocks, TILING.raters, TILING)
+    position = tl.load(blocks[0] + 4 * block + 3)
+    # It is never below 0: asked here, the block's numbers come with the flag and not after it.
+    if not (_due(blocks, refresh, TILING.raters, TILING) & (position >= 0)):
         return
     block, head, _, queries, keys_at, mine = _open(
         q, k, pages, blocks, scratch, TILING.raters, TILING
     )
-    num_rows, position = queries[3], tl.load(blocks[0] + 4 * block + 3)
+    num_rows = queries[3]
     begin = CONFIG.num_sink_tokens
     start = position - CONFIG.sliding_window + 1
     start -= start % CONFIG.granularity
@@ -585,14 +588,13 @@ def search_kernel(
     runs of the next bound level, or at last keys.
     """
     follow(TILING.chained)
-    if not _due(blocks, refresh, TILING.searchers, TILING):
+    _, block, _ = _item(blocks, TILING.searchers, TILING)
+    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
+    if not (_due(blocks, refresh, TILING.searchers, TILING) & (end > begin)):
         return
     block, head, kv_head, queries, keys_at, mine = _open(
         q, k, pages, blocks, scratch, TILING.searchers, TILING
     )
-    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
-    if end <= begin:
-        return
     bounds_at = (bounds[0] + kv_head * bounds[1][2], bounds[1])
     kept = 0
     LEVELS: tl.constexpr = TILING.levels
@@ -738,17 +740,20 @@ def make_tiling(
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
-    candidates = [power(max(longest // length, 1)) for length in lengths[-1:]]
+    counts = [max(longest // length, 1) for length in lengths[-1:]]
     if len(lengths) > 1:
         ratio = lengths[1] // lengths[0]
-        candidates.insert(0, power(ratio * (kept[1] + 2)))  # what parents leave at both ends
+        counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
+    candidates = tuple(map(power, counts))
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
     few = max(PROGRAMS // max(blocks * heads, 1), 1)
     few = min(few, MAX_SHARERS, gpu_processors(q.device))
-    keys, runs, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows), few)
+    keys, most, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows))
     keys = max(keys, config.key_block_size)
-    shares = [keep // keys * (config.rerank > 0), *(count // runs for count in candidates)]
+    shares = [keep // keys * (config.rerank > 0), *(count // most for count in counts)]
+    searchers = max(min(few, max(shares)), 1) if lengths else 1
+    runs = [tile_runs(count, most, searchers) if rows == 16 else most for count in counts]
     steps = len(lengths) + (2 if lengths and config.rerank else 1)
     return Tiling(
         group,
@@ -760,11 +765,11 @@ def make_tiling(
         -(-stacked // rows),
         read_keys,
         keys,
-        runs,
+        tuple(runs),
         stages,
         tuple(lengths),
         bound_offsets(page_size, config.bound_block_size),
-        tuple(candidates),
+        candidates,
         kept,
         blocks_seen,
         beam,
@@ -773,13 +778,18 @@ def make_tiling(
         steps,
         steps if max_rows == 1 else 1,
         min(power(few // 2 + 1), 8),
-        max(min(few, max(shares)), 1) if lengths else 1,
+        searchers,
         chains_launches(q.device),
     )
 
 
-def tile_keys(dim: int, rows: int, row_tiles: int, sharers: int) -> tuple[int, int, int, int]:
-    """Keys of a tile in the search, runs, keys read anyway; pipeline depth of the first.
+def tile_runs(count: int, most: int, sharers: int) -> int:
+    """Runs of a tile, `most` or half: with which the busiest program that shares does less."""
+    return min((most, most // 2), key=lambda runs: -(-count // (runs * sharers)) * runs)
+
+
+def tile_keys(dim: int, rows: int, row_tiles: int) -> tuple[int, int, int, int]:
+    """Keys of a tile in the search, most runs, keys read anyway; pipeline depth of the first.
 
     As `benchmarks/gpu.py tune` found them.
     """
@@ -788,5 +798,5 @@ def tile_keys(dim: int, rows: int, row_tiles: int, sharers: int) -> tuple[int, i
     if row_tiles > 1:
         return 64, 64, 64, 1
     if rows == 16:
-        return 128, 32 if sharers == MAX_SHARERS else 64, 128, 1
+        return 128, 64, 128, 1
     return 128, 64, 32, 2
