@@ -149,12 +149,14 @@ def dense_call(q: Tensor, k: Tensor, v: Tensor, name: str) -> Callable[[], Tenso
     return call
 
 
-def fastest(calls: dict[str, Callable[[], object]], runs: int) -> tuple[str, float]:
+def fastest(
+    calls: dict[str, Callable[[], object]], runs: int, in_a_row: int = 4
+) -> tuple[str, float]:
     """Name and milliseconds of the fastest dense backend that takes this call."""
     times: dict[str, float] = {}
     for name, call in calls.items():
         try:
-            times[name] = milliseconds(call, runs)
+            times[name] = milliseconds(call, runs, in_a_row)
         except RuntimeError as error:
             say(f"dense {name} cannot: {str(error)[:100]}")
     return min(times.items(), key=lambda item: item[1], default=("none", float("nan")))
@@ -175,7 +177,8 @@ def paged(k: Tensor, v: Tensor, query_len: int, config: HiPConfig) -> tuple[Page
 def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
     q, k, v = inputs(length)
     runs = 3 if length > 65536 else 5
-    name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs)
+    layers = min(max(2**18 // length, 4), 32)
+    name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs, layers)
     kv, layout = paged(k, v, length, config)
     rows = q[0]
     chosen = select_blocks(rows, kv, layout, config=config, check=False)
@@ -187,7 +190,7 @@ def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
         ),
         "hip": lambda: hip_attention(q, k, v, config=config),
     }
-    times = {part: milliseconds(call, runs) for part, call in parts.items()}
+    times = {part: milliseconds(call, runs, layers) for part, call in parts.items()}
     listed = (chosen.indices >= 0).sum().item() * config.key_block_size / KV_HEADS
     position = torch.arange(0, length, 64, device="cuda")
     window = (position + 64 - chosen.window_start).sum().item()
