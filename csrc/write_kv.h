@@ -5,25 +5,36 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
+template <int kBytes> struct IntegerOf { typedef int16_t type __attribute__((may_alias)); };
+template <> struct IntegerOf<4> { typedef int32_t type __attribute__((may_alias)); };
+
+// Least and greatest values, as integers that order as the values do: nothing is converted, and a
+// vector holds twice as many halves as floats.
 template <class T> struct Box {
-  float low[kMaxDim], high[kMaxDim];
+  using Bits = typename IntegerOf<sizeof(T)>::type;
+  static constexpr int kSign = 8 * sizeof(T) - 1;
+  static constexpr Bits kGreatest = (Bits)((1ull << kSign) - 1);
+  Bits low[kMaxDim], high[kMaxDim];
   int64_t dim;
   explicit Box(int64_t dim) : dim(dim) {
     for (int64_t c = 0; c < dim; ++c) {
-      low[c] = INFINITY;
-      high[c] = -INFINITY;
+      low[c] = kGreatest;
+      high[c] = ~kGreatest;
     }
   }
+  static Bits ordered(Bits x) { return x ^ (x >> kSign & kGreatest); }  // its own inverse
   void add(const T* low_row, const T* high_row) {
+    const Bits *x = (const Bits*)low_row, *y = (const Bits*)high_row;
     for (int64_t c = 0; c < dim; ++c) {
-      low[c] = least(to_float(low_row[c]), low[c]);
-      high[c] = most(to_float(high_row[c]), high[c]);
+      low[c] = least(ordered(x[c]), low[c]);
+      high[c] = most(ordered(y[c]), high[c]);
     }
   }
   void put(T* out) const {
+    Bits* to = (Bits*)out;
     for (int64_t c = 0; c < dim; ++c) {
-      from_float(low[c], out + c);
-      from_float(high[c], out + dim + c);
+      to[c] = ordered(low[c]);
+      to[dim + c] = ordered(high[c]);
     }
   }
 };
@@ -125,7 +136,8 @@ template <class T> static void bounds_as(const BoundsCall& call) {
   const int64_t chunks = (call.page_size + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < call.num_pages * heads * chunks; ++i) {
-    int64_t page = i / (heads * chunks), h = i / chunks % heads, first = i % chunks * chunk;
+    // Heads last: the keys of a chunk lie together, those of a head may not.
+    int64_t page = i / (heads * chunks), h = i % heads, first = i / heads % chunks * chunk;
     const T* keys = (const T*)call.k.data + page * call.k.page_stride + h * call.k.head_stride;
     T* bounds = (T*)call.bounds.data + page * call.bounds.page_stride + h * call.bounds.head_stride;
     bound_page<T>(keys, call.k.slot_stride, bounds, call.bounds.slot_stride, levels, first,

@@ -14,6 +14,7 @@ import hipserve
 from backends import every_backend, using
 from hipserve import HiPConfig
 from hipserve.attention import SelectionReuse, attend
+from hipserve.config import BREAK_EVEN
 from hipserve.ops import write_kv
 from hipserve.types import BatchLayout, PagedKV, bound_offsets
 
@@ -57,6 +58,19 @@ def test_the_last_row_is_a_decode_step(backend: str, selector: str) -> None:
         whole = hipserve.hip_attention(q, k, v, config=config, backend=name)
         step = hipserve.hip_attention(q[:, -1:], k, v, config=config, backend=name)
     assert torch.equal(whole[:, -1:], step)
+
+
+@every_backend
+@selectors
+def test_a_single_row_reads_all_where_bounds_would_have_to(backend: str, selector: str) -> None:
+    q, k, v = qkv(1, 3 * BREAK_EVEN["cpu"] + 100)
+    config = HiPConfig(selector=selector, **(SMALL | {"dense_below": None}))
+    with using(backend) as name:
+        out = hipserve.hip_attention(q, k, v, config=config, backend=name)
+        pruned = hipserve.hip_attention(q, k, v, config=HiPConfig(**SMALL), backend=name)
+    error = (out - sdpa(q, k, v)).abs().max()
+    assert (error < 2e-5) == (selector != "tree")
+    assert (pruned - sdpa(q, k, v)).abs().max() > 1e-3  # as a caller asks who sets dense_below
 
 
 class Sequence:

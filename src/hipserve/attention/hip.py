@@ -12,7 +12,7 @@ from hipserve.attention.dense import dense_head
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.ops import checks, compute_bounds
+from hipserve.ops import block_sparse_attention, checks, compute_bounds
 from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, PagedKV
 
@@ -33,6 +33,10 @@ def hip_attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Hierarchically pruned attention (arXiv 2406.09827), in the layout of `flash_attn_func`.
+
+    A bound selector has to make the bounds of `k` in every call. For a single row that costs more
+    than it spares, so that such a row reads all keys unless `config.dense_below` says from where to
+    prune. Where keys stay (`PagedKV`, `HiPCache`), their bounds stay too.
 
     >>> import torch, hipserve
     >>> q = torch.randn(1, 4096, 8, 64, dtype=torch.bfloat16)
@@ -60,6 +64,7 @@ def hip_attention(
     """
     config = config or DEFAULT
     _check(q, k, v, config, causal, sm_scale, softcap)
+    reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
     config = config.on(q.device.type)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype)
@@ -75,17 +80,15 @@ def hip_attention(
     layout = whole_sequences(batch, query_len, k.shape[1], q.device)
     if rows:
         layout = layout.behind(rows, config.query_block_size)
-    bounds = None
-    if config.uses_bounds and layout.may_prune(config):
-        bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
-    out, lse = attend(
-        q.reshape(batch * query_len, num_q_heads, head_dim),
-        PagedKV(k, v, bounds),
-        layout,
-        config=config,
-        check=False,
-        **options,
-    )
+    options |= {"config": config, "check": False}
+    packed = q.reshape(batch * query_len, num_q_heads, head_dim)
+    if reads_all or not layout.may_prune(config):
+        out, lse = block_sparse_attention(packed, PagedKV(k, v), layout, None, **options)
+    else:
+        bounds = None
+        if config.uses_bounds:
+            bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
+        out, lse = attend(packed, PagedKV(k, v, bounds), layout, **options)
     out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
         out[:, :rows] = head
