@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from hipserve import HiPConfig
 from hipserve.platform import interpreting, triton_library
+from hipserve.types import bound_offsets
 
 pytestmark = pytest.mark.skipif(
     interpreting() or bool(triton_library()), reason="needs Triton's compiler"
@@ -43,3 +47,28 @@ def test_kernels_compile_ahead(capability: int, tmp_path: Path) -> None:
         assert needs["shared_bytes"] <= SHARED[capability], name
         allowed = LITTLE if name.startswith("attention_kernel") else 0
         assert needs["spilled_bytes"] <= allowed, f"{name}: {needs}"
+
+
+class Nothing:
+    """A kernel whose launches do nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def test_kernels_that_compile_for_minutes_are_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hipserve.ops.select_blocks import triton
+
+    for kernel in ("rate_kernel", "search_kernel"):
+        monkeypatch.setattr(triton, kernel, Nothing())
+    for budget in (4096, 65536):
+        config = HiPConfig(budget=budget)
+        q, pages = torch.zeros(1, 4, 64), torch.zeros(1, 256, 2, 64)
+        bounds = torch.zeros(1, bound_offsets(256, 16)[-1], 2, 2, 64)
+        table, blocks = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(1, 4).int()
+        triton.select_blocks(q, pages, bounds, table, blocks, config)
+    assert [record.getMessage().split("(")[1].split(",")[0] for record in caplog.records] == [
+        "budget=65536"
+    ]

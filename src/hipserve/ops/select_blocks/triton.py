@@ -10,6 +10,8 @@ Every query block and head has a scratch row of its own, which stays in cache. N
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,9 @@ SCRATCH_BYTES = 256 * 2**20
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: several share a query block and head."""
 MAX_SHARERS = 16
+LONG_LIST = 2**15
+"""Lists of so many entries and more take minutes to compile."""
+logger = logging.getLogger("hipserve")
 SIGN, GREATEST = tl.constexpr(2**31), tl.constexpr(2**32 - 1)
 
 
@@ -684,6 +689,8 @@ def refresh_blocks(
         )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
+    entries = max(tiling.score_size, tiling.list_size)
+    _say_how_long(entries, config.budget, config.rerank, k_cache.shape[1])
     scratch_of = {
         torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
         torch.int32: (5 * tiling.list_size, 1),
@@ -720,6 +727,20 @@ def refresh_blocks(
                 num_warps=8 if wide else 4,
                 **options,
             )
+
+
+@functools.cache
+def _say_how_long(entries: int, budget: int, rerank: int, page_size: int) -> None:
+    """Nobody waits for minutes without knowing why."""
+    if entries >= LONG_LIST:
+        logger.warning(
+            "kernels that search lists of %d entries compile for minutes (budget=%d, rerank=%d, "
+            "pages of %d keys); with some thousand keys in pages of 256 it is seconds",
+            entries,
+            budget,
+            rerank,
+            page_size,
+        )
 
 
 def make_tiling(
