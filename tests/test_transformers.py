@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hipserve.attention.layer as attention_layer
 import hipserve.integrations.transformers as integration
-from hipserve import ArgumentError, HiPCache
+from hipserve import ArgumentError, HiPCache, types
 from hipserve.attention.dense import dense_rows
+from hipserve.cache import pages
 
 PRUNED = {
     "budget": 32,
@@ -92,6 +94,41 @@ def test_generates_what_sdpa_generates(family: str, option: str) -> None:
     for cache in ({"past_key_values": HiPCache(model.config)}, {}):
         torch.manual_seed(1)
         assert torch.equal(model.generate(ids, **options, **cache), expected)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU's host would wait for: values read back, tensors made of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = (torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.item, torch.Tensor.tolist)
+        self.count += func in (torch.tensor, *read)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_step_waits_no_longer_with_more_layers(
+    monkeypatch: pytest.MonkeyPatch, padding: int
+) -> None:
+    counts: list[int] = []
+    for layers in (2, 6):
+        monkeypatch.setitem(SIZES, "num_hidden_layers", layers)
+        model, ids = build("llama", PRUNED), prompts(2)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        cache = HiPCache(model.config)
+        pages._few_slots.cache_clear()
+        types._of_lengths.cache_clear()
+        with torch.no_grad():
+            model(ids[:, :-2], past_key_values=cache, attention_mask=mask[:, :-2])
+            model(ids[:, -2:-1], past_key_values=cache, attention_mask=mask[:, :-1])
+            with Waits() as waits:
+                model(ids[:, -1:], past_key_values=cache, attention_mask=mask)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
 
 
 @families

@@ -194,12 +194,13 @@ class PagedLayer:
         size = self.page_size
         writes = list(zip(self._tables, self.lengths, counts, strict=True))
         if sum(counts) <= FEW_SLOTS:
-            slots = [
+            slots = tuple(
                 table[position // size] * size + position % size
                 for table, begin, count in writes
                 for position in range(begin, begin + count)
-            ]
-            return torch.tensor(slots, dtype=torch.int64, device=device)
+            )
+            make = _few_slots.__wrapped__ if torch.compiler.is_compiling() else _few_slots
+            return make(slots, device)
         inside = torch.arange(size, device=device)
         parts: list[Tensor] = []
         for table, begin, count in writes:
@@ -207,3 +208,10 @@ class PagedLayer:
             every = (pages.long()[:, None] * size + inside).flatten()
             parts.append(every.narrow(0, begin % size, count))
         return torch.cat(parts)
+
+
+@functools.lru_cache(16)
+@ordinary_tensors
+def _few_slots(slots: tuple[int, ...], device: torch.device) -> Tensor:
+    """All layers of a step write to the same slots; making them anew makes a GPU's host wait."""
+    return torch.tensor(slots, dtype=torch.int64, device=device)

@@ -8,7 +8,8 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -70,6 +71,7 @@ class MaskDescription:
     kv_offset: int
     sliding_window: int
     key_valid: Tensor | None
+    _valid_rows: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
 
     ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
 
@@ -85,9 +87,25 @@ class MaskDescription:
 
     def valid_keys(self, kv_length: int) -> Tensor | None:
         """`[batch, kv_length]` of the keys at hand, or None where all of them count."""
-        if self.key_valid is None or bool(self.key_valid.all()):
+        if self.key_valid is None or self._all_valid:
             return None
         return self.key_valid[:, self.kv_offset : self.kv_offset + kv_length].bool()
+
+    def valid_rows(self, kv_length: int, rows: int) -> Tensor | None:
+        """`[batch, rows]` of the last keys at hand, or None where all of them count."""
+        asked = (kv_length, rows)
+        if asked not in self._valid_rows:
+            valid = self.valid_keys(kv_length)
+            if valid is not None:
+                valid = valid[:, kv_length - rows :]
+                valid = None if bool(valid.all()) else valid
+            self._valid_rows[asked] = valid
+        return self._valid_rows[asked]
+
+    # What is read back from the device is read once for all layers: each time waits for it.
+    @functools.cached_property
+    def _all_valid(self) -> bool:
+        return self.key_valid is None or bool(self.key_valid.all())
 
 
 def describe_mask(
@@ -182,11 +200,8 @@ def _attend_pages(
     options: dict[str, Any],
 ) -> Tensor:
     layer, rows = key.layer, query.transpose(1, 2)
-    valid = mask.valid_keys(layer.seen) if mask else None
-    if valid is not None:
-        valid = valid[:, layer.seen - rows.shape[1] :]
-        valid = None if bool(valid.all()) else valid
     batch, query_len = rows.shape[:2]
+    valid = mask.valid_rows(layer.seen, query_len) if mask else None
     fresh = layer.write(valid)
     head = rows[:, :0]
     if fresh is not None and valid is None and query_len == layer.seen:
