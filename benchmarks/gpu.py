@@ -347,12 +347,14 @@ def tune_one(
     usual = selection.tile_keys
     for tile in tiles:
         selection.tile_keys = lambda *_, t=tile: t
+        selection.make_tiling.cache_clear()
         try:
             say(f"tune {what}: select, {tile}: {1000 * timed(search):.1f} us")
         except Exception as error:  # what does not fit is no option
             say(f"tune {what}: {tile}: {type(error).__name__} {str(error)[:80]}")
         finally:
             selection.tile_keys = usual
+            selection.make_tiling.cache_clear()
 
 
 TILES = [(128, 64, 32, 2), (128, 64, 64, 1), (128, 32, 32, 2), (64, 64, 32, 2), (128, 128, 64, 2)]

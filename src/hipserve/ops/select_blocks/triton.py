@@ -688,7 +688,8 @@ def refresh_blocks(
             'change it or use backend="reference"'
         )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
-    tiling = make_tiling(q, k_cache, block_table, blocks, heads, config)
+    longest = block_table.shape[1] * k_cache.shape[1]
+    tiling = make_tiling(q.shape, k_cache.shape, longest, blocks, heads, config, q.device)
     entries = max(tiling.score_size, tiling.list_size)
     _say_how_long(entries, config.budget, config.rerank, k_cache.shape[1])
     scratch_of = {
@@ -743,25 +744,28 @@ def _say_how_long(entries: int, budget: int, rerank: int, page_size: int) -> Non
         )
 
 
+@functools.lru_cache(1024)
 def make_tiling(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    longest: int,
     blocks: int,
     heads: int,
     config: HiPConfig,
+    device: torch.device,
 ) -> Tiling:
-    """Sizes of the launch, from shapes alone."""
+    """Sizes of the launch, from shapes alone; `longest` is what a row of the block table holds."""
     power = triton.next_power_of_2
-    group, dim = q.shape[1] // heads, power(q.shape[2])
-    max_rows = min(config.query_block_size, q.shape[0] - blocks + 1)
+    tokens, num_q_heads, head_dim = q_shape
+    _, page_size, kv_heads, _ = k_shape
+    group, dim = num_q_heads // heads, power(head_dim)
+    max_rows = min(config.query_block_size, tokens - blocks + 1)
     stacked = ((max_rows - 1) // config.query_stride + 1) * group
     rows = max(min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, power(stacked)), 16)
-    page_size, longest = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
-    counts = [max(longest // length, 1) for length in lengths[-1:]]
+    counts = [power(max(longest // length, 1)) for length in lengths[-1:]]
     if len(lengths) > 1:
         ratio = lengths[1] // lengths[0]
         counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
@@ -769,7 +773,7 @@ def make_tiling(
     blocks_seen = power(max(keep // config.key_block_size, 1))
     beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
     few = max(PROGRAMS // max(blocks * heads, 1), 1)
-    few = min(few, MAX_SHARERS, gpu_processors(q.device))
+    few = min(few, MAX_SHARERS, gpu_processors(device))
     keys, most, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows))
     keys = max(keys, config.key_block_size)
     shares = [keep // keys * (config.rerank > 0), *(count // most for count in counts)]
@@ -779,8 +783,8 @@ def make_tiling(
     return Tiling(
         group,
         heads,
-        k_cache.shape[2],
-        q.shape[2],
+        kv_heads,
+        head_dim,
         dim,
         rows,
         -(-stacked // rows),
@@ -800,7 +804,7 @@ def make_tiling(
         steps if max_rows == 1 else 1,
         min(power(few // 2 + 1), 8),
         searchers,
-        chains_launches(q.device),
+        chains_launches(device),
     )
 
 
