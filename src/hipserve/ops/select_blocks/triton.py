@@ -96,7 +96,7 @@ def _keep_best(scores, n, count, SIZE: tl.constexpr):
     there = i < n
     score = tl.load(scores + i, mask=there, other=0.0) + 0.0  # -0 and +0 are equal
     bits = score.to(tl.uint32, bitcast=True)
-    key = tl.where(bits < SIGN, bits + SIGN, ~bits)
+    key = tl.where(bits < SIGN, bits + SIGN, bits ^ GREATEST)
     PAIR: tl.constexpr = tl.int32 if SIZE < 2**15 else tl.int64
     HALF: tl.constexpr = 16 if SIZE < 2**15 else 32
     wanted = tl.minimum(count, n)
