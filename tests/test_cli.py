@@ -328,7 +328,12 @@ def test_a_reader_that_leaves_early_is_no_error(doc: str) -> None:
 def test_interrupts_are_quiet() -> None:
     """Ctrl-C while a long document is read."""
     process = subprocess.Popen(
-        [HIPSERVE, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+        [HIPSERVE, "demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ,
+        # A shell's background job ignores the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     first = process.stderr.readline()  # printed when the model is loaded
