@@ -21,7 +21,7 @@ static int64_t top(const float* scores, int64_t n, int64_t count, int32_t* kept,
     int32_t bits;
     float score = scores[i] + 0.f;  // -0 and +0 are equal
     memcpy(&bits, &score, 4);
-    keys[i] = bits ^ (bits >> 31 & INT32_MAX);
+    keys[i] = ordered(bits);
   }
   for (int64_t i = n; i < n + kLanes; ++i) keys[i] = INT32_MIN;
   auto reaching = [&](int32_t limit) {

@@ -97,6 +97,11 @@ template <int kDegree> static inline vf exp2v(vf x) {
 #endif
 }
 
+// An integer that orders as the float of which it has the bits; its own inverse.
+template <class Bits> static inline Bits ordered(Bits x) {
+  return x ^ (x >> (8 * sizeof(Bits) - 1) & (Bits)(~0ull >> (65 - 8 * sizeof(Bits))));
+}
+
 // Storage types.
 
 struct bf16 { uint16_t bits; };

@@ -12,8 +12,7 @@ template <> struct IntegerOf<4> { typedef int32_t type __attribute__((may_alias)
 // vector holds twice as many halves as floats.
 template <class T> struct Box {
   using Bits = typename IntegerOf<sizeof(T)>::type;
-  static constexpr int kSign = 8 * sizeof(T) - 1;
-  static constexpr Bits kGreatest = (Bits)((1ull << kSign) - 1);
+  static constexpr Bits kGreatest = (Bits)(~0ull >> (65 - 8 * sizeof(T)));
   Bits low[kMaxDim], high[kMaxDim];
   int64_t dim;
   explicit Box(int64_t dim) : dim(dim) {
@@ -22,7 +21,6 @@ template <class T> struct Box {
       high[c] = ~kGreatest;
     }
   }
-  static Bits ordered(Bits x) { return x ^ (x >> kSign & kGreatest); }  // its own inverse
   void add(const T* low_row, const T* high_row) {
     const Bits *x = (const Bits*)low_row, *y = (const Bits*)high_row;
     for (int64_t c = 0; c < dim; ++c) {

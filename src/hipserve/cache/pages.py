@@ -199,8 +199,7 @@ class PagedLayer:
                 for table, begin, count in writes
                 for position in range(begin, begin + count)
             )
-            make = _few_slots.__wrapped__ if torch.compiler.is_compiling() else _few_slots
-            return make(slots, device)
+            return _few_slots(slots, device)
         inside = torch.arange(size, device=device)
         parts: list[Tensor] = []
         for table, begin, count in writes:

@@ -8,7 +8,6 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -85,27 +84,19 @@ class MaskDescription:
     def to(self, *_: Any, **__: Any) -> MaskDescription:
         return self
 
-    def valid_keys(self, kv_length: int) -> Tensor | None:
-        """`[batch, kv_length]` of the keys at hand, or None where all of them count."""
-        if self.key_valid is None or self._all_valid:
-            return None
-        return self.key_valid[:, self.kv_offset : self.kv_offset + kv_length].bool()
-
     def valid_rows(self, kv_length: int, rows: int) -> Tensor | None:
-        """`[batch, rows]` of the last keys at hand, or None where all of them count."""
+        """`[batch, rows]` of the last of `kv_length` keys, or None where all of them count.
+
+        Found once for all layers: each time waits for the device.
+        """
+        if self.key_valid is None:
+            return None
         asked = (kv_length, rows)
         if asked not in self._valid_rows:
-            valid = self.valid_keys(kv_length)
-            if valid is not None:
-                valid = valid[:, kv_length - rows :]
-                valid = None if bool(valid.all()) else valid
-            self._valid_rows[asked] = valid
+            end = self.kv_offset + kv_length
+            valid = self.key_valid[:, end - rows : end].bool()
+            self._valid_rows[asked] = None if bool(valid.all()) else valid
         return self._valid_rows[asked]
-
-    # What is read back from the device is read once for all layers: each time waits for it.
-    @functools.cached_property
-    def _all_valid(self) -> bool:
-        return self.key_valid is None or bool(self.key_valid.all())
 
 
 def describe_mask(
@@ -245,7 +236,7 @@ def _attend_tensors(
     if mask is not None:  # a static cache hands out more rows than are filled
         filled = mask.q_offset + mask.q_length - mask.kv_offset
         k, v = k[:, :filled], v[:, :filled]
-    valid = mask.valid_keys(k.shape[1]) if mask else None
+    valid = mask.valid_rows(k.shape[1], k.shape[1]) if mask else None
     if valid is None and config is not None:
         return cast("Tensor", hip_attention(q, k, v, config=config, **options))
     return _attend_unequal(q, k, v, valid, config, sliding_window, options)

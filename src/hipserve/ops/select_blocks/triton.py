@@ -11,7 +11,6 @@ Every query block and head has a scratch row of its own, which stays in cache. N
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
 from hipserve.ops.gather import follow, key_offsets, lead, load_tile
-from hipserve.platform import chains_launches, gpu_processors
+from hipserve.platform import chains_launches, gpu_processors, logger
 from hipserve.types import bound_levels, bound_offsets, kept_runs
 
 MAX_ROWS = 128
@@ -32,7 +31,6 @@ PROGRAMS = 384
 MAX_SHARERS = 16
 LONG_LIST = 2**15
 """Lists of so many entries and more take minutes to compile."""
-logger = logging.getLogger("hipserve")
 SIGN, GREATEST = tl.constexpr(2**31), tl.constexpr(2**32 - 1)
 
 
@@ -496,13 +494,12 @@ def _item(blocks, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _open(q, k, pages, blocks, scratch, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
+def _open(q, k, pages, blocks, scratch, item, block, head, TILING: tl.constexpr):
     """What the programs of one query block and head start from: queries, keys, scratch row.
 
     The programs that share one follow each other, so that they run together.
     """
     query_blocks, _ = blocks
-    item, block, head = _item(blocks, PROGRAMS, TILING)
     q, q_strides = q
     k, k_strides = k
     block_table, table_stride, page_size = pages
@@ -519,15 +516,14 @@ def _open(q, k, pages, blocks, scratch, PROGRAMS: tl.constexpr, TILING: tl.const
     lists += item * 5 * TILING.list_size
     base += item * TILING.raters * TILING.rows * TILING.row_tiles
     queries = (rows, q_strides[0], q_strides[1], num_rows)
-    return block, head, kv_head, queries, keys_at, (scores, lists, base, met + item)
+    return kv_head, queries, keys_at, (scores, lists, base, met + item)
 
 
 @triton.jit
-def _due(blocks, refresh, PROGRAMS: tl.constexpr, TILING: tl.constexpr):
+def _due(refresh, block):
     """The query block selects afresh: always, or as a flag on the device says."""
     due = True
     if refresh is not None:
-        _, block, _ = _item(blocks, PROGRAMS, TILING)
         due = tl.load(refresh + block) != 0
     return due
 
@@ -555,14 +551,12 @@ def rate_kernel(
     """Window, empty list, and each row's base."""
     follow(TILING.chained)
     lead(TILING.chained)
-    _, block, _ = _item(blocks, TILING.raters, TILING)
+    item, block, head = _item(blocks, TILING.raters, TILING)
     position = tl.load(blocks[0] + 4 * block + 3)
     # It is never below 0: asked here, the block's numbers come with the flag and not after it.
-    if not (_due(blocks, refresh, TILING.raters, TILING) & (position >= 0)):
+    if not (_due(refresh, block) & (position >= 0)):
         return
-    block, head, _, queries, keys_at, mine = _open(
-        q, k, pages, blocks, scratch, TILING.raters, TILING
-    )
+    _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, item, block, head, TILING)
     num_rows = queries[3]
     begin = CONFIG.num_sink_tokens
     start = position - CONFIG.sliding_window + 1
@@ -593,13 +587,11 @@ def search_kernel(
     runs of the next bound level, or at last keys.
     """
     follow(TILING.chained)
-    _, block, _ = _item(blocks, TILING.searchers, TILING)
+    item, block, head = _item(blocks, TILING.searchers, TILING)
     begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
-    if not (_due(blocks, refresh, TILING.searchers, TILING) & (end > begin)):
+    if not (_due(refresh, block) & (end > begin)):
         return
-    block, head, kv_head, queries, keys_at, mine = _open(
-        q, k, pages, blocks, scratch, TILING.searchers, TILING
-    )
+    kv_head, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, item, block, head, TILING)
     bounds_at = (bounds[0] + kv_head * bounds[1][2], bounds[1])
     kept = 0
     LEVELS: tl.constexpr = TILING.levels
@@ -690,8 +682,6 @@ def refresh_blocks(
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     longest = block_table.shape[1] * k_cache.shape[1]
     tiling = make_tiling(q.shape, k_cache.shape, longest, blocks, heads, config, q.device)
-    entries = max(tiling.score_size, tiling.list_size)
-    _say_how_long(entries, config.budget, config.rerank, k_cache.shape[1])
     scratch_of = {
         torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
         torch.int32: (5 * tiling.list_size, 1),
@@ -780,6 +770,9 @@ def make_tiling(
     searchers = max(min(few, max(shares)), 1) if lengths else 1
     runs = [tile_runs(count, most, searchers) if rows == 16 else most for count in counts]
     steps = len(lengths) + (2 if lengths and config.rerank else 1)
+    score_size = max([*candidates, blocks_seen, 2 * beam])
+    list_size = power(max([*kept, blocks_seen, beam, config.max_selected]))
+    _say_how_long(max(score_size, list_size), config.budget, config.rerank, page_size)
     return Tiling(
         group,
         heads,
@@ -798,8 +791,8 @@ def make_tiling(
         kept,
         blocks_seen,
         beam,
-        max([*candidates, blocks_seen, 2 * beam]),
-        power(max([*kept, blocks_seen, beam, config.max_selected])),
+        score_size,
+        list_size,
         steps,
         steps if max_rows == 1 else 1,
         min(power(few // 2 + 1), 8),
