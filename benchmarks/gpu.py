@@ -244,16 +244,27 @@ def decode_inputs(
     return q, kv, layout
 
 
-def contiguous(x: Tensor, layout: BatchLayout) -> Tensor:
+def contiguous(x: Tensor, block_table: Tensor) -> Tensor:
     """`[batch, length, num_kv_heads, head_dim]` out of the pages, a head's rows together."""
-    pages = x[layout.block_table.long()].permute(0, 3, 1, 2, 4)
+    pages = x[block_table.long()].permute(0, 3, 1, 2, 4)
     return pages.flatten(2, 3).contiguous().transpose(1, 2)
 
 
-def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str, Any]:
-    """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides."""
+def decode(
+    length: int, batch: int, config: HiPConfig, layers: int, room: int = 0
+) -> dict[str, Any]:
+    """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides.
+
+    The block table of an engine's graph has room for the longest sequence that it serves: `room`
+    keys, or these alone if 0. Where nothing in it can be pruned, nothing is searched.
+    """
     made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
     q, kvs, layout = [m[0] for m in made], [m[1] for m in made], made[0][2]
+    columns = layout.block_table.shape[1]
+    if room:
+        wide = F.pad(layout.block_table, (0, room // PAGE - columns))
+        layout = BatchLayout(wide, layout.seq_lens, layout.cu_seqlens_q)
+    prunes = config.on("cuda").may_prune(layout.block_table.shape[1] * PAGE, 1)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     layout.query_blocks(config.query_block_size)  # kept: a graph cannot wait for the host
     refresh = torch.ones(batch, **ints)
@@ -269,9 +280,11 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
     def step() -> None:
         outs.clear()
         for i, kv in enumerate(kvs):
-            refresh_blocks(q[i], kv, layout, chosen[i], refresh, config=config)
+            if prunes:
+                refresh_blocks(q[i], kv, layout, chosen[i], refresh, config=config)
+            selection = chosen[i] if prunes else None
             outs.append(
-                block_sparse_attention(q[i], kv, layout, chosen[i], config=config, check=False)[0]
+                block_sparse_attention(q[i], kv, layout, selection, config=config, check=False)[0]
             )
 
     graph = capture(step)
@@ -281,10 +294,12 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
     refresh.zero_()
     reused = milliseconds(graph.replay, 20)
     assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), "replays differ"
-    eager = select_blocks(q[0], kvs[0], layout, config=config, check=False)
-    assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
+    if prunes:
+        eager = select_blocks(q[0], kvs[0], layout, config=config, check=False)
+        assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
 
-    whole = [[contiguous(x, layout) for x in (kv.k_cache, kv.v_cache)] for kv in kvs]
+    table = layout.block_table[:, :columns]
+    whole = [[contiguous(x, table) for x in (kv.k_cache, kv.v_cache)] for kv in kvs]
 
     def dense(name: str) -> Callable[[], None]:
         def all_layers() -> None:
@@ -307,6 +322,7 @@ def decode(length: int, batch: int, config: HiPConfig, layers: int) -> dict[str,
         "what": "decode",
         "length": length,
         "batch": batch,
+        "room": layout.block_table.shape[1] * PAGE,
         "dense": name,
         "dense_us": slow * per,
         "refresh1_us": fresh * per,
@@ -376,6 +392,9 @@ def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]
         lambda: prefill(4096, config),
         lambda: decode(32768, 1, config, layers),
         lambda: decode(8192, 1, config, layers),
+        lambda: decode(8192, 1, config, layers, room=131072),
+        lambda: decode(24576, 1, config, layers),
+        lambda: decode(8192, 8, config, few),
         lambda: decode(32768, 8, config, few),
     ]
 

@@ -42,9 +42,13 @@ def read(path: Path) -> tuple[str, dict[str, Series]]:
 
 
 def read_gpu(rows: list[dict[str, str]]) -> dict[str, Series]:
-    """The same from `benchmarks/gpu.py speed`: batch 1, every decode step selecting."""
+    """The same from `benchmarks/gpu.py speed`: batch 1, every decode step selecting.
+
+    Graphs for longer sequences than the one in them are left out.
+    """
     phases: dict[str, Series] = {}
-    for row in sorted((row for row in rows if row["batch"] == "1"), key=lambda r: int(r["length"])):
+    alone = [row for row in rows if row["batch"] == "1" and row["room"] in ("", row["length"])]
+    for row in sorted(alone, key=lambda row: int(row["length"])):
         prefill = row["what"] == "prefill"
         names = ("dense_ms", "hip_ms") if prefill else ("dense_us", "refresh1_us")
         for contender, name in zip(("sdpa", "hip"), names, strict=True):

@@ -152,7 +152,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
         self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
         longest = vllm_config.model_config.max_model_len
-        self.prunes = bool(pruned) and self.config.may_prune(longest, longest)
+        self.decode_prunes = bool(pruned) and self.config.may_prune(longest, 1)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
         bounds = block_layout(kv_cache_spec, self.config).bound_bytes * blocks
         self.tally.add("hipserve_page_bound_bytes", 0 if self.windowed else bounds)
@@ -179,7 +179,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         size = self.config.query_block_size
         if self.buffers is not None and common.max_query_len == 1:
-            return self.buffers.plan(layout, size, decisions), self.prunes
+            return self.buffers.plan(layout, size, decisions), self.decode_prunes
         lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
         layout = replace(layout, lengths=lengths)
         plan = StepPlan.make(layout, size, decisions)

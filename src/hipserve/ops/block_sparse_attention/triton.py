@@ -26,6 +26,8 @@ WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: their keys are split."""
+DENSE_PROGRAMS = 512
+"""The same for one or two rows that read everything: tiles of 8k keys share evenly in these."""
 SMALL_PROGRAMS = 832
 """The same for small programs, of one warp and 32 keys at a time."""
 FEW_SPLITS = 16
@@ -355,15 +357,15 @@ def make_tiling(
     if wide and half and rows == 128:
         keys = 128
     row_tiles = -(-max_rows * group // rows)
-    longest = block_table.shape[1] * k_cache.shape[1]
-    if indices is not None:
-        longest = min(longest, indices.shape[2] * key_block_size + num_sink_tokens + 1024)
     splits, small = 1, False
     if max_rows == 1:
         most = PROGRAMS // (blocks * heads)
+        if indices is None and DENSE_PROGRAMS // (blocks * heads) > FEW_SPLITS:
+            most = DENSE_PROGRAMS // (blocks * heads)
         small = half and dim <= 128 and indices is not None and 1 < most <= FEW_SPLITS
         if small:
             keys, most = 32, SMALL_PROGRAMS // (blocks * heads)
+        longest = block_table.shape[1] * k_cache.shape[1]
         splits = max(min(most, longest // keys, MAX_SPLITS), 1)
     return Tiling(
         group,
