@@ -47,7 +47,9 @@ def read_gpu(rows: list[dict[str, str]]) -> dict[str, Series]:
     Graphs for longer sequences than the one in them are left out.
     """
     phases: dict[str, Series] = {}
-    alone = [row for row in rows if row["batch"] == "1" and row["room"] in ("", row["length"])]
+    alone = [
+        row for row in rows if row["batch"] == "1" and row.get("room") in (None, "", row["length"])
+    ]
     for row in sorted(alone, key=lambda row: int(row["length"])):
         prefill = row["what"] == "prefill"
         names = ("dense_ms", "hip_ms") if prefill else ("dense_us", "refresh1_us")
