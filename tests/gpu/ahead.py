@@ -93,9 +93,15 @@ def needs(compiled: Any) -> dict[str, int]:
 
 
 def attend(
-    recorder: Recorder, case: str, query_len: int, selected: bool, head_dim: int, batch: int = 1
+    recorders: dict[str, Recorder],
+    case: str,
+    query_len: int,
+    selected: bool,
+    head_dim: int,
+    batch: int = 1,
 ) -> None:
-    recorder.case = case
+    for name in ("attention", "merge"):
+        recorders[f"{name}_kernel"].case = case
     q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(64, 256, 8, head_dim, dtype=torch.bfloat16)
     blocks = batch * -(-query_len // 64)
@@ -165,15 +171,16 @@ def main() -> None:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(name, getattr(module, name), found)
             setattr(module, name, recorders[name])
-    attend(recorders["attention_kernel"], "prefill", 4096, True, 128)
+    attend(recorders, "prefill", 4096, True, 128)
     select(recorders, "prefill", 4096, HiPConfig())
     select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
     select(recorders, "decode", 1, HiPConfig())
     if capability == 90:
-        attend(recorders["attention_kernel"], "dense", 4096, False, 128)
-        attend(recorders["attention_kernel"], "decode", 1, True, 128)
-        attend(recorders["attention_kernel"], "decode, batch 8", 1, True, 128, batch=8)
-        attend(recorders["attention_kernel"], "prefill, head_dim 256", 4096, True, 256)
+        attend(recorders, "dense", 4096, False, 128)
+        attend(recorders, "decode", 1, True, 128)
+        attend(recorders, "decode, dense", 1, False, 128)
+        attend(recorders, "decode, batch 8", 1, True, 128, batch=8)
+        attend(recorders, "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
         select(recorders, "decode, head_dim 256", 1, HiPConfig(), head_dim=256)
         select(recorders, "decode, both selectors", 1, HiPConfig(selector="tree+bound"))
