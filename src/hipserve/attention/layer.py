@@ -30,6 +30,7 @@ class SelectionReuse:
     _uncounted: list[tuple[BlockSelection, Tensor, HiPConfig]] = field(
         default_factory=list[tuple[BlockSelection, Tensor, HiPConfig]]
     )
+    _num_uncounted: int = 0
 
     @property
     def keys_read(self) -> float:
@@ -60,7 +61,8 @@ class SelectionReuse:
             self._count()
         blocks = layout.query_blocks(config.query_block_size)
         self._uncounted.append((selection, blocks, config))
-        if sum(len(blocks) for _, blocks, _ in self._uncounted) >= COUNTED_TOGETHER:
+        self._num_uncounted += blocks.shape[0]
+        if self._num_uncounted >= COUNTED_TOGETHER:
             self._count()
 
     def _alike(self, selection: BlockSelection, config: HiPConfig) -> bool:
@@ -77,6 +79,7 @@ class SelectionReuse:
         read, visible = BlockSelection(indices, starts).keys_of(torch.cat(blocks), configs[0])
         self._add(read, visible)
         self._uncounted.clear()
+        self._num_uncounted = 0
 
     def _add(self, read: Tensor | float, visible: Tensor | float) -> None:
         self._read, self._visible = self._read + read, self._visible + visible

@@ -8,6 +8,7 @@ n <= total - num_rows + i: only the tiles at the end need a mask.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.ops.gather import follow, key_offsets, load_tile
+from hipserve.ops.gather import follow, key_offsets, load_tile, power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -273,17 +274,19 @@ def block_sparse_attention(
     if not blocks:
         return out, lse
     tiling = make_tiling(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
+        q.shape,
+        k_cache.shape,
+        block_table.shape[1] * k_cache.shape[1],
         blocks,
-        indices,
+        None if indices is None else indices.shape,
         min(query_block_size, tokens - blocks + 1),
         num_sink_tokens,
         key_block_size,
-        sliding_window,
-        softcap,
+        sliding_window > 0,
+        softcap > 0,
+        k_cache.stride() == v_cache.stride(),
+        q.element_size(),
+        q.device,
     )
     parts, part_lse = out, lse
     if tiling.splits > 1:
@@ -323,7 +326,7 @@ def block_sparse_attention(
             out.stride()[:2],
             lse,
             tokens,
-            SPLITS=triton.next_power_of_2(tiling.splits),
+            SPLITS=power_of_2(tiling.splits),
             TILING=tiling,
             num_warps=2,
             launch_pdl=tiling.chained,
@@ -331,28 +334,34 @@ def block_sparse_attention(
     return out, lse
 
 
+@functools.lru_cache(1024)
 def make_tiling(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    longest: int,
     blocks: int,
-    indices: Tensor | None,
+    selected: torch.Size | None,
     max_rows: int,
     num_sink_tokens: int,
     key_block_size: int,
-    sliding_window: int,
-    softcap: float,
+    windowed: bool,
+    capped: bool,
+    same_strides: bool,
+    element_size: int,
+    device: torch.device,
 ) -> Tiling:
-    """Sizes of the launch, from shapes alone, so that a captured launch stays valid."""
-    heads = k_cache.shape[2] if indices is None else indices.shape[1]
-    heads = max(heads, k_cache.shape[2])
-    group = q.shape[1] // heads
-    dim = triton.next_power_of_2(q.shape[2])
-    half = q.element_size() == 2
-    wide = dim <= 128 and gpu_shared_memory(q.device) >= WIDE_BYTES
+    """Sizes of the launch, from shapes alone, so that a captured launch stays valid.
+
+    `longest` is what a row of the block table holds, `selected` the shape of `indices`.
+    """
+    _, num_q_heads, head_dim = q_shape
+    kv_heads = k_shape[2]
+    heads = max(selected[1] if selected else 0, kv_heads)
+    group, dim = num_q_heads // heads, power_of_2(head_dim)
+    half = element_size == 2
+    wide = dim <= 128 and gpu_shared_memory(device) >= WIDE_BYTES
     most = (MAX_ROWS if half else MAX_ROWS // 2) if wide else MAX_ROWS // 4
-    rows = max(min(most, triton.next_power_of_2(max_rows * group)), 16)
+    rows = max(min(most, power_of_2(max_rows * group)), 16)
     keys = 64 if half and dim <= 128 else 32
     if wide and half and rows == 128:
         keys = 128
@@ -360,18 +369,17 @@ def make_tiling(
     splits, small = 1, False
     if max_rows == 1:
         most = PROGRAMS // (blocks * heads)
-        if indices is None and DENSE_PROGRAMS // (blocks * heads) > FEW_SPLITS:
+        if selected is None and DENSE_PROGRAMS // (blocks * heads) > FEW_SPLITS:
             most = DENSE_PROGRAMS // (blocks * heads)
-        small = half and dim <= 128 and indices is not None and 1 < most <= FEW_SPLITS
+        small = half and dim <= 128 and selected is not None and 1 < most <= FEW_SPLITS
         if small:
             keys, most = 32, SMALL_PROGRAMS // (blocks * heads)
-        longest = block_table.shape[1] * k_cache.shape[1]
         splits = max(min(most, longest // keys, MAX_SPLITS), 1)
     return Tiling(
         group,
         heads,
-        k_cache.shape[2],
-        q.shape[2],
+        kv_heads,
+        head_dim,
         dim,
         rows,
         keys,
@@ -380,12 +388,12 @@ def make_tiling(
         small,
         num_sink_tokens,
         key_block_size,
-        0 if indices is None else indices.shape[2],
-        indices is not None,
-        sliding_window > 0,
-        softcap > 0,
-        k_cache.stride() == v_cache.stride(),
-        chains_launches(q.device),
+        selected[2] if selected else 0,
+        selected is not None,
+        windowed,
+        capped,
+        same_strides,
+        chains_launches(device),
     )
 
 

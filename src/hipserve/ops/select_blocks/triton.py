@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hipserve.config import LONE_ROW, HiPConfig
 from hipserve.errors import BackendError
-from hipserve.ops.gather import follow, key_offsets, lead, load_tile
+from hipserve.ops.gather import follow, key_offsets, lead, load_tile, power_of_2
 from hipserve.platform import chains_launches, gpu_processors, logger
 from hipserve.types import bound_levels, bound_offsets, kept_runs
 
@@ -745,23 +745,22 @@ def make_tiling(
     device: torch.device,
 ) -> Tiling:
     """Sizes of the launch, from shapes alone; `longest` is what a row of the block table holds."""
-    power = triton.next_power_of_2
     tokens, num_q_heads, head_dim = q_shape
     _, page_size, kv_heads, _ = k_shape
-    group, dim = num_q_heads // heads, power(head_dim)
+    group, dim = num_q_heads // heads, power_of_2(head_dim)
     max_rows = min(config.query_block_size, tokens - blocks + 1)
     stacked = ((max_rows - 1) // config.query_stride + 1) * group
-    rows = max(min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, power(stacked)), 16)
+    rows = max(min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, power_of_2(stacked)), 16)
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
-    counts = [power(max(longest // length, 1)) for length in lengths[-1:]]
+    counts = [power_of_2(max(longest // length, 1)) for length in lengths[-1:]]
     if len(lengths) > 1:
         ratio = lengths[1] // lengths[0]
         counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
-    candidates = tuple(map(power, counts))
-    blocks_seen = power(max(keep // config.key_block_size, 1))
-    beam = power(max((config.budget - config.bound_budget) // config.key_block_size, 1))
+    candidates = tuple(map(power_of_2, counts))
+    blocks_seen = power_of_2(max(keep // config.key_block_size, 1))
+    beam = power_of_2(max((config.budget - config.bound_budget) // config.key_block_size, 1))
     few = max(PROGRAMS // max(blocks * heads, 1), 1)
     few = min(few, MAX_SHARERS, gpu_processors(device))
     keys, most, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows))
@@ -771,7 +770,7 @@ def make_tiling(
     runs = [tile_runs(count, most, searchers) if rows == 16 else most for count in counts]
     steps = len(lengths) + (2 if lengths and config.rerank else 1)
     score_size = max([*candidates, blocks_seen, 2 * beam])
-    list_size = power(max([*kept, blocks_seen, beam, config.max_selected]))
+    list_size = power_of_2(max([*kept, blocks_seen, beam, config.max_selected]))
     _say_how_long(max(score_size, list_size), config.budget, config.rerank, page_size)
     return Tiling(
         group,
@@ -795,7 +794,7 @@ def make_tiling(
         list_size,
         steps,
         steps if max_rows == 1 else 1,
-        min(power(few // 2 + 1), 8),
+        min(power_of_2(few // 2 + 1), 8),
         searchers,
         chains_launches(device),
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.ops.gather import load_tile
+from hipserve.ops.gather import load_tile, power_of_2
 from hipserve.types import bound_levels, bound_offsets
 
 Levels = tuple[int, ...]
@@ -149,7 +149,7 @@ def write_kv(
     tokens, heads, head_dim = k.shape
     if not tokens:
         return
-    dim, page_size = triton.next_power_of_2(head_dim), k_cache.shape[1]
+    dim, page_size = power_of_2(head_dim), k_cache.shape[1]
     lengths = bound_levels(page_size, bound_block_size)
     offsets = bound_offsets(page_size, bound_block_size)
     last_slots = None
@@ -169,7 +169,7 @@ def write_kv(
         last_slots,
         page_size,
         heads,
-        HEADS=triton.next_power_of_2(heads),
+        HEADS=power_of_2(heads),
         HEAD_DIM=head_dim,
         DIM=dim,
         LENGTHS=lengths,
@@ -210,7 +210,7 @@ def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
                 offsets[level],
                 length,
                 HEAD_DIM=head_dim,
-                DIM=triton.next_power_of_2(head_dim),
+                DIM=power_of_2(head_dim),
                 num_warps=2,
             )
     return bounds
