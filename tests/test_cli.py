@@ -291,6 +291,7 @@ def test_doctor_and_version() -> None:
 
     checks = json.loads(invoke("doctor", "--json").stdout)
     by_name = {check["name"]: check for check in checks}
+    assert all(check["ok"] != bool(check["advice"]) for check in checks)
     assert by_name["dense result"]["ok"]
     assert by_name["bundled model"]["found"] == "acorn, 23.2 M parameters"
     assert invoke("doctor").exit_code == int(not all(check["ok"] for check in checks))
@@ -309,6 +310,18 @@ def test_without_native_kernels_doctor_says_what_to_do(monkeypatch: pytest.Monke
     assert not native["ok"]
     assert native["found"] == "no compiler was there"
     assert "install gcc" in native["advice"]
+
+
+def test_a_gpu_without_triton_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hipserve import platform
+
+    monkeypatch.setattr(platform, "gpu_name", lambda: "a card")
+    monkeypatch.setattr(platform, "triton_library", lambda: "Triton is not installed")
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 1
+    gpu = json.loads(result.stdout)[-1]
+    assert (gpu["ok"], gpu["found"]) == (False, "a card: Triton is not installed")
+    assert "install triton" in gpu["advice"]
 
 
 def test_a_reader_that_leaves_early_is_no_error(doc: str) -> None:

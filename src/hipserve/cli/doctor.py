@@ -24,7 +24,7 @@ class Check:
 def doctor(json: options.Json = False) -> None:
     """Checks the installation; exit code 1 if something is wrong."""
     with err.status("checking …"):
-        checks = [_native(), _operation(), _transformers(), _bundled_model(), _gpu()]
+        checks = [_native(), _operation("cpu"), _transformers(), _bundled_model(), *_gpu()]
     if json:
         result_json([asdict(check) for check in checks])
     else:
@@ -47,7 +47,7 @@ def _native() -> Check:
     return Check("native CPU kernels", False, library.reason, advice)
 
 
-def _operation() -> Check:
+def _operation(device: str) -> Check:
     """HiP attention with room for every key is dense attention: run it and see."""
     import torch
     import torch.nn.functional as F
@@ -55,16 +55,17 @@ def _operation() -> Check:
     from hipserve import HiPConfig, hip_attention
 
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 300, 4, 64, generator=generator)
-    k, v = torch.randn(2, 1, 300, 2, 64, generator=generator)
+    q = torch.randn(1, 300, 4, 64, generator=generator).to(device)
+    k, v = torch.randn(2, 1, 300, 2, 64, generator=generator).to(device)
     out = hip_attention(q, k, v, config=HiPConfig(budget=512))
     assert isinstance(out, torch.Tensor)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     error = float((out.transpose(1, 2) - dense).abs().max())
-    return Check(
-        "dense result", error < 1e-4, f"error {error:.1e} against SDPA", "report it as a bug"
-    )
+    name = "dense result" if device == "cpu" else "dense result on the GPU"
+    right = error < 1e-4
+    advice = "" if right else "report it as a bug"
+    return Check(name, right, f"error {error:.1e} against SDPA", advice)
 
 
 def _transformers() -> Check:
@@ -93,8 +94,13 @@ def _bundled_model() -> Check:
     return Check("bundled model", True, f"{loaded.name}, {weights / 1e6:.1f} M parameters")
 
 
-def _gpu() -> Check:
-    from hipserve.platform import gpu_name
+def _gpu() -> list[Check]:
+    from hipserve.platform import gpu_name, triton_library
 
-    name = gpu_name()
-    return Check("GPU", True, f"{name} (eager torch, not yet fast)" if name else "none, not needed")
+    name, refusal = gpu_name(), triton_library()
+    if name is None:
+        return [Check("GPU", True, "none, not needed")]
+    if refusal:
+        advice = "install triton; until then eager torch is used on the GPU"
+        return [Check("GPU", False, f"{name}: {refusal}", advice)]
+    return [Check("GPU", True, f"triton on {name}"), _operation("cuda")]
