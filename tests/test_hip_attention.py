@@ -49,6 +49,27 @@ def test_a_budget_of_everything_is_dense(backend: str, seed: int) -> None:
     torch.testing.assert_close(out, sdpa(q, k, v), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("head_dim", [8, 40, 63, 100, 264])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_dim_that_the_kernels_do_not_take_is_computed_all_the_same(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    q = torch.randn(1, 90, 4, head_dim).to(dtype)
+    k, v = torch.randn(2, 1, 300, 2, head_dim).to(dtype)
+    pages = PagedKV(torch.empty(2, 256, 2, head_dim, dtype=dtype), v.new_empty(2, 256, 2, head_dim))
+    write_kv(k[0], v[0], pages, torch.arange(300))
+    assert torch.equal(pages.k_cache.flatten(0, 1)[:300], k[0])
+    close = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for config in (HiPConfig(), HiPConfig(**SMALL).replace(budget=320)):
+        out = hipserve.hip_attention(q, k, v, config=config)
+        torch.testing.assert_close(out, sdpa(q, k, v), **close)
+    step = hipserve.hip_attention(q, k, v, config=HiPConfig(**SMALL))
+    same = hipserve.hip_attention(q, k, v, config=HiPConfig(**SMALL), backend="reference")
+    assert torch.equal(step, same)
+    with pytest.raises(hipserve.BackendError, match=f"multiples of 16 to 256, not {head_dim}"):
+        hipserve.hip_attention(q, k, v, backend="cpu")
+
+
 @every_backend
 @selectors
 def test_the_last_row_is_a_decode_step(backend: str, selector: str) -> None:

@@ -21,6 +21,9 @@ logger = logging.getLogger("hipserve")
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
+"""The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,11 @@ def native_library() -> NativeLibrary:
     return NativeLibrary(tier)
 
 
-def cpu_refusal(device: torch.device, dtype: torch.dtype) -> str:
+def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why the native CPU backend cannot run these tensors; empty if it can."""
     if device.type != "cpu":
         return f"the tensors are on {device}"
-    return _dtype_refusal(dtype) or native_library().reason
+    return _dtype_refusal(dtype) or head_dim_refusal("cpu", head_dim) or native_library().reason
 
 
 @functools.cache
@@ -63,11 +66,20 @@ def triton_library() -> str:
     return ""
 
 
-def triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
+def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why the Triton backend cannot run these tensors; empty if it can."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device}, not on a GPU"
-    return _dtype_refusal(dtype) or triton_library()
+    return _dtype_refusal(dtype) or head_dim_refusal("triton", head_dim) or triton_library()
+
+
+def head_dim_refusal(backend: str, head_dim: int) -> str:
+    """Why a backend's kernels cannot compute with this head_dim; empty if they can."""
+    step = HEAD_DIM_STEP[backend]
+    if head_dim % step == 0 and 0 < head_dim <= MAX_HEAD_DIM:
+        return ""
+    multiples = f"multiples of {step}" if step > 1 else "1"
+    return f"it computes with head_dim from {multiples} to {MAX_HEAD_DIM}, not {head_dim}"
 
 
 def interpreting() -> bool:
@@ -81,7 +93,7 @@ def _dtype_refusal(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that runs: the one asked for, or with `auto` the fastest that can.
 
     Raises:
@@ -95,7 +107,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "reference":
         return backend
     name = backend if backend != "auto" else ("cpu" if device.type == "cpu" else "triton")
-    refusal = (cpu_refusal if name == "cpu" else triton_refusal)(device, dtype)
+    refusal = (cpu_refusal if name == "cpu" else triton_refusal)(device, dtype, head_dim)
     if backend != "auto" and refusal:
         raise BackendError(f'backend="{name}" cannot run: {refusal}; use backend="auto"')
     return _announce("reference" if refusal else name, refusal)
@@ -103,17 +115,17 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 @functools.cache
 def _announce(backend: str, refusal: str) -> str:
-    """Logs a choice the first time it is made: loudly where a fast backend is missing."""
-    missing = refusal and refusal in (native_library().reason, triton_library())
-    level = logging.WARNING if missing else logging.INFO
+    """Logs a choice the first time it is made: loudly where no fast backend can run."""
+    slow = refusal in (native_library().reason, triton_library()) or "head_dim" in refusal
+    level = logging.WARNING if refusal and slow else logging.INFO
     logger.log(level, "attention backend: %s (%s)", backend, _reason(backend, refusal))
     return backend
 
 
-def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
+def describe_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What `auto` runs for such tensors, with the ISA tier or the reason, as people read it."""
-    chosen = resolve_backend("auto", device, dtype)
-    refusal = (cpu_refusal if device.type == "cpu" else triton_refusal)(device, dtype)
+    chosen = resolve_backend("auto", device, dtype, head_dim)
+    refusal = (cpu_refusal if device.type == "cpu" else triton_refusal)(device, dtype, head_dim)
     return f"{chosen} ({_reason(chosen, refusal)})"
 
 

@@ -181,9 +181,15 @@ def test_an_unknown_version_of_vllm_is_refused_in_one_sentence(
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_refusal", lambda *_: "Triton is not installed")
-    backend.refuse_without_kernels(torch.device("cpu"), torch.bfloat16)
+    backend.refuse_without_kernels(torch.device("cpu"), torch.bfloat16, 128)
     with pytest.raises(BackendError, match="cannot serve on cuda: Triton is not installed"):
-        backend.refuse_without_kernels(torch.device("cuda"), torch.bfloat16)
+        backend.refuse_without_kernels(torch.device("cuda"), torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(("device", "head_dim"), [("cpu", 100), ("cpu", 272), ("cuda", 264)])
+def test_a_head_dim_without_kernels_is_refused(device: str, head_dim: int) -> None:
+    with pytest.raises(BackendError, match=f"cannot serve on {device}: .*, not {head_dim}; leave"):
+        backend.refuse_without_kernels(torch.device(device), torch.bfloat16, head_dim)
 
 
 def test_workers_are_added_up(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def hip_attention(
     reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
     config = config.on(q.device.type)
     if not torch.compiler.is_compiling():
-        resolve_backend(backend, q.device, q.dtype)
+        resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)

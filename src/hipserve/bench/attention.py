@@ -54,7 +54,7 @@ def bench_attention(
     """
     shape, config, limits = shape or LayerShape(), config or HiPConfig(), limits or Limits()
     _check(lengths, shape, device, limits)
-    backend = resolve_backend(backend, torch.device(device), dtype)
+    backend = resolve_backend(backend, torch.device(device), dtype, shape.head_dim)
     made = provenance(limits.clock)
     checks = require([check_whole_budget(shape, dtype, backend)])
     points: list[Point] = []

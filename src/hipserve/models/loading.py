@@ -46,7 +46,13 @@ class LoadedModel:
         """What computes attention now: a backend of ours, or torch's dense SDPA."""
         if self.model.config._attn_implementation != "hip":
             return "torch SDPA"
-        return describe_backend(self.device, self.model.dtype)
+        return describe_backend(self.device, self.model.dtype, self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        config = self.model.config
+        own = getattr(config, "head_dim", None)
+        return own or config.hidden_size // config.num_attention_heads
 
     def use(self, config: HiPConfig | None) -> None:
         """Switches to HiP attention with `config`, or with None to transformers' dense SDPA."""

@@ -36,7 +36,7 @@ from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, settings
 from hipserve.integrations.vllm.metrics import tally
 from hipserve.ops import block_sparse_attention, write_kv
-from hipserve.platform import triton_refusal
+from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        refuse_without_kernels(device, kv_cache_spec.dtype)
+        refuse_without_kernels(device, kv_cache_spec.dtype, kv_cache_spec.head_size)
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
         compat.follow_requests()
         compat.receive_from_stages()
@@ -206,12 +206,16 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return pruned > 0
 
 
-def refuse_without_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises BackendError on a GPU without kernels: eager torch would be slower than dense."""
-    refusal = triton_refusal(device, dtype) if device.type == "cuda" else ""
+def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises BackendError where eager torch would be slower than dense attention: on a GPU without
+    kernels, and with a head_dim that the kernels do not take."""
+    refusal = head_dim_refusal("triton" if device.type == "cuda" else "cpu", head_dim)
+    if device.type == "cuda" and not refusal:
+        refusal = triton_refusal(device, dtype, head_dim)
     if refusal:
+        install = "install triton, or " if refusal == triton_library() else ""
         raise BackendError(
-            f"HiP attention cannot serve on {device}: {refusal}; install triton, or leave out "
+            f"HiP attention cannot serve on {device}: {refusal}; {install}leave out "
             "--attention-backend CUSTOM"
         )
 

@@ -12,7 +12,7 @@ from hipserve.platform import resolve_backend
 
 
 def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    chosen = resolve_backend(name, q.device, q.dtype)
+    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
     if chosen == "triton":
         from hipserve.ops.block_sparse_attention import triton
 

@@ -14,7 +14,7 @@ from hipserve.types import PagedKV
 
 
 def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    chosen = resolve_backend(name, q.device, q.dtype)
+    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
     if chosen == "triton":
         from hipserve.ops.select_blocks import triton
 
@@ -50,7 +50,7 @@ def refresh(
     backend: str,
 ) -> None:
     """Overwrites the entries that are due; only Triton spares the work for the others."""
-    if resolve_backend(backend, q.device, q.dtype) == "triton":
+    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
         from hipserve.ops.select_blocks import triton
 
         k_bounds = kv.k_bounds if config.uses_bounds else None

@@ -14,7 +14,7 @@ from hipserve.types import PagedKV, bound_offsets
 
 
 def _backend(name: str, k: Tensor) -> Any:
-    chosen = resolve_backend(name, k.device, k.dtype)
+    chosen = resolve_backend(name, k.device, k.dtype, k.shape[-1])
     if chosen == "triton":
         from hipserve.ops.write_kv import triton
 
