@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from hipserve.cli import main as command
 from hipserve.cli.demo import FACTS
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
-from hipserve.errors import BackendError, FitError
+from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 
 HIPSERVE = Path(sys.executable).with_name("hipserve")
 FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
@@ -216,6 +216,8 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     for error, code, text in (
         (FitError("too [red]long[/red]"), 3, "error: too [red]long[/red]"),
         (BackendError("no backend"), 4, "error: no backend"),
+        (ArgumentError("budget", "more", "0", "raise it"), 2, None),
+        (HipserveError("the server did not start"), 1, "error: the server did not start"),
         (MemoryError(), 1, "error: MemoryError: no reason given; HIPSERVE_DEBUG=1 shows where"),
         (RuntimeError("a\nb"), 1, "error: RuntimeError: a b; HIPSERVE_DEBUG=1 shows where"),
     ):
@@ -224,7 +226,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             raise error
 
         monkeypatch.setattr(command, "app", fail)
-        assert refused(monkeypatch, capsys) == (code, text)
+        assert refused(monkeypatch, capsys) == (code, text or f"error: {error}")
         monkeypatch.setenv("HIPSERVE_DEBUG", "1")
         with pytest.raises(type(error)):
             command.main()

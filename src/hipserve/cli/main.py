@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from hipserve.cli import bench, chat, demo, doctor, evaluate, run, serve, version
 from hipserve.cli.output import err
-from hipserve.errors import BackendError, FitError, HipserveError, NumericsError
+from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 does not fit, 4 no backend."
 
@@ -46,14 +46,12 @@ def main() -> None:
 
 
 def exit_code(error: Exception) -> int:
-    """1 for wrong results, 3 where something does not fit, 4 without backend, 2 for bad input."""
-    if isinstance(error, NumericsError):
-        return 1
+    """2 for bad input, 3 where something does not fit, 4 without a backend, else 1."""
     if isinstance(error, FitError):
         return 3
     if isinstance(error, BackendError):
         return 4
-    return 2 if isinstance(error, HipserveError) else 1
+    return 2 if isinstance(error, ArgumentError) else 1
 
 
 def _sentence(error: Exception) -> str:

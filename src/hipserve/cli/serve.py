@@ -21,7 +21,7 @@ from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err, result
 from hipserve.config import HiPConfig
-from hipserve.errors import BackendError
+from hipserve.errors import BackendError, HipserveError
 from hipserve.integrations.vllm import server as vllm_server
 from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Facts, Server
@@ -81,8 +81,9 @@ def run(server: Server, verbose: bool = False) -> None:
         log.follow()
     finally:
         code = child.stop()
-    if code > 0:
-        raise typer.Exit(1)
+    if code:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise HipserveError(f"the server ended by itself ({how}); its last words are above")
 
 
 class Child:
