@@ -49,11 +49,11 @@ demo: .venv/installed  ## read a long text with planted facts and answer (DOC=pa
 serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name for your own)
 	$(BIN)/hipserve serve $(MODEL)
 
-test: .venv/dev lint  ## lint, types, imports, and every test
+test: .venv/dev lint  ## lint, types, imports, and the tests
 	$(BIN)/python -m pytest -m 'not slow'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
 
-test-slow: .venv/dev  ## what takes minutes a test: compiled models, pipelines, load
+test-slow: .venv/dev  ## what takes minutes a test: compiled models, pipelines, data parallelism
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
@@ -65,8 +65,8 @@ lint: .venv/dev
 fuzz: .venv/dev  ## 2,000 random configurations against float64
 	HIPSERVE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
 
-bench: .venv/installed  ## speed beside dense attention: about 15 minutes on 2 cores
-	$(BIN)/hipserve bench attention --csv docs/data/attention-cpu.csv
+bench: .venv/installed  ## speed beside dense attention: about 5 minutes on 2 cores
+	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 1 --csv docs/data/attention-cpu.csv
 	$(BIN)/python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
 
 eval: .venv/installed  ## quality beside dense attention on the bundled model: hours on 2 cores

@@ -1,4 +1,4 @@
-"""Hierarchically pruned attention for serving long contexts: faster, in less memory, untrained."""
+"""Hierarchically pruned attention for serving long contexts: faster, without training."""
 
 from __future__ import annotations
 

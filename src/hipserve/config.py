@@ -23,7 +23,7 @@ BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
 
 LONE_ROW = 3
 """A search for one row saves less: it breaks even at so many times the position of a full block
-(measured: 2.5 on a CPU, 2 to 6 on a GPU, the less the larger the batch)."""
+(measured: 2 on a CPU, 2 to 6 on a GPU, the less the larger the batch)."""
 
 
 @dataclass(frozen=True, slots=True)

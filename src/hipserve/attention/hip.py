@@ -56,7 +56,8 @@ def hip_attention(
         return_lse: also return the log-sum-exp.
 
     Returns:
-        out like q; with `return_lse` also lse `[batch, query_len, num_q_heads]` float32.
+        out like q; with `return_lse` also lse `[batch, query_len, num_q_heads]`, float32
+        (float64 for float64).
 
     Raises:
         ArgumentError: an argument does not fit; the message names it.
@@ -70,7 +71,7 @@ def hip_attention(
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
     options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
     head = q[:, :0] if return_lse else dense_head(q, k, v, config, **options)

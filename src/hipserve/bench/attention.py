@@ -44,7 +44,7 @@ def bench_attention(
         phases: `prefill` of all of them, `decode` of one more token.
         shape: heads of the layer; 32/8 of 128 if None.
         config: what is kept; the defaults if None.
-        device: only `cpu` has timing so far.
+        device: `cpu`: GPUs are timed by `benchmarks/gpu.py`.
         limits: rounds and seconds of each contender; a few seconds if None.
         progress: is told what is being done.
 
@@ -112,4 +112,4 @@ def _check(lengths: Sequence[int], shape: LayerShape, device: str, limits: Limit
         threads = f"{torch.get_num_threads()} threads"
         raise ArgumentError("clock", "one thread for the cpu clock", threads, "add --threads 1")
     if device != "cpu":
-        raise ArgumentError("device", "cpu", repr(device), "leave it out: no GPU is timed yet")
+        raise ArgumentError("device", "cpu", repr(device), "for a GPU run benchmarks/gpu.py speed")

@@ -43,7 +43,7 @@ def _native() -> Check:
     library = native_library()
     if library.tier:
         return Check("native CPU kernels", True, f"{library.tier} on {cpu_name()}")
-    advice = "install gcc 10 or newer and reinstall hipserve; until then eager torch is used"
+    advice = "install gcc 12 or newer and reinstall hipserve; until then eager torch is used"
     return Check("native CPU kernels", False, library.reason, advice)
 
 

@@ -15,7 +15,7 @@ from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 does not fit, 4 no backend."
 
 app = typer.Typer(
-    help="HiP attention: long-context language models faster and in less memory, untrained.",
+    help="HiP attention: long-context language models faster, without training.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -35,7 +35,7 @@ def read_documents(paths: Sequence[str | Path] = ()) -> list[Document]:
 
 
 def language_reference() -> str:
-    """The Python language reference, about 700,000 characters of English."""
+    """The Python language reference, some 465,000 characters of English (CPython 3.11)."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return "\n\n".join(topics[name] for name in sorted(topics))
 

@@ -1,4 +1,4 @@
-"""Every difference between vLLM versions, and every place where hipserve leans on its insides."""
+"""Every difference between vLLM versions, and what hipserve changes in memory of its insides."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def block_sparse_attention(
         check: False skips the checks, for callers that have made them.
 
     Returns:
-        out like q, and lse `[num_tokens, num_q_heads]` float32, natural logarithm. A row without
-        keys gives zeros and -inf.
+        out like q, and lse `[num_tokens, num_q_heads]` float32 (float64 for float64), natural
+        logarithm. A row without keys gives zeros and -inf.
 
     Raises:
         ArgumentError: a tensor or number does not fit the others.

@@ -28,7 +28,7 @@ WIDE_BYTES = 200_000
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: their keys are split."""
 DENSE_PROGRAMS = 512
-"""The same for one or two rows that read everything: tiles of 8k keys share evenly in these."""
+"""The same for the few rows (up to three with 8 KV heads) that read everything."""
 SMALL_PROGRAMS = 832
 """The same for small programs, of one warp and 32 keys at a time."""
 FEW_SPLITS = 16
@@ -398,7 +398,7 @@ def make_tiling(
 
 
 def launch_options(tiling: Tiling) -> dict[str, int]:
-    """Warps and pipeline depth, as `benchmarks/gpu.py tune` found them."""
+    """Warps and pipeline depth, as measured on an H200 and an H100 (docs/gpu.md)."""
     if tiling.small:
         return {"num_warps": 1, "num_stages": 2}
     if tiling.splits > 1:  # the more splits, the fewer tiles there are in each

@@ -33,8 +33,8 @@ def select_blocks(
         check: False skips the checks, for callers that have made them.
 
     Returns:
-        indices `[num_query_blocks, num_kv_heads, max_selected]` and window_start
-        `[num_query_blocks]`, both int32.
+        indices `[num_query_blocks, heads, max_selected]` (`heads` as in `BlockSelection`) and
+        window_start `[num_query_blocks]`, both int32.
 
     Raises:
         ArgumentError: a tensor does not fit the others.

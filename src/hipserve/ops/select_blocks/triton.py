@@ -38,9 +38,9 @@ SIGN, GREATEST = tl.constexpr(2**31), tl.constexpr(2**32 - 1)
 class Tiling:
     """What a kernel is compiled for; all sizes count elements.
 
-    `lengths`, `offsets`, `candidates` and `kept` hold one entry a bound level, finest first;
-    `blocks` and `beam` are the most key blocks that the re-rank and the tree see, `list_size` the
-    longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a
+    `lengths`, `candidates` and `kept` hold one entry a bound level, finest first, `offsets` one
+    more; `blocks` and `beam` are the most key blocks that the re-rank and the tree see, `list_size`
+    the longest list, all (but `kept`) powers of two. `raters` and `searchers` are the programs of a
     query block and head; those take `keys` at a time, and `runs` at each bound level. A launch does
     `together` of the `steps` of a search: all of them for lone rows, whose time goes into launches
     and what they start with.
