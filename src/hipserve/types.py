@@ -116,6 +116,12 @@ class BatchLayout:
         rows = [end - begin for begin, end in itertools.pairwise(starts)]
         return sum(n * (2 * end - n + 1) // 2 for n, end in zip(rows, seq_lens, strict=True))
 
+    def decodes(self, num_tokens: int) -> bool:
+        """Every sequence has one row; where the host knows no lengths, as many rows tell."""
+        if self.lengths is None:
+            return num_tokens == self.num_seqs
+        return all(i == start for i, start in enumerate(self.lengths[1]))
+
     def may_prune(self, config: HiPConfig) -> bool:
         """False only where the host knows that every query block reads all of its keys."""
         if self.lengths is None:

@@ -91,7 +91,7 @@ class SelectionReuse:
 
     def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
         """A decode step of the same sequences may use the selection once more."""
-        decode = num_tokens == layout.num_seqs
+        decode = layout.decodes(num_tokens)
         same = self.selection is not None and self.selection.indices.shape[0] == num_tokens
         return decode and same and self.uses < refresh_interval
 
@@ -151,6 +151,6 @@ def _select(
     selection = select_blocks(q, kv, layout, config=config, backend=backend, check=check)
     if reuse:
         reuse.clear()
-        if q.shape[0] == layout.num_seqs:
+        if layout.decodes(q.shape[0]):
             reuse.selection, reuse.uses = selection, 1
     return selection

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from hipserve.ops import write_kv
+from hipserve.errors import ArgumentError
+from hipserve.ops import checks, write_kv
 from hipserve.types import BatchLayout, PagedKV, bound_offsets
 
 GROWTH = 0.25
@@ -61,9 +62,16 @@ class PagedLayer:
     Args:
         page_size: keys in a page.
         bound_block_size: keys of the finest run that carries bounds; None keeps no bounds.
+
+    Raises:
+        ArgumentError: runs of bounds would straddle pages; later, keys that do not fit.
     """
 
     def __init__(self, page_size: int = 256, bound_block_size: int | None = 16) -> None:
+        whole = isinstance(cast("object", page_size), int) and page_size > 0
+        checks.require(whole, "page_size", "a whole number, 1 or more", page_size, "use 256")
+        if bound_block_size is not None:
+            checks.check_page_size(page_size, bound_block_size)
         self.page_size, self.bound_block_size = page_size, bound_block_size
         self.lengths: list[int] = []
         self.kv: PagedKV | None = None
@@ -91,6 +99,7 @@ class PagedLayer:
         sequences of a batch may differ in length.
         """
         batch, new = k.shape[:2]
+        self._check(k)
         if not self.lengths:
             self.lengths, self._tables = [0] * batch, [[] for _ in range(batch)]
         counts = [new] * batch if valid is None else valid.sum(1).tolist()
@@ -103,6 +112,18 @@ class PagedLayer:
         size = self.bound_block_size or 16
         write_kv(k, v, self.pages, slots, bound_block_size=size, check=False)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+
+    def _check(self, k: Tensor) -> None:
+        """What is appended fits what is there."""
+        if self.lengths and k.shape[0] != len(self.lengths):
+            expected = f"the {len(self.lengths)} sequences that the cache holds"
+            raise ArgumentError("batch", expected, str(k.shape[0]), "clear it or make a new one")
+        if self.kv is not None:
+            like = self.kv.k_cache
+            if (k.dtype, k.device, k.shape[2:]) != (like.dtype, like.device, like.shape[2:]):
+                expected = f"{like.dtype} on {like.device}, heads and head_dim {[*like.shape[2:]]}"
+                got = f"{k.dtype} on {k.device}, {[*k.shape[2:]]}"
+                raise ArgumentError("k", f"{expected}, as the cache holds", got, "make a new cache")
 
     def layout(self, query_lens: list[int]) -> BatchLayout:
         """The batch as operations take it, the last `query_lens` positions being the queries."""

@@ -23,9 +23,10 @@ from hipserve.cache import PagedLayer
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.ops import block_sparse_attention, compute_bounds
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.types import BatchLayout, PagedKV, bound_levels
 
 NAME = "hip"
+PAGE_SIZE = 256
 _default = DEFAULT
 _parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
 
@@ -45,12 +46,17 @@ def register(config: HiPConfig | None = None) -> None:
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one."""
     own = getattr(model_config, NAME, None)
-    return _default if own is None else _parse(own)
+    if own is None or isinstance(own, HiPConfig):
+        return own or _default
+    return _parse(own)
 
 
 def _parse(settings: dict[str, Any]) -> HiPConfig:
     """Every layer asks at every step: settings equal to the last ones are not validated again."""
     global _parsed
+    if not isinstance(cast("object", settings), dict):
+        hint = 'write model.config.hip = {"budget": 2048}, or {"preset": "fast"}'
+        raise ArgumentError("config.hip", "a dict of HiPConfig's fields", repr(settings), hint)
     if settings != _parsed[0]:
         _parsed = copy.deepcopy(dict(settings)), HiPConfig.from_dict(dict(settings))
     return _parsed[1]
@@ -70,7 +76,7 @@ class MaskDescription:
     kv_offset: int
     sliding_window: int
     key_valid: Tensor | None
-    _valid_rows: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
+    _valid_rows: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
 
     ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
 
@@ -84,17 +90,24 @@ class MaskDescription:
     def to(self, *_: Any, **__: Any) -> MaskDescription:
         return self
 
-    def valid_rows(self, kv_length: int, rows: int) -> Tensor | None:
+    def valid_rows(self, kv_length: int, rows: int, device: torch.device) -> Tensor | None:
         """`[batch, rows]` of the last of `kv_length` keys, or None where all of them count.
 
-        Found once for all layers: each time waits for the device.
+        Found once for all layers of a device: each time waits for it.
+
+        Raises:
+            ArgumentError: the mask does not reach as far as the keys.
         """
         if self.key_valid is None:
             return None
-        asked = (kv_length, rows)
+        asked = (kv_length, rows, device)
         if asked not in self._valid_rows:
             end = self.kv_offset + kv_length
-            valid = self.key_valid[:, end - rows : end].bool()
+            if self.key_valid.shape[1] < end:
+                hint = "pass a column for every key, those in the cache included"
+                got = f"{self.key_valid.shape[1]} columns"
+                raise ArgumentError("attention_mask", f"{end} columns", got, hint)
+            valid = self.key_valid[:, end - rows : end].bool().to(device)
             self._valid_rows[asked] = None if bool(valid.all()) else valid
         return self._valid_rows[asked]
 
@@ -118,13 +131,13 @@ def describe_mask(
     """
     if isinstance(attention_mask, MaskDescription):
         return attention_mask
-    name = getattr(mask_function, "__qualname__", "")
-    windowed = local_size is not None and not use_vmap and name.startswith("and_masks")
-    if mask_function is not causal_mask_function and not windowed:
+    windowed = local_size is not None and not use_vmap
+    strange = [name for name in _parts(mask_function) if not name.startswith(CAUSAL_PARTS)]
+    if strange or (mask_function is not causal_mask_function and not windowed):
         raise ArgumentError(
             "attention_mask",
             "a causal or sliding-window mask, padded or not",
-            name or type(mask_function).__name__,
+            strange[0] if strange else getattr(mask_function, "__qualname__", "another mask"),
             'use attn_implementation="sdpa" for packed, bidirectional or custom masks',
         )
     # Offsets may be live tensors that a cache changes later: int() takes their value now.
@@ -137,6 +150,18 @@ def describe_mask(
         local_size or 0,
         attention_mask,
     )
+
+
+CAUSAL_PARTS = ("causal_mask_function", "and_masks", "sliding_window_overlay")
+"""What a causal mask or a sliding window is made of; chunks and packed sequences have more."""
+
+
+def _parts(mask_function: Any) -> list[str]:
+    """Names of a mask function of transformers and of all that it is made of."""
+    name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
+    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    inner = [part for x in held for part in (x if isinstance(x, tuple | list) else [x])]
+    return [name, *(n for part in inner if callable(part) for n in _parts(part))]
 
 
 # The attention function.
@@ -153,6 +178,7 @@ def hip_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
@@ -160,19 +186,31 @@ def hip_forward(
     query `[batch, num_q_heads, query_len, head_dim]`, key and value `[batch, num_kv_heads, kv_len,
     head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
     """
-    _refuse(module, dropout, s_aux, attention_mask)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse(module, query, dropout, s_aux, attention_mask, causal)
     config: HiPConfig | None = config_of(module.config).on(query.device.type)
-    if module.layer_idx in config.dense_layers or sliding_window:
+    window = sliding_window or (attention_mask.sliding_window if attention_mask else 0)
+    if module.layer_idx in config.dense_layers or window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
-    if isinstance(key, PagedHandle):
-        return _attend_pages(query, key, attention_mask, config, options), None
-    return _attend_tensors(
-        query, key, value, attention_mask, config, sliding_window or 0, options
-    ), None
+    attend_to = _attend_pages if isinstance(key, PagedHandle) else _attend_tensors
+    return attend_to(query, key, value, attention_mask, config, window, options), None
 
 
-def _refuse(module: nn.Module, dropout: float, s_aux: Tensor | None, mask: object) -> None:
+def _refuse(
+    module: nn.Module,
+    query: Tensor,
+    dropout: float,
+    s_aux: Tensor | None,
+    mask: object,
+    causal: bool,
+) -> None:
+    if not causal:
+        hint = 'use attn_implementation="sdpa" for encoders and cross attention'
+        raise ArgumentError("is_causal", "True: HiP prunes causal attention", "False", hint)
+    if module.training and torch.is_grad_enabled() and query.requires_grad:
+        hint = "call model.eval(), or train with another attn_implementation"
+        raise ArgumentError("model", "a model in eval mode", "one that trains", hint)
     if dropout and module.training:
         raise ArgumentError("dropout", "0", str(dropout), "HiP attention is for inference")
     if s_aux is not None:
@@ -185,17 +223,21 @@ def _refuse(module: nn.Module, dropout: float, s_aux: Tensor | None, mask: objec
 
 def _attend_pages(
     query: Tensor,
-    key: PagedHandle,
+    key: Tensor,
+    _: Tensor,
     mask: MaskDescription | None,
     config: HiPConfig | None,
+    sliding_window: int,
     options: dict[str, Any],
 ) -> Tensor:
-    layer, rows = key.layer, query.transpose(1, 2)
+    layer, rows = cast("PagedHandle", key).layer, query.transpose(1, 2)
+    if config is not None:
+        layer.settle(config)
     batch, query_len = rows.shape[:2]
-    valid = mask.valid_rows(layer.seen, query_len) if mask else None
+    valid = mask.valid_rows(layer.seen, query_len, query.device) if mask else None
     fresh = layer.write(valid)
     head = rows[:, :0]
-    if fresh is not None and valid is None and query_len == layer.seen:
+    if fresh is not None and valid is None and query_len == layer.seen and not sliding_window:
         head = dense_head(rows, *fresh, config, **options)
     first = head.shape[1]
     if config is not None:
@@ -206,13 +248,13 @@ def _attend_pages(
     layout = layer.pages.layout(lens)
     q = rows.flatten(0, 1) if valid is None else rows[valid]
     if config is None:
-        out, _ = block_sparse_attention(q, layer.pages.pages, layout, check=False, **options)
+        options = {**options, "sliding_window": sliding_window, "check": False}
+        out = block_sparse_attention(q, layer.pages.pages, layout, **options)[0]
     else:
         if first:
             layout = layout.behind(first, config.query_block_size)
-        out, _ = attend(
-            q, layer.pages.pages, layout, config=config, reuse=layer.reuse, check=False, **options
-        )
+        options = {**options, "config": config, "reuse": layer.reuse, "check": False}
+        out = attend(q, layer.pages.pages, layout, **options)[0]
     if valid is None:
         out = out.view(batch, query_len, *out.shape[1:])
         if first:
@@ -236,7 +278,7 @@ def _attend_tensors(
     if mask is not None:  # a static cache hands out more rows than are filled
         filled = mask.q_offset + mask.q_length - mask.kv_offset
         k, v = k[:, :filled], v[:, :filled]
-    valid = mask.valid_rows(k.shape[1], k.shape[1]) if mask else None
+    valid = mask.valid_rows(k.shape[1], k.shape[1], q.device) if mask else None
     if valid is None and config is not None:
         return cast("Tensor", hip_attention(q, k, v, config=config, **options))
     return _attend_unequal(q, k, v, valid, config, sliding_window, options)
@@ -320,6 +362,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self.pages = PagedLayer(page_size, bound_block_size)
         self.reuse = SelectionReuse()
         self.seen = 0
+        self._config: HiPConfig | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
@@ -346,6 +389,23 @@ class HiPCacheLayer(CacheLayerMixin):
         self.pages.append(k, v, valid)
         return k, v
 
+    def settle(self, config: HiPConfig) -> None:
+        """A selection serves the configuration that it was made with, and no other.
+
+        Raises:
+            ArgumentError: the pages keep other bounds than this configuration reads.
+        """
+        if config is self._config:
+            return
+        kept, wanted = self.pages.bound_block_size, config.bound_block_size
+        if config.uses_bounds and kept != wanted:
+            got = "one without bounds" if kept is None else f"one of runs of {kept} keys"
+            hint = "make a new HiPCache(model.config) after config.hip was changed"
+            expected = f"a HiPCache with bounds of runs of {wanted} keys"
+            raise ArgumentError("past_key_values", expected, got, hint)
+        self.reuse.clear()
+        self._config = config
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
@@ -358,7 +418,7 @@ class HiPCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: Any) -> None:
         """Removes -n tokens; a positive number is the length to keep (older transformers)."""
         count = int(tokens_to_remove)
-        removed = -count if count <= 0 else max(self.seen - count, 0)
+        removed = min(-count if count <= 0 else max(self.seen - count, 0), self.seen)
         self.seen -= removed
         self.pages.truncate(removed)
         self.reuse.clear()
@@ -396,12 +456,19 @@ class HiPCache(Cache):
 
     Args:
         config: the model's configuration; its sliding-window layers keep transformers' own cache.
-        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves bounds best.
+        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves bounds best. 256
+            if None and bounds fit, else 16 times `bound_block_size`.
+
+    Raises:
+        ArgumentError: runs of bounds would straddle such pages.
     """
 
-    def __init__(self, config: Any, page_size: int = 256) -> None:
-        hip = config_of(config)
+    def __init__(self, config: Any, page_size: int | None = None) -> None:
+        hip = config_of(config.get_text_config(decoder=True))
         bound = hip.bound_block_size if hip.uses_bounds else None
+        if page_size is None:
+            fits = bound is None or PAGE_SIZE % bound_levels(PAGE_SIZE, bound)[-1] == 0
+            page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
         own = DynamicCache(config=config).layers
         super().__init__(
             layers=[

@@ -95,10 +95,14 @@ class Conversation:
         began = time.perf_counter()
         cached = self._keep_common_prefix(ids)
         before = self._keys()
-        self._prefill(ids, on_prefill)
-        middle = self._keys()
         watch = _Watch(self.loaded.tokenizer, on_text)
-        new = self._generate(ids, watch, max_new_tokens, options)
+        try:
+            self._prefill(ids, on_prefill)
+            middle = self._keys()
+            new = self._generate(ids, watch, max_new_tokens, options)
+        except BaseException:  # layers may hold different keys now
+            self._cache, self._ids = self._make_cache(), self._ids[:, :0]
+            raise
         self._ids = torch.cat([ids, new[:, :-1]], dim=1)
         after = self._keys()
         text = self.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()

@@ -78,6 +78,7 @@ def _check(k: Tensor, v: Tensor, kv: PagedKV, slot_mapping: Tensor, bound_block_
         fits = tuple(x.shape[1:]) == tuple(kv.k_cache.shape[2:])
         expected = f"heads and head_dim {list(kv.k_cache.shape[2:])} of the pages"
         checks.require(fits, argument, expected, list(x.shape[1:]), "match the pages")
+    checks.check_same("v", v, k)
     checks.check_kv(k, kv, bound_block_size if kv.k_bounds is not None else None)
     checks.check_tensor("slot_mapping", slot_mapping, "[num_tokens]")
     int64 = slot_mapping.dtype == torch.int64
