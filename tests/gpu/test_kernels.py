@@ -118,6 +118,28 @@ def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyP
     )
 
 
+def test_heads_may_lie_further_apart_than_32_bits_count() -> None:
+    """As in `[1, heads, tokens, head_dim].transpose(1, 2)` with a million tokens."""
+    apart = 2**30
+    room = torch.empty(2 * apart + 128, dtype=torch.float16, device=DEVICE)  # mostly untouched
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return room.as_strided((8, 3, 16), (16, apart, 1)).copy_(x)
+
+    q, k, v = torch.randn(3, 8, 3, 16).half()
+    layout = BatchLayout.of(torch.zeros(1, 1, dtype=torch.int32), [8], [8])
+    expected, _ = block_sparse_attention(q, PagedKV(k[None], v[None]), layout, backend="reference")
+    layout = BatchLayout.of(torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), [8], [8])
+    near = [x.to(DEVICE) for x in (q, k, v)]
+    for far in range(3):
+        q, k, v = (spread(x) if i == far else x for i, x in enumerate(near))
+        kv = PagedKV(k[None], v[None])
+        out, _ = block_sparse_attention(q, kv, layout, backend="triton")
+        torch.testing.assert_close(out.cpu(), expected, atol=2e-3, rtol=2e-3)
+        got = compute_bounds(kv.k_cache, backend="triton").cpu()
+        assert torch.equal(got, compute_bounds(near[1][None].cpu(), backend="reference"))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_and_bounds(seed: int) -> None:
     """Jumping, repeated and skipped slots; compared where the definition is finite."""

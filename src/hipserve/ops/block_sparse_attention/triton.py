@@ -152,9 +152,9 @@ def attention_kernel(
     r = row_tile * TILING.rows + tl.arange(0, TILING.rows)
     row, q_head = r // TILING.group_size, head * TILING.group_size + r % TILING.group_size
     valid = row < num_rows
-    q_rows = q + (first_row + row) * q_strides[0] + q_head * q_strides[1]
+    q_rows = q + (first_row + row) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
     q_tile = load_tile(q_rows, valid, TILING.head_dim, TILING.dim)
-    kv_head = head * TILING.kv_heads // TILING.heads
+    kv_head = (head * TILING.kv_heads // TILING.heads).to(tl.int64)
     table = block_table + seq.to(tl.int64) * table_stride
 
     last = position + num_rows

@@ -506,8 +506,8 @@ def _open(q, k, pages, blocks, scratch, item, block, head, TILING: tl.constexpr)
     seq = tl.load(query_blocks + 4 * block)
     row = tl.load(query_blocks + 4 * block + 1).to(tl.int64)
     num_rows = tl.load(query_blocks + 4 * block + 2)
-    rows = q + row * q_strides[0] + head * TILING.group_size * q_strides[1]
-    kv_head = head * TILING.kv_heads // TILING.heads
+    rows = q + row * q_strides[0] + (head * TILING.group_size).to(tl.int64) * q_strides[1]
+    kv_head = (head * TILING.kv_heads // TILING.heads).to(tl.int64)
     table = block_table + seq.to(tl.int64) * table_stride
     keys_at = (k + kv_head * k_strides[2], k_strides, table, page_size)
     scores, lists, base, met = scratch

@@ -43,7 +43,7 @@ def write_kernel(
     if slot < 0:
         return
     page, offset = slot // page_size, slot % page_size
-    head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
+    head, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, DIM)[None, :]
     inside = (head < num_heads) & (d < HEAD_DIM)
     row = tl.load(k + token * k_strides[0] + head * k_strides[1] + d, mask=inside)
     to = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
@@ -97,7 +97,7 @@ def bounds_kernel(
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     page, offset = slot // page_size, (slot % page_size).to(tl.int32)
     RUNS: tl.constexpr = OFFSETS[-1]
     TOP: tl.constexpr = OFFSETS[-2]
@@ -127,7 +127,8 @@ def run_bounds_kernel(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    run, head, page = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    run = tl.program_id(0)
+    head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides[0] + head * k_strides[2]
     end = tl.minimum((run + 1) * length, page_size)
     box = _box(keys, k_strides[1], run * length, end, HEAD_DIM, DIM)
