@@ -198,6 +198,9 @@ class HiPConfig:
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""
+        if "preset" in changes:
+            hint = 'HiPConfig.preset("fast", budget=2048) starts from one'
+            raise ConfigError("preset", "fields to change", repr(changes["preset"]), hint)
         return HiPConfig.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,6 +215,8 @@ class HiPConfig:
         Raises:
             ConfigError: for an unknown key or preset, or a value out of range.
         """
+        if not isinstance(cast("object", values), dict):
+            raise ConfigError("values", "a dict of fields", repr(values), "pass a dict")
         values = dict(values)
         name = values.pop("preset", "default")
         _check_choice("preset", name, tuple(PRESETS))
@@ -307,7 +312,8 @@ def _wrong(name: str, expected: str, got: object, hint: str) -> ConfigError:
 def _check_int(name: str, value: object, low: int) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or not low <= cast("int", value) <= _INT32_MAX:
-        raise _wrong(name, f"a whole number, {low} or more", value, f"set {name} accordingly")
+        expected = f"a whole number from {low} to {_INT32_MAX}"
+        raise _wrong(name, expected, value, f"set {name} accordingly")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hipserve.attention.dense import dense_head
+from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -63,37 +63,54 @@ def hip_attention(
         ArgumentError: an argument does not fit; the message names it.
         BackendError: the backend asked for cannot run.
     """
-    config = config or DEFAULT
+    config = DEFAULT if config is None else config
     _check(q, k, v, config, causal, sm_scale, softcap)
     reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
     config = config.on(q.device.type)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
+    options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
+    out, lse = _attend_whole(q, k, v, config, reads_all, return_lse, options)
+    if backend != "reference":  # eager torch has gradients
+        out = without_gradient(out, q, k, v)
+    return (out, lse) if return_lse else out
+
+
+def _attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: HiPConfig,
+    reads_all: bool,
+    return_lse: bool,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; the latter only if asked for where torch's dense kernels compute."""
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
+        return torch.empty_like(q), lse
     head = q[:, :0] if return_lse else dense_head(q, k, v, config, **options)
     rows = head.shape[1]
     if rows == query_len:
-        return head
+        return head, head
     layout = whole_sequences(batch, query_len, k.shape[1], q.device)
     if rows:
         layout = layout.behind(rows, config.query_block_size)
-    options |= {"config": config, "check": False}
+    options = {**options, "config": config, "check": False}
     packed = q.reshape(batch * query_len, num_q_heads, head_dim)
     if reads_all or not layout.may_prune(config):
         out, lse = block_sparse_attention(packed, PagedKV(k, v), layout, None, **options)
     else:
         bounds = None
         if config.uses_bounds:
-            bounds = compute_bounds(k, bound_block_size=config.bound_block_size, backend=backend)
+            size, backend = config.bound_block_size, options["backend"]
+            bounds = compute_bounds(k, bound_block_size=size, backend=backend)
         out, lse = attend(packed, PagedKV(k, v, bounds), layout, **options)
     out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
         out[:, :rows] = head
-    return (out, lse.view(batch, query_len, num_q_heads)) if return_lse else out
+    return out, lse.view(batch, query_len, num_q_heads)
 
 
 def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
@@ -132,5 +149,5 @@ def _check(
         hint = "pass the keys of the whole sequence"
         raise ArgumentError("k", expected, str(k.shape[1]), hint)
     if sm_scale is not None:
-        checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "fix it")
+        checks.check_scale(sm_scale)
     checks.check_softcap(softcap)

@@ -10,7 +10,7 @@ import typer
 from hipserve.cli import options
 from hipserve.cli.output import err, say
 from hipserve.cli.run import ask, read_document, report
-from hipserve.errors import FitError
+from hipserve.errors import ArgumentError, FitError
 
 
 def chat(
@@ -29,7 +29,7 @@ def chat(
     dtype: options.DType = "auto",
 ) -> None:
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
-    document = read_document(doc) if doc else None
+    document = read_document(doc) if doc is not None else None
     settings = options.make_config(config, preset, budget, selector)
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
@@ -52,4 +52,10 @@ def chat(
 
 def _read_line() -> str:
     err.print("> ", end="", style="bold")
-    return sys.stdin.readline().strip()
+    line = sys.stdin.readline().strip()
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # stdin keeps what it cannot read as lone surrogates
+        hint = "check the encoding of what is piped in"
+        raise ArgumentError("question", "UTF-8 text", ascii(line), hint) from None
+    return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +75,7 @@ def retrieval(
         report = evaluate_retrieval(
             loaded,
             configs,
-            tasks.split(","),
+            [task.strip() for task in tasks.split(",")],
             haystack,
             length=length,
             samples=samples,
@@ -140,10 +141,10 @@ def _configs(
     for name in also or ():
         configs[name] = HiPConfig.preset(name)
     if vary:
-        key, equals, values = vary.partition("=")
-        if not equals:
+        key, equals, values = (part.strip() for part in vary.partition("="))
+        if not (key and equals):
             raise ArgumentError("vary", "KEY=A,B,…", repr(vary), 'write "budget=256,1k"')
-        for value in values.split(","):
+        for value in re.split(r",(?![^\[]*\])", values):  # not inside a list
             configs[f"{key}={value}"] = base.replace(**{key: _value(value)})
     return configs
 

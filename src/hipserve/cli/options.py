@@ -44,6 +44,9 @@ def make_config(
     selector: str | None = None,
 ) -> HiPConfig:
     """The file or the preset, with the options on top."""
+    if config and preset != "default":
+        hint = f'leave it out, or write preset = "{preset}" into {config}'
+        raise ArgumentError("preset", "a preset or a configuration file", "both", hint)
     base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
     given = {"budget": budget, "selector": selector}
     return base.replace(**{key: value for key, value in given.items() if value is not None})

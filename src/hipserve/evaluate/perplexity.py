@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.errors import FitError
+from hipserve.errors import ArgumentError, FitError
 from hipserve.evaluate.intervals import Interval, bootstrap, mean
 from hipserve.evaluate.passes import make_cache, prefill
 from hipserve.evaluate.text import Document
@@ -78,13 +78,19 @@ def evaluate_perplexity(
         progress: receives document and configuration before each pass.
 
     Raises:
+        ArgumentError: `length` or `first` leaves nothing to measure.
         FitError: `length` exceeds the context, or no document is long enough.
     """
+    if length < 2:
+        raise ArgumentError("length", "2 tokens or more", str(length), "give a longer one")
     loaded.check_fit(length, 0)
     first = length // 4 if first is None else first
+    if not 0 < first < length:
+        hint = "count positions from the start of the text"
+        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first), hint)
     encoded = {doc: _encode(loaded, doc, length) for doc in documents}
     kept = {doc: ids for doc, ids in encoded.items() if ids.shape[1] == length}
-    if not kept or not 0 < first < length:
+    if not kept:
         longest = max((ids.shape[1] for ids in encoded.values()), default=0)
         raise FitError(
             f"nothing to measure at positions {first:,} to {length:,}: the longest document has "

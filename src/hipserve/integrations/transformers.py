@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function
 
 from hipserve.attention import SelectionReuse, attend, hip_attention
 from hipserve.attention.dense import dense_head
+from hipserve.attention.inference import without_gradient
 from hipserve.cache import PagedLayer
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
@@ -38,6 +39,8 @@ def register(config: HiPConfig | None = None) -> None:
     `save_pretrained` writes them and `from_pretrained` reads them back.
     """
     global _default
+    if not (config is None or isinstance(cast("object", config), HiPConfig)):
+        raise ArgumentError("config", "a HiPConfig", type(config).__name__, "build one")
     _default = config or _default
     AttentionInterface.register(NAME, hip_forward)
     AttentionMaskInterface.register(NAME, describe_mask)
@@ -46,9 +49,7 @@ def register(config: HiPConfig | None = None) -> None:
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one."""
     own = getattr(model_config, NAME, None)
-    if own is None or isinstance(own, HiPConfig):
-        return own or _default
-    return _parse(own)
+    return _default if own is None else _parse(own)
 
 
 def _parse(settings: dict[str, Any]) -> HiPConfig:
@@ -187,19 +188,19 @@ def hip_forward(
     head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    _refuse(module, query, dropout, s_aux, attention_mask, causal)
+    _refuse(module, dropout, s_aux, attention_mask, causal)
     config: HiPConfig | None = config_of(module.config).on(query.device.type)
     window = sliding_window or (attention_mask.sliding_window if attention_mask else 0)
     if module.layer_idx in config.dense_layers or window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
     attend_to = _attend_pages if isinstance(key, PagedHandle) else _attend_tensors
-    return attend_to(query, key, value, attention_mask, config, window, options), None
+    out = attend_to(query, key, value, attention_mask, config, window, options)
+    return without_gradient(out, query, key, value), None
 
 
 def _refuse(
     module: nn.Module,
-    query: Tensor,
     dropout: float,
     s_aux: Tensor | None,
     mask: object,
@@ -208,9 +209,6 @@ def _refuse(
     if not causal:
         hint = 'use attn_implementation="sdpa" for encoders and cross attention'
         raise ArgumentError("is_causal", "True: HiP prunes causal attention", "False", hint)
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
-        hint = "call model.eval(), or train with another attn_implementation"
-        raise ArgumentError("model", "a model in eval mode", "one that trains", hint)
     if dropout and module.training:
         raise ArgumentError("dropout", "0", str(dropout), "HiP attention is for inference")
     if s_aux is not None:
@@ -373,6 +371,10 @@ class HiPCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Takes the new keys and values; the attention function, which knows the mask, writes."""
         self.lazy_initialization(key_states, value_states)
+        if self._fresh is not None:
+            got = "one whose last step failed half-way"
+            hint = "reset it or make a new one, and read the text again"
+            raise ArgumentError("past_key_values", "a HiPCache whose steps all ended", got, hint)
         self._fresh = (key_states, value_states)
         self.seen += key_states.shape[2]
         return PagedHandle(self, key_states), PagedHandle(self, value_states)
@@ -438,7 +440,7 @@ class HiPCacheLayer(CacheLayerMixin):
             self.reuse.reorder(order)
 
     def reset(self) -> None:
-        self.seen = 0
+        self.seen, self._fresh = 0, None
         self.pages.clear()
         self.reuse.clear()
 
@@ -464,6 +466,8 @@ class HiPCache(Cache):
     """
 
     def __init__(self, config: Any, page_size: int | None = None) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise ArgumentError("config", "model.config", type(config).__name__, "pass that")
         hip = config_of(config.get_text_config(decoder=True))
         bound = hip.bound_block_size if hip.uses_bounds else None
         if page_size is None:

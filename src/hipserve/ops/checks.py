@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,8 +75,19 @@ def check_positive(argument: str, value: float) -> None:
     require(good, argument, "a finite number above 0", value, "leave it out for the default")
 
 
+def check_scale(value: float) -> None:
+    """Selection ranks by q.k, so that a negative factor would turn it upside down."""
+    good = _is_number(value) and value >= 0
+    require(good, "sm_scale", "a finite number, 0 or more", value, "leave it out for the default")
+
+
+def _is_number(value: object) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(cast("float", value))
+
+
 def check_softcap(value: float) -> None:
-    good = math.isfinite(value) and value >= 0
+    good = _is_number(value) and value >= 0
     require(good, "softcap", "a finite number, 0 for none", value, "leave it out for none")
 
 

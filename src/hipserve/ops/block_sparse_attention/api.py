@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from hipserve.config import DEFAULT, HiPConfig
@@ -49,6 +47,8 @@ def block_sparse_attention(
         BackendError: the backend asked for cannot run.
     """
     config = config or DEFAULT
+    if check:
+        checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if check:
         _check(q, kv, layout, selection, config, sliding_window, scale, softcap)
@@ -80,10 +80,9 @@ def _check(
     sm_scale: float,
     softcap: float,
 ) -> None:
-    checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     checks.check_kv(q, kv, None)
     checks.check_layout(q, kv, layout)
-    checks.require(math.isfinite(sm_scale), "sm_scale", "a finite number", sm_scale, "leave it out")
+    checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
     checks.require(
         sliding_window >= 0 and (selection is None or sliding_window == 0),
@@ -116,6 +115,15 @@ def _check_selection(
             x.shape[0],
             "select again for this batch",
         )
+    position = layout.query_blocks(config.query_block_size)[:, 2:].sum(1)
+    start = selection.window_start
+    checks.require(
+        bool(((start >= 0) & (start <= position)).all()),
+        "selection.window_start",
+        "positions from 0 to the end of each query block",
+        start.tolist()[:8],
+        "select again for this batch",
+    )
     heads = selection.indices.shape[1]
     checks.require(
         heads in (kv.num_kv_heads, q.shape[1]),
@@ -124,12 +132,11 @@ def _check_selection(
         heads,
         "select with the same heads",
     )
-    longest = int(layout.seq_lens.max()) if layout.num_seqs else 0
-    inside = bool((selection.indices < max(-(-longest // config.key_block_size), 1)).all())
+    ends = (selection.indices + 1) * config.key_block_size
     checks.require(
-        inside,
+        bool(((selection.indices < 0) | (ends <= start[:, None, None])).all()),
         "selection.indices",
-        f"blocks of {config.key_block_size} keys inside sequences of at most {longest} keys",
+        f"blocks of {config.key_block_size} keys before the window of their query block",
         int(selection.indices.max()) if selection.indices.numel() else -1,
         "pass the config that the selection was made with",
     )
