@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, masking_utils
 
 import hipserve.attention.layer as attention_layer
 import hipserve.integrations.transformers as integration
-from hipserve import ArgumentError, HiPCache, types
+from hipserve import ArgumentError, HiPCache, hip_attention, types
 from hipserve.attention.dense import dense_rows
 from hipserve.cache import pages
 
@@ -254,6 +254,98 @@ def test_refusals() -> None:
     model.set_attn_implementation("hip")
     with pytest.raises(ArgumentError, match="attention_mask"):
         model(prompts(), attention_mask=torch.ones(1, 1, 90, 90))
+
+
+def mask_of(**options: Any) -> Any:
+    sizes = {"batch_size": 1, "q_length": 60, "kv_length": 60}
+    return integration.describe_mask(**sizes, **options)
+
+
+def test_only_causal_masks_and_sliding_windows_are_taken_for_such() -> None:
+    ids = torch.arange(60)[None] // 30
+    packed = masking_utils.packed_sequence_mask_function(ids)
+    window = masking_utils.sliding_window_causal_mask_function(24)
+    assert mask_of(mask_function=window, local_size=24).sliding_window == 24
+    for strange in (
+        masking_utils.and_masks(window, packed),
+        masking_utils.chunked_causal_mask_function(24, torch.zeros(1, dtype=torch.int)),
+    ):
+        with pytest.raises(ArgumentError, match="attention_mask: expected a causal or sliding"):
+            mask_of(mask_function=strange, local_size=24)
+    short = mask_of(attention_mask=torch.ones(1, 30))
+    with pytest.raises(ArgumentError, match="attention_mask: expected 60 columns, got 30"):
+        short.valid_rows(60, 60, torch.device("cpu"))
+
+
+def test_a_window_that_only_the_mask_knows_is_kept() -> None:
+    """Some models tell their layers' windows to the mask alone; all caches hold to it."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 60, 16)
+    k, v = torch.randn(2, 1, 2, 60, 16)
+    function = masking_utils.sliding_window_causal_mask_function(24)
+    mask = mask_of(mask_function=function, local_size=24)
+    module = build("llama", PRUNED).model.layers[0].self_attn
+    near = torch.ones(60, 60, dtype=torch.bool).tril().triu(-23)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+    handles = HiPCache(module.config).layers[0].update(k, v)
+    for keys, values in ((k, v), handles):
+        out, _ = integration.hip_forward(module, q, keys, values, mask, scaling=0.25)
+        torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_causal_inference_is_refused() -> None:
+    model = build("llama")
+    module = model.model.layers[0].self_attn
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    with pytest.raises(ArgumentError, match="is_causal: expected True"):
+        integration.hip_forward(module, q, k, k, None, is_causal=False)
+    loss = model(prompts(), labels=prompts()).loss
+    with pytest.raises(ArgumentError, match="no gradient through HiP attention"):
+        loss.backward()
+    q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
+    with pytest.raises(ArgumentError, match="no gradient through HiP attention"):
+        hip_attention(q, k, v).sum().backward()
+
+
+@torch.no_grad()
+def test_a_cache_serves_what_it_was_made_for() -> None:
+    model, ids = build("llama", {**PRUNED, "selector": "tree"}), prompts(1, 200)
+    cache = HiPCache(model.config)
+    model(ids, past_key_values=cache)
+    model.config.hip = PRUNED
+    with pytest.raises(ArgumentError, match=r"past_key_values: expected a HiPCache with bounds"):
+        model(ids[:, :1], past_key_values=cache)
+    model.config.hip = {**PRUNED, "selector": "tree"}
+    with pytest.raises(ArgumentError, match="one whose last step failed half-way"):
+        model(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ArgumentError, match="batch: expected the 1 sequences"):
+        model(ids, past_key_values=cache) and model(prompts(2, 3), past_key_values=cache)
+    cache.crop(-10_000)
+    assert cache.get_seq_length() == 0
+    for bad in (0, 1.5, 24):
+        with pytest.raises(ArgumentError, match="page_size"):
+            HiPCache(build("llama", PRUNED).config, page_size=bad)  # pyright: ignore
+    wide = {"bound_block_size": 48, "key_block_size": 16, "budget": 96, "num_sink_tokens": 48}
+    assert HiPCache(build("llama", wide).config).layers[0].pages.page_size == 768
+    with pytest.raises(ArgumentError, match=r"config: expected model\.config"):
+        HiPCache(model)
+
+
+@torch.no_grad()
+def test_a_selection_belongs_to_sequences_that_all_have_a_row() -> None:
+    """Two rows of one sequence and none of the other are no decode step."""
+    model = build("llama", {**PRUNED, "refresh_interval": 4})
+    ids, mask = prompts(2, 203), torch.ones(2, 203)
+    mask[1, 100:202] = 0
+    results: list[torch.Tensor] = []
+    for interval in (4, 1):
+        model.config.hip = {**PRUNED, "refresh_interval": interval}
+        cache = HiPCache(model.config)
+        for begin, end in ((0, 200), (200, 202), (202, 203)):
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        results.append(out.logits)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("length", [40, 150])

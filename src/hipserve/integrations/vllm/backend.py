@@ -151,6 +151,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.windowed = sum(impl.sliding_window > 0 for impl in impls.values())
         pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
         self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
+        self.speculates = vllm_config.speculative_config is not None
         longest = vllm_config.model_config.max_model_len
         self.decode_prunes = bool(pruned) and self.config.may_prune(longest, 1)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
@@ -164,6 +165,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         fast_build: bool = False,  # noqa: ARG002
     ) -> HiPStep:
         common = common_attn_metadata
+        if self.speculates:  # then the host's lengths may be too long
+            common = replace(common, seq_lens_cpu_upper_bound=None)
         requests = compat.step_requests(common)
         self.schedule.forget(requests.ended)
         rows = sequences(common, requests.rows, self.config)
