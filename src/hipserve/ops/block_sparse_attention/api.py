@@ -115,12 +115,12 @@ def _check_selection(
             x.shape[0],
             "select again for this batch",
         )
-    position = layout.query_blocks(config.query_block_size)[:, 2:].sum(1)
+    end = layout.query_blocks(config.query_block_size)[:, 2:].sum(1)
     start = selection.window_start
     checks.require(
-        bool(((start >= 0) & (start <= position)).all()),
+        bool(((start >= 0) & (start <= end.clamp(min=config.num_sink_tokens))).all()),
         "selection.window_start",
-        "positions from 0 to the end of each query block",
+        "positions from 0 to the end of each query block, or the end of the sinks",
         start.tolist()[:8],
         "select again for this batch",
     )
