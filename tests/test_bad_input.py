@@ -12,7 +12,7 @@ import torch
 
 import hipserve
 from hipserve import ArgumentError, BackendError, ConfigError, HiPConfig
-from hipserve.ops import block_sparse_attention, select_blocks, write_kv
+from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 Q, K = torch.zeros(1, 4, 4, 64), torch.zeros(1, 8, 2, 64)
@@ -161,6 +161,11 @@ def test_write_kv(argument: str, changes: dict[str, Any]) -> None:
     k = torch.zeros(5, 2, 64)
     fields = {"k": k, "v": k, "slot_mapping": torch.arange(5), **changes}
     refused(argument, lambda: write_kv(**fields, kv=paged()["kv"]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_sizes_of_bounds(size: Any) -> None:
+    refused("bound_block_size", lambda: compute_bounds(K, bound_block_size=size))
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,16 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "half a block": (["run", "q", "--doc", "doc", "--budget", "8"], 2, "budget: expected"),
     "a selector": (["run", "q", "--doc", "doc", "--selector", "quest"], 2, "selector: expected"),
     "a preset": (["run", "q", "--doc", "doc", "--preset", "none"], 2, "preset: expected"),
+    "a preset beside a file": (
+        ["run", "q", "--doc", "doc", "--config", "ok.toml", "--preset", "fast"],
+        2,
+        "preset: expected",
+    ),
+    "a budget beside dense": (
+        ["run", "q", "--doc", "doc", "--dense", "--budget", "512"],
+        2,
+        "dense: expected",
+    ),
     "a dtype": (["run", "q", "--doc", "doc", "--dtype", "int4"], 2, "dtype: expected"),
     "a device": (["run", "q", "--doc", "doc", "--device", "tpu"], 2, "device: expected"),
     "a task": (["eval", "retrieval", "--tasks", "passkey,pi", "--length", "1k"], 2, "task:"),
@@ -173,6 +183,13 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no values": (["eval", "perplexity", "--vary", "budget"], 2, "vary: expected"),
     "a value": (["eval", "perplexity", "--vary", "budget=1k,x"], 2, "budget: expected"),
     "a field": (["eval", "perplexity", "--vary", "bugdet=1k"], 2, "bugdet: expected"),
+    "a preset as a value": (["eval", "perplexity", "--vary", "preset=fast"], 2, "preset: expected"),
+    "no length": (["eval", "perplexity", "--length", "0"], 2, "length: expected"),
+    "no tokens after the first": (
+        ["eval", "perplexity", "--length", "1k", "--first", "1k"],
+        2,
+        "first: expected a position from 1 to 1023",
+    ),
     "another preset": (["eval", "perplexity", "--also", "none"], 2, "preset: expected"),
     "the demo's file": (["demo", "--doc", "missing.txt"], 2, "No such file"),
     "the demo's length": (["demo", "--length", "100"], 2, "length: expected"),
@@ -193,6 +210,7 @@ def test_mistakes_get_one_sentence(
         "empty": b"\n",
         "long": b"river " * 140_000,
         "key.toml": b"budgte = 1\n",
+        "ok.toml": b"budget = 512\n",
         "bad.jsonl": b'{"title": "no text"}\n',
     }.items():
         Path(name).write_bytes(content)

@@ -233,6 +233,20 @@ def test_crop_and_reset() -> None:
     assert torch.equal(logits_in_parts(model, ids, [0, 160, 200], cache), whole)
 
 
+@torch.no_grad()
+def test_cropping_takes_the_same_tokens_from_every_sequence() -> None:
+    model, ids, mask = build("llama"), prompts(2, 60), torch.ones(2, 60)
+    mask[0, 50:] = 0
+    cache = HiPCache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ArgumentError, match="tokens_to_remove: expected columns in which no"):
+        cache.crop(-5)
+    cache.reset()
+    model(ids, attention_mask=mask.flip(1), past_key_values=cache)
+    cache.crop(-5)
+    assert [layer.pages.lengths for layer in cache.layers] == [[45, 55]] * 3
+
+
 def test_settings_travel_with_the_model(tmp_path: Any) -> None:
     model = build("llama", PRUNED)
     model.save_pretrained(tmp_path)

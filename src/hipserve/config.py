@@ -238,12 +238,14 @@ class HiPConfig:
         """Reads a `.toml` or `.json` file."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 "config", "a readable file", f"{path} ({error})", "check it"
             ) from error
-        return cls.loads(text, "toml" if path.suffix == ".toml" else "json", source=str(path))
+        return cls.loads(
+            text, "toml" if path.suffix.lower() == ".toml" else "json", source=str(path)
+        )
 
     @classmethod
     def loads(cls, text: str, form: Form = "json", *, source: str = "text") -> HiPConfig:

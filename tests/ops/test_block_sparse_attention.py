@@ -60,6 +60,27 @@ def test_sparse_is_exact(backend: str, seed: int) -> None:
 
 
 @every_backend
+def test_a_selection_may_be_a_view(backend: str) -> None:
+    case = make_case(Shape((400,), (64,)), 16)
+    config = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
+    with using(backend) as name:
+        whole = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        few = [whole.indices[..., :2], whole.indices[..., :2].clone()]
+        outs = [
+            block_sparse_attention(
+                case.q,
+                case.kv,
+                case.layout,
+                BlockSelection(indices, whole.window_start),
+                config=config,
+                backend=name,
+            )[0]
+            for indices in few
+        ]
+    assert torch.equal(*outs)
+
+
+@every_backend
 @given(seed=SEEDS)
 def test_dense_and_windowed_are_exact(backend: str, seed: int) -> None:
     rng = random.Random(seed)

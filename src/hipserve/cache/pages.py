@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ class PagedLayer:
     """
 
     def __init__(self, page_size: int = 256, bound_block_size: int | None = 16) -> None:
-        whole = isinstance(cast("object", page_size), int) and page_size > 0
-        checks.require(whole, "page_size", "a whole number, 1 or more", page_size, "use 256")
+        checks.check_size("page_size", page_size)
         if bound_block_size is not None:
             checks.check_page_size(page_size, bound_block_size)
         self.page_size, self.bound_block_size = page_size, bound_block_size

@@ -52,6 +52,18 @@ def make_config(
     return base.replace(**{key: value for key, value in given.items() if value is not None})
 
 
+def refuse_beside_dense(
+    config: Path | None, preset: str, budget: int | None, selector: str | None
+) -> None:
+    """Dense attention heeds no option of pruning."""
+    given = {"config": config, "budget": budget, "selector": selector}
+    names = [f"--{name}" for name, value in given.items() if value is not None]
+    names += ["--preset"] if preset != "default" else []
+    if names:
+        got = ", ".join(names)
+        raise ArgumentError("dense", "no option of pruning beside it", got, "leave one of them out")
+
+
 def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: str) -> LoadedModel:
     """Loads a model and says which, on stderr."""
     from hipserve.models import BUNDLED, load

@@ -37,6 +37,8 @@ def run(
         raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
     if not words[-1].strip():
         raise ArgumentError("question", "some words", repr(words[-1]), "put it in quotes")
+    if dense:
+        options.refuse_beside_dense(config, preset, budget, selector)
     document = read_document(doc)
     settings = options.make_config(config, preset, budget, selector)
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)

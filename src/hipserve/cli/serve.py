@@ -60,6 +60,8 @@ def serve(
     vllm_server.check_flags(flags)
     vllm_server.check_access(host, api_key, allow_unauthenticated)
     vllm_server.check_port(host, port)
+    if dense:
+        options.refuse_beside_dense(config, preset, budget, selector)
     settings = None if dense else options.make_config(config, preset, budget, selector)
     path = model
     if model == BUNDLED:

@@ -362,6 +362,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen = 0
         self._config: HiPConfig | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
+        self._padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         self.is_initialized = True
@@ -389,6 +390,8 @@ class HiPCacheLayer(CacheLayerMixin):
         k, v = (x.transpose(1, 2) for x in self._fresh)
         self._fresh = None
         self.pages.append(k, v, valid)
+        if valid is not None:
+            self._padded.append((self.seen - k.shape[1], valid))
         return k, v
 
     def settle(self, config: HiPConfig) -> None:
@@ -418,10 +421,21 @@ class HiPCacheLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: Any) -> None:
-        """Removes -n tokens; a positive number is the length to keep (older transformers)."""
+        """Removes -n tokens; a positive number is the length to keep (older transformers).
+
+        Raises:
+            ArgumentError: some of these tokens are padding, and others are not.
+        """
         count = int(tokens_to_remove)
         removed = min(-count if count <= 0 else max(self.seen - count, 0), self.seen)
-        self.seen -= removed
+        left = self.seen - removed
+        tails = [valid[:, max(left - start, 0) :] for start, valid in self._padded]
+        if left and not all(bool(tail.all()) for tail in tails):
+            hint = "crop less, or read the batch again"
+            expected = "columns in which no sequence is padded"
+            raise ArgumentError("tokens_to_remove", expected, str(tokens_to_remove), hint)
+        self._padded = [(start, valid) for start, valid in self._padded if start < left]
+        self.seen = left
         self.pages.truncate(removed)
         self.reuse.clear()
 
@@ -441,6 +455,7 @@ class HiPCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.seen, self._fresh = 0, None
+        self._padded.clear()
         self.pages.clear()
         self.reuse.clear()
 

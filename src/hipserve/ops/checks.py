@@ -75,6 +75,12 @@ def check_positive(argument: str, value: float) -> None:
     require(good, argument, "a finite number above 0", value, "leave it out for the default")
 
 
+def check_size(argument: str, value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    good = whole and cast("int", value) > 0
+    require(good, argument, "a whole number, 1 or more", value, f"set {argument} accordingly")
+
+
 def check_scale(value: float) -> None:
     """Selection ranks by q.k, so that a negative factor would turn it upside down."""
     good = _is_number(value) and value >= 0

@@ -67,6 +67,7 @@ def compute_bounds(k: Tensor, *, bound_block_size: int = 16, backend: str = "aut
         `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
     """
     checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
+    checks.check_size("bound_block_size", bound_block_size)
     run = _bounds_operator if torch.compiler.is_compiling() else _compute_bounds
     return run(k, bound_block_size, backend)
 
@@ -79,6 +80,7 @@ def _check(k: Tensor, v: Tensor, kv: PagedKV, slot_mapping: Tensor, bound_block_
         expected = f"heads and head_dim {list(kv.k_cache.shape[2:])} of the pages"
         checks.require(fits, argument, expected, list(x.shape[1:]), "match the pages")
     checks.check_same("v", v, k)
+    checks.check_size("bound_block_size", bound_block_size)
     checks.check_kv(k, kv, bound_block_size if kv.k_bounds is not None else None)
     checks.check_tensor("slot_mapping", slot_mapping, "[num_tokens]")
     int64 = slot_mapping.dtype == torch.int64
