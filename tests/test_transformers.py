@@ -362,12 +362,12 @@ def test_a_selection_belongs_to_sequences_that_all_have_a_row() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("length", [40, 150])
+@pytest.mark.parametrize(("length", "dense_below"), [(40, 64), (150, 64), (100, 100)])
 def test_a_head_by_torch_leaves_output_and_counts_alone(
-    length: int, monkeypatch: pytest.MonkeyPatch
+    length: int, dense_below: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does with the first rows of a prompt, here with torch's kernels for CPUs."""
-    hip = {**PRUNED, "dense_below": 64, "dense_layers": [1]}
+    hip = {**PRUNED, "dense_below": dense_below, "dense_layers": [1]}
     model, ids = build("llama", hip), prompts(2, length)
 
     def run() -> tuple[torch.Tensor, tuple[float, float]]:

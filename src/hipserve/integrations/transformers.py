@@ -191,7 +191,7 @@ def hip_forward(
     _refuse(module, dropout, s_aux, attention_mask, causal)
     config: HiPConfig | None = config_of(module.config).on(query.device.type)
     window = sliding_window or (attention_mask.sliding_window if attention_mask else 0)
-    if module.layer_idx in config.dense_layers or window:
+    if getattr(module, "layer_idx", None) in config.dense_layers or window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
     attend_to = _attend_pages if isinstance(key, PagedHandle) else _attend_tensors
@@ -238,9 +238,9 @@ def _attend_pages(
     if fresh is not None and valid is None and query_len == layer.seen and not sliding_window:
         head = dense_head(rows, *fresh, config, **options)
     first = head.shape[1]
-    if config is not None:
-        layer.reuse.count_dense(batch, first)
     if first and first == query_len:
+        if config is not None:
+            layer.reuse.count_dense(batch, first)
         return head
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
@@ -249,6 +249,8 @@ def _attend_pages(
         options = {**options, "sliding_window": sliding_window, "check": False}
         out = block_sparse_attention(q, layer.pages.pages, layout, **options)[0]
     else:
+        if layout.may_prune(config):  # else all rows are counted together
+            layer.reuse.count_dense(batch, first)
         if first:
             layout = layout.behind(first, config.query_block_size)
         options = {**options, "config": config, "reuse": layer.reuse, "check": False}
