@@ -402,7 +402,7 @@ class HiPCacheLayer(CacheLayerMixin):
         Raises:
             ArgumentError: the pages keep other bounds than this configuration reads.
         """
-        if config is self._config:
+        if config == self._config:
             return
         kept, wanted = self.pages.bound_block_size, config.bound_block_size
         if config.uses_bounds and kept != wanted:
