@@ -285,11 +285,12 @@ def test_perplexity_report(loaded: LoadedModel) -> None:
 
 
 def test_perplexity_of_nothing(loaded: LoadedModel) -> None:
-    for options in ({"length": 2000}, {"length": 10, "first": 10}):
-        with pytest.raises(FitError, match="nothing to measure"):
-            evaluate_perplexity(
-                loaded, {"dense": None}, [Document("a", "b", "too short")], **options
-            )
+    short = [Document("a", "b", "too short")]
+    with pytest.raises(FitError, match="nothing to measure"):
+        evaluate_perplexity(loaded, {"dense": None}, short, length=2000)
+    for first in (0, 10):
+        with pytest.raises(ArgumentError, match="first: expected a position from 1 to 9, got"):
+            evaluate_perplexity(loaded, {"dense": None}, short, length=10, first=first)
     with pytest.raises(FitError, match="context is 131,072"):
         evaluate_perplexity(loaded, {"dense": None}, [], length=2**20)
 
