@@ -146,12 +146,14 @@ def test_an_interrupted_question_can_be_asked_again(loaded: LoadedModel) -> None
     for broken in ({"on_prefill": interrupt}, {"on_text": stop}):
         with pytest.raises(KeyboardInterrupt):
             talk.ask(QUESTION, **broken)
-    inside = loaded.model.model.layers[2].register_forward_hook(lambda *_: interrupt(0, 0))
-    with pytest.raises(KeyboardInterrupt):
-        talk.ask(QUESTION)  # the first layers hold keys now that the others do not
-    inside.remove()
     assert len(talk.turns) == 1
     assert talk.ask(QUESTION) == "The pass key is 83724."
+    inside = loaded.model.model.layers[2].register_forward_hook(lambda *_: interrupt(0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("What is it?")  # the first layers hold keys now that the others do not
+    inside.remove()
+    assert talk.ask(QUESTION) == "The pass key is 83724."
+    assert len({layer.get_seq_length() for layer in talk._cache.layers}) == 1
 
 
 def test_answers_stream_and_prefill_is_reported(

@@ -350,13 +350,13 @@ def test_a_cache_serves_what_it_was_made_for() -> None:
 def test_a_selection_belongs_to_sequences_that_all_have_a_row() -> None:
     """Two rows of one sequence and none of the other are no decode step."""
     model = build("llama", {**PRUNED, "refresh_interval": 4})
-    ids, mask = prompts(2, 203), torch.ones(2, 203)
-    mask[1, 100:202] = 0
+    ids, mask = prompts(2, 210), torch.ones(2, 210)
+    mask[1, 100:209] = 0
     results: list[torch.Tensor] = []
     for interval in (4, 1):
         model.config.hip = {**PRUNED, "refresh_interval": interval}
         cache = HiPCache(model.config)
-        for begin, end in ((0, 200), (200, 202), (202, 203)):
+        for begin, end in ((0, 207), (207, 209), (209, 210)):
             out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
         results.append(out.logits)
     assert torch.equal(*results)
