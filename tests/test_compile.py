@@ -41,6 +41,16 @@ def test_hip_attention_compiles_without_a_break(compiler: str, selector: str) ->
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("config", [None, HiPConfig(budget=64)])
+def test_a_device_settles_what_a_configuration_leaves_open(config: HiPConfig | None) -> None:
+    torch.compiler.reset()
+    q, k, v = qkv()
+    compiled = torch.compile(
+        lambda *x: hip_attention(*x, config=config), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(q, k, v), hip_attention(q, k, v, config=config))
+
+
 def case() -> Case:
     return make_case(Shape((700, 130), (100, 1)))
 

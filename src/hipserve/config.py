@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -80,6 +79,7 @@ class HiPConfig:
     dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
+    _settled: dict[str, HiPConfig] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
@@ -95,6 +95,10 @@ class HiPConfig:
         _check_fraction("bound_share", self.bound_share)
         _check_fraction("bound_reach", self.bound_reach, closed=True)
         self._check_sizes()
+        # Made now, since torch.compile cannot trace how.
+        below = BREAK_EVEN if self.dense_below is None else {}
+        settled = {d: dataclasses.replace(self, dense_below=n) for d, n in below.items()}
+        object.__setattr__(self, "_settled", settled)
 
     def _check_sizes(self) -> None:
         if self.uses_bounds and self.bound_block_size % self.key_block_size:
@@ -188,7 +192,9 @@ class HiPConfig:
 
     def on(self, device: str) -> HiPConfig:
         """The same with `dense_below` settled for tensors on `device` (a torch device type)."""
-        return self if self.dense_below is not None else _settled(self, device)
+        if self.dense_below is not None:
+            return self
+        return self._settled[device if device in BREAK_EVEN else "cpu"]
 
     def may_prune(self, seq_len: int, query_len: int) -> bool:
         """False only where every query block of a sequence's last rows reads all of its keys."""
@@ -205,7 +211,7 @@ class HiPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as TOML and JSON hold them."""
-        values = dataclasses.asdict(self)
+        values = {name: getattr(self, name) for name in _FIELDS}
         return {**values, "dense_layers": list(self.dense_layers)}
 
     @classmethod
@@ -220,10 +226,9 @@ class HiPConfig:
         values = dict(values)
         name = values.pop("preset", "default")
         _check_choice("preset", name, tuple(PRESETS))
-        known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
-            if key not in known:
-                raise ConfigError(key, f"one of {', '.join(known)}", "an unknown key", "fix it")
+            if key not in _FIELDS:
+                raise ConfigError(key, f"one of {', '.join(_FIELDS)}", "an unknown key", "fix it")
         return cls(**{**PRESETS[name], **values})
 
     @classmethod
@@ -268,10 +273,7 @@ class HiPConfig:
         return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
 
 
-@functools.lru_cache(maxsize=64)
-def _settled(config: HiPConfig, device: str) -> HiPConfig:
-    return config.replace(dense_below=BREAK_EVEN.get(device, BREAK_EVEN["cpu"]))
-
+_FIELDS = tuple(f.name for f in dataclasses.fields(HiPConfig) if f.init)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
