@@ -55,6 +55,17 @@ def post(url: str, body: dict[str, Any], **headers: str) -> tuple[int, dict[str,
         return error.code, json.loads(error.read())
 
 
+def stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of an answer as they come."""
+    request = urllib.request.Request(url, json.dumps({**body, "stream": True}).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        for line in answer:
+            data = line.removeprefix(b"data: ").strip()
+            if data and data != b"[DONE]":
+                yield json.loads(data)
+
+
 def get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.read().decode()
