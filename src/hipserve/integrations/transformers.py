@@ -194,8 +194,10 @@ def hip_forward(
     if getattr(module, "layer_idx", None) in config.dense_layers or window:
         config = None
     options = {"sm_scale": scaling, "softcap": softcap or 0.0}
-    attend_to = _attend_pages if isinstance(key, PagedHandle) else _attend_tensors
-    out = attend_to(query, key, value, attention_mask, config, window, options)
+    if isinstance(key, PagedHandle):
+        out = _attend_pages(query, key, attention_mask, config, window, options)
+    else:
+        out = _attend_tensors(query, key, value, attention_mask, config, window, options)
     return without_gradient(out, query, key, value), None
 
 
@@ -221,14 +223,13 @@ def _refuse(
 
 def _attend_pages(
     query: Tensor,
-    key: Tensor,
-    _: Tensor,
+    key: PagedHandle,
     mask: MaskDescription | None,
     config: HiPConfig | None,
     sliding_window: int,
     options: dict[str, Any],
 ) -> Tensor:
-    layer, rows = cast("PagedHandle", key).layer, query.transpose(1, 2)
+    layer, rows = key.layer, query.transpose(1, 2)
     if config is not None:
         layer.settle(config)
     batch, query_len = rows.shape[:2]

@@ -70,11 +70,6 @@ def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, kv: str) -> None:
         raise ArgumentError("q", f"head_dim {head_dim} as {kv}", str(q.shape[-1]), "check it")
 
 
-def check_positive(argument: str, value: float) -> None:
-    good = math.isfinite(value) and value > 0
-    require(good, argument, "a finite number above 0", value, "leave it out for the default")
-
-
 def check_size(argument: str, value: object) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     good = whole and cast("int", value) > 0

@@ -212,9 +212,10 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
 def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises BackendError where eager torch would be slower than dense attention: on a GPU without
     kernels, and with a head_dim that the kernels do not take."""
-    refusal = head_dim_refusal("triton" if device.type == "cuda" else "cpu", head_dim)
-    if device.type == "cuda" and not refusal:
-        refusal = triton_refusal(device, dtype, head_dim)
+    on_gpu = device.type == "cuda"
+    refusal = (
+        triton_refusal(device, dtype, head_dim) if on_gpu else head_dim_refusal("cpu", head_dim)
+    )
     if refusal:
         install = "install triton, or " if refusal == triton_library() else ""
         raise BackendError(

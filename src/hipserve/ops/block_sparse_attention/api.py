@@ -48,10 +48,8 @@ def block_sparse_attention(
     """
     config = config or DEFAULT
     if check:
-        checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
+        _check(q, kv, layout, selection, config, sliding_window, sm_scale, softcap)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    if check:
-        _check(q, kv, layout, selection, config, sliding_window, scale, softcap)
     return operator.run(
         q,
         kv.k_cache,
@@ -77,12 +75,14 @@ def _check(
     selection: BlockSelection | None,
     config: HiPConfig,
     sliding_window: int,
-    sm_scale: float,
+    sm_scale: float | None,
     softcap: float,
 ) -> None:
+    checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     checks.check_kv(q, kv, None)
     checks.check_layout(q, kv, layout)
-    checks.check_scale(sm_scale)
+    if sm_scale is not None:
+        checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
     checks.require(
         sliding_window >= 0 and (selection is None or sliding_window == 0),
