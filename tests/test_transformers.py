@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, masking_utils
 
 import hipserve.attention.layer as attention_layer
-import hipserve.integrations.transformers as integration
 from hipserve import ArgumentError, HiPCache, hip_attention, types
 from hipserve.attention.dense import dense_rows
 from hipserve.cache import pages
+from hipserve.integrations import transformers as integration
+from hipserve.integrations.transformers import forward
 
 PRUNED = {
     "budget": 32,
@@ -385,7 +386,7 @@ def test_a_head_by_torch_leaves_output_and_counts_alone(
         return out.transpose(1, 2)
 
     expected, counts = run()
-    monkeypatch.setattr(integration, "dense_head", by_torch)
+    monkeypatch.setattr(forward, "dense_head", by_torch)
     out, counts_by_torch = run()
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     assert counts_by_torch == counts

@@ -1,0 +1,26 @@
+"""`attn_implementation="hip"` for unmodified transformers models, and the cache that goes with it.
+
+Importing this package registers the implementation. `HiPCache`, passed as `past_key_values`, keeps
+keys and values in pages, so that a decode step neither copies nor reads the whole cache; without
+it HiP attention runs over the tensors that transformers' own caches hand out.
+"""
+
+from hipserve.integrations.transformers.cache import HiPCache, HiPCacheLayer, PagedHandle
+from hipserve.integrations.transformers.forward import hip_forward
+from hipserve.integrations.transformers.masks import MaskDescription, describe_mask
+from hipserve.integrations.transformers.registration import register
+from hipserve.integrations.transformers.settings import NAME, config_of
+
+__all__ = [
+    "NAME",
+    "HiPCache",
+    "HiPCacheLayer",
+    "MaskDescription",
+    "PagedHandle",
+    "config_of",
+    "describe_mask",
+    "hip_forward",
+    "register",
+]
+
+register()

@@ -1,0 +1,209 @@
+"""`HiPCache`: keys and values of a transformers model in pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from hipserve.attention import SelectionReuse
+from hipserve.cache import PagedLayer
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+from hipserve.integrations.transformers.settings import config_of
+from hipserve.types import bound_levels
+
+PAGE_SIZE = 256
+
+
+class PagedHandle(torch.Tensor):
+    """Keys or values of a `HiPCache` layer on their way to `hip_forward`: a shape, no storage."""
+
+    layer: HiPCacheLayer
+
+    @staticmethod
+    def __new__(cls: Any, layer: HiPCacheLayer, fresh: Tensor) -> PagedHandle:
+        batch, heads, _, dim = fresh.shape
+        shape = (batch, heads, layer.seen, dim)
+        handle = torch.Tensor._make_wrapper_subclass(  # pyright: ignore
+            cls, shape, dtype=fresh.dtype, device=fresh.device
+        )
+        handle.layer = layer
+        return handle
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PagedHandle({list(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ArgumentError(
+            "past_key_values",
+            'a cache that fits the attention: HiPCache goes with attn_implementation="hip"',
+            f"a HiPCache whose keys reached {func}",
+            'call model.set_attn_implementation("hip") or pass another cache',
+        )
+
+
+class HiPCacheLayer(CacheLayerMixin):
+    """One layer of a `HiPCache`: pages, and the selection that decode steps share."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, page_size: int, bound_block_size: int | None) -> None:
+        super().__init__()
+        self.pages = PagedLayer(page_size, bound_block_size)
+        self.reuse = SelectionReuse()
+        self.seen = 0
+        self._config: HiPConfig | None = None
+        self._fresh: tuple[Tensor, Tensor] | None = None
+        self._padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values; the attention function, which knows the mask, writes."""
+        self.lazy_initialization(key_states, value_states)
+        if self._fresh is not None:
+            got = "one whose last step failed half-way"
+            hint = "reset it or make a new one, and read the text again"
+            raise ArgumentError("past_key_values", "a HiPCache whose steps all ended", got, hint)
+        self._fresh = (key_states, value_states)
+        self.seen += key_states.shape[2]
+        return PagedHandle(self, key_states), PagedHandle(self, value_states)
+
+    def write(self, valid: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Appends what `update` took, without the tokens that `valid` leaves out, and returns it.
+
+        Keys and values `[batch, new, num_kv_heads, head_dim]`; None if they were written before.
+        """
+        if self._fresh is None:
+            return None
+        k, v = (x.transpose(1, 2) for x in self._fresh)
+        self._fresh = None
+        self.pages.append(k, v, valid)
+        if valid is not None:
+            self._padded.append((self.seen - k.shape[1], valid))
+        return k, v
+
+    def settle(self, config: HiPConfig) -> None:
+        """A selection serves the configuration that it was made with, and no other.
+
+        Raises:
+            ArgumentError: the pages keep other bounds than this configuration reads.
+        """
+        if config == self._config:
+            return
+        kept, wanted = self.pages.bound_block_size, config.bound_block_size
+        if config.uses_bounds and kept != wanted:
+            got = "one without bounds" if kept is None else f"one of runs of {kept} keys"
+            hint = "make a new HiPCache(model.config) after config.hip was changed"
+            expected = f"a HiPCache with bounds of runs of {wanted} keys"
+            raise ArgumentError("past_key_values", expected, got, hint)
+        self.reuse.clear()
+        self._config = config
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Removes -n tokens; a positive number is the length to keep (older transformers).
+
+        Raises:
+            ArgumentError: some of these tokens are padding, and others are not.
+        """
+        count = int(tokens_to_remove)
+        removed = min(-count if count <= 0 else max(self.seen - count, 0), self.seen)
+        left = self.seen - removed
+        tails = [valid[:, max(left - start, 0) :] for start, valid in self._padded]
+        if left and not all(bool(tail.all()) for tail in tails):
+            hint = "crop less, or read the batch again"
+            expected = "columns in which no sequence is padded"
+            raise ArgumentError("tokens_to_remove", expected, str(tokens_to_remove), hint)
+        self._padded = [(start, valid) for start, valid in self._padded if start < left]
+        self.seen = left
+        self.pages.truncate(removed)
+        self.reuse.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(torch.arange(len(self.pages.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(torch.arange(len(self.pages.lengths))[indices.cpu()])
+
+    def _take(self, order: Tensor) -> None:
+        if self.pages.lengths:
+            self.pages.reorder(order)
+            self.reuse.reorder(order)
+
+    def reset(self) -> None:
+        self.seen, self._fresh = 0, None
+        self._padded.clear()
+        self.pages.clear()
+        self.reuse.clear()
+
+    def offload(self) -> None:
+        """Pages stay where they are."""
+
+    def prefetch(self) -> None:
+        """Pages stay where they are."""
+
+
+class HiPCache(Cache):
+    """Keys and values in pages, with the bounds that selection reads.
+
+    >>> model.generate(ids, past_key_values=HiPCache(model.config))  # doctest: +SKIP
+
+    Args:
+        config: the model's configuration; its sliding-window layers keep transformers' own cache.
+        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves bounds best. 256
+            if None and bounds fit, else 16 times `bound_block_size`.
+
+    Raises:
+        ArgumentError: runs of bounds would straddle such pages.
+    """
+
+    def __init__(self, config: Any, page_size: int | None = None) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise ArgumentError("config", "model.config", type(config).__name__, "pass that")
+        hip = config_of(config.get_text_config(decoder=True))
+        bound = hip.bound_block_size if hip.uses_bounds else None
+        if page_size is None:
+            fits = bound is None or PAGE_SIZE % bound_levels(PAGE_SIZE, bound)[-1] == 0
+            page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
+        own = DynamicCache(config=config).layers
+        super().__init__(
+            layers=[
+                HiPCacheLayer(page_size, bound) if type(layer) is DynamicLayer else layer
+                for layer in own
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the pages of all layers."""
+        return sum(layer.pages.nbytes for layer in self._paged())
+
+    def count_keys(self) -> tuple[float, float]:
+        """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""
+        reuses = [layer.reuse for layer in self._paged()]
+        read = sum(reuse.keys_read for reuse in reuses)
+        return read, sum(reuse.keys_visible for reuse in reuses)
+
+    def _paged(self) -> list[HiPCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]

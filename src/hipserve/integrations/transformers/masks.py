@@ -1,0 +1,111 @@
+"""Masks: a record instead of a matrix, O(1) for any length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from hipserve.errors import ArgumentError
+
+
+@dataclass(eq=False)
+class MaskDescription:
+    """Who may read whom, for a batch: causal, a window, and which keys are padding."""
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    sliding_window: int
+    key_valid: Tensor | None
+    _valid_rows: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
+
+    ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch_size, 1, self.q_length, self.kv_length)
+
+    def contiguous(self) -> MaskDescription:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> MaskDescription:
+        return self
+
+    def valid_rows(self, kv_length: int, rows: int, device: torch.device) -> Tensor | None:
+        """`[batch, rows]` of the last of `kv_length` keys, or None where all of them count.
+
+        Found once for all layers of a device: each time waits for it.
+
+        Raises:
+            ArgumentError: the mask does not reach as far as the keys.
+        """
+        if self.key_valid is None:
+            return None
+        asked = (kv_length, rows, device)
+        if asked not in self._valid_rows:
+            end = self.kv_offset + kv_length
+            if self.key_valid.shape[1] < end:
+                hint = "pass a column for every key, those in the cache included"
+                got = f"{self.key_valid.shape[1]} columns"
+                raise ArgumentError("attention_mask", f"{end} columns", got, hint)
+            valid = self.key_valid[:, end - rows : end].bool().to(device)
+            self._valid_rows[asked] = None if bool(valid.all()) else valid
+        return self._valid_rows[asked]
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Any = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> MaskDescription:
+    """Called by transformers in place of building a mask.
+
+    Raises:
+        ArgumentError: for a mask that is neither causal nor a sliding window.
+    """
+    if isinstance(attention_mask, MaskDescription):
+        return attention_mask
+    windowed = local_size is not None and not use_vmap
+    strange = [name for name in _parts(mask_function) if not name.startswith(CAUSAL_PARTS)]
+    if strange or (mask_function is not causal_mask_function and not windowed):
+        raise ArgumentError(
+            "attention_mask",
+            "a causal or sliding-window mask, padded or not",
+            strange[0] if strange else getattr(mask_function, "__qualname__", "another mask"),
+            'use attn_implementation="sdpa" for packed, bidirectional or custom masks',
+        )
+    # Offsets may be live tensors that a cache changes later: int() takes their value now.
+    return MaskDescription(
+        batch_size,
+        q_length,
+        int(kv_length),
+        int(q_offset),
+        int(kv_offset),
+        local_size or 0,
+        attention_mask,
+    )
+
+
+CAUSAL_PARTS = ("causal_mask_function", "and_masks", "sliding_window_overlay")
+"""What a causal mask or a sliding window is made of; chunks and packed sequences have more."""
+
+
+def _parts(mask_function: Any) -> list[str]:
+    """Names of a mask function of transformers and of all that it is made of."""
+    name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
+    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    inner = [part for x in held for part in (x if isinstance(x, tuple | list) else [x])]
+    return [name, *(n for part in inner if callable(part) for n in _parts(part))]

@@ -1,0 +1,36 @@
+"""Which `HiPConfig` a model runs with: its own `config.hip`, or the one that was registered."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from hipserve.config import DEFAULT, HiPConfig
+from hipserve.errors import ArgumentError
+
+NAME = "hip"
+_default = DEFAULT
+_parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
+
+
+def set_default(config: HiPConfig) -> None:
+    """`config` is for models that carry none."""
+    global _default
+    _default = config
+
+
+def config_of(model_config: Any) -> HiPConfig:
+    """The HiPConfig of a model: its own, or the registered one."""
+    own = getattr(model_config, NAME, None)
+    return _default if own is None else _parse(own)
+
+
+def _parse(settings: dict[str, Any]) -> HiPConfig:
+    """Every layer asks at every step: settings equal to the last ones are not validated again."""
+    global _parsed
+    if not isinstance(cast("object", settings), dict):
+        hint = 'write model.config.hip = {"budget": 2048}, or {"preset": "fast"}'
+        raise ArgumentError("config.hip", "a dict of HiPConfig's fields", repr(settings), hint)
+    if settings != _parsed[0]:
+        _parsed = copy.deepcopy(dict(settings)), HiPConfig.from_dict(dict(settings))
+    return _parsed[1]
