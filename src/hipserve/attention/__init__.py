@@ -10,6 +10,7 @@ from hipserve.attention.requests import (
     SequenceStep,
     StepPlan,
 )
+from hipserve.attention.sinks import absorb_sinks
 
 __all__ = [
     "CapturedPlan",
@@ -19,6 +20,7 @@ __all__ = [
     "SelectionReuse",
     "SequenceStep",
     "StepPlan",
+    "absorb_sinks",
     "attend",
     "hip_attention",
 ]
