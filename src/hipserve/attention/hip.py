@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,36 @@ from hipserve.types import BatchLayout, PagedKV
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
+
+
+@overload
+def hip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: HiPConfig | None = None,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def hip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: HiPConfig | None = None,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def hip_attention(
