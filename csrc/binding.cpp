@@ -1,5 +1,5 @@
 // The operators of the namespace hipserve_cpu, through torch's stable ABI: one build serves every
-// torch from 2.10 on. Python has checked all arguments; head_dim is a multiple of 16, at most 256.
+// torch from 2.10 on. Python has checked all arguments; head_dim is a multiple of 16, at most 512.
 #include <cstdlib>
 #include <cstring>
 #include <optional>

@@ -23,7 +23,7 @@ constexpr int kLanes = 4, kColumns = 2;
 #endif
 constexpr int kRows = 6;        // rows of a register tile
 constexpr int kKeys = 64;       // keys of a tile
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 512;
 
 typedef float unit __attribute__((aligned(2), may_alias));  // 32 bits of a row in memory
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

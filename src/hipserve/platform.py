@@ -21,7 +21,7 @@ logger = logging.getLogger("hipserve")
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = {"cpu": 512, "triton": 256}
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
 
@@ -75,11 +75,11 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 def head_dim_refusal(backend: str, head_dim: int) -> str:
     """Why a backend's kernels cannot compute with this head_dim; empty if they can."""
-    step = HEAD_DIM_STEP[backend]
-    if head_dim % step == 0 and 0 < head_dim <= MAX_HEAD_DIM:
+    step, largest = HEAD_DIM_STEP[backend], MAX_HEAD_DIM[backend]
+    if head_dim % step == 0 and 0 < head_dim <= largest:
         return ""
     multiples = f"multiples of {step}" if step > 1 else "1"
-    return f"it computes with head_dim from {multiples} to {MAX_HEAD_DIM}, not {head_dim}"
+    return f"it computes with head_dim from {multiples} to {largest}, not {head_dim}"
 
 
 def interpreting() -> bool:

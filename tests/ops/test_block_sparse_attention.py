@@ -149,3 +149,20 @@ def test_few_rows_over_many_keys(backend: str, rows: int) -> None:
     with using(backend) as name:
         out, lse = block_sparse_attention(case.q, case.kv, case.layout, backend=name)
     assert_as_exact(out, lse, case, readable(case, None, HiPConfig()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", [272, 320, 512])
+@every_backend
+def test_wide_heads(backend: str, head_dim: int, dtype: torch.dtype) -> None:
+    """The global layers of some models have heads of 512: prefill, decode, dense and pruned."""
+    shape = Shape((700, 65, 300), (130, 65, 1), head_dim=head_dim, dtype=dtype, page_size=16)
+    case = make_case(shape)
+    config = HiPConfig(budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0)
+    with using(backend) as name:
+        chosen = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        for selection in (None, chosen):
+            out, lse = block_sparse_attention(
+                case.q, case.kv, case.layout, selection, config=config, backend=name
+            )
+            assert_as_exact(out, lse, case, readable(case, selection, config))

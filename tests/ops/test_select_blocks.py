@@ -48,6 +48,23 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     assert torch.equal(got.indices, expected.indices)
 
 
+@native
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize("head_dim", [272, 512])
+def test_native_search_of_wide_heads_equals_the_definition(
+    tier: str, rows: int, head_dim: int
+) -> None:
+    shape = Shape((1100,), (rows,), head_dim=head_dim, dtype=torch.bfloat16, kind="grid")
+    case = make_case(shape)
+    config = HiPConfig(budget=128, sliding_window=16, num_sink_tokens=16, dense_below=0)
+    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    with using(f"cpu:{tier}") as name:
+        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+    assert bool((expected.indices >= 0).any())
+    assert torch.equal(got.indices, expected.indices)
+
+
 @every_backend
 def test_a_budget_of_everything_selects_nothing_and_reads_all(backend: str) -> None:
     case = make_case(Shape((700,), (700,)))

@@ -34,7 +34,7 @@ def test_appending_truncating_and_rewriting(backend: str, seed: int) -> None:
     shape = Shape(
         (1,),
         (1,),
-        head_dim=rng.choice([64, 80]),
+        head_dim=rng.choice([64, 80, 512]),
         page_size=rng.choice([16, 64, 256]),
         dtype=rng.choice([torch.float32, torch.bfloat16, torch.float16]),
     )
