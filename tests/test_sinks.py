@@ -8,8 +8,9 @@ from torch import Tensor
 
 import oracle
 from cases import Case, Shape, make_case
-from hipserve import ArgumentError, HiPConfig
+from hipserve import ArgumentError, HiPConfig, hip_attention
 from hipserve.attention import absorb_sinks
+from hipserve.attention.dense import dense_head
 from hipserve.ops import block_sparse_attention, select_blocks
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
@@ -72,3 +73,20 @@ def test_sinks_that_do_not_fit_are_refused() -> None:
         absorb_sinks(out, lse, torch.zeros(2, 4))
     with pytest.raises(ArgumentError, match=r"lse: expected shape \[2, 4\]"):
         absorb_sinks(out, torch.zeros(4, 2), torch.zeros(4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's fastest kernels need a GPU")
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128), (8, 1, 256)])
+def test_torchs_dense_kernels_have_sinks(heads: tuple[int, int, int]) -> None:
+    num_q_heads, num_kv_heads, head_dim = heads
+    half = {"dtype": torch.bfloat16, "device": "cuda"}
+    q = torch.randn(2, 777, num_q_heads, head_dim, **half)
+    k, v = torch.randn(2, 2, 777, num_kv_heads, head_dim, **half)
+    sink_logits = torch.randn(num_q_heads, device="cuda") * 3
+    scores = {"sm_scale": 0.1, "softcap": 0.0}
+    got = dense_head(q, k, v, None, sink_logits=sink_logits, **scores)
+    whole = {"causal": True, "return_lse": True, "backend": "reference", **scores}
+    out, lse = hip_attention(q, k, v, config=HiPConfig(dense_below=1000), **whole)
+    expected, _ = absorb_sinks(out, lse, sink_logits)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=0.03, rtol=0.02)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 
 import hipserve.attention.layer as attention_layer
 from hipserve import ArgumentError, HiPCache, hip_attention, types
@@ -19,62 +16,9 @@ from hipserve.attention.dense import dense_rows
 from hipserve.cache import pages
 from hipserve.integrations import transformers as integration
 from hipserve.integrations.transformers import forward
+from tiny_models import FAMILIES, PRUNED, SIZES, build, logits_in_parts, prompts, twins
 
-PRUNED = {
-    "budget": 32,
-    "num_sink_tokens": 16,
-    "sliding_window": 16,
-    "query_block_size": 16,
-    "dense_below": 0,
-    "refresh_interval": 1,
-}
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mistral windowed": ("MistralConfig", {"sliding_window": 24}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 24, "attn_logit_softcapping": 20.0}),
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": 24}),
-}
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-def build(
-    family: str, hip: dict[str, Any] | None = None, attention: str = "hip"
-) -> PreTrainedModel:
-    torch.manual_seed(3)
-    name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**{**SIZES, **extra})
-    if hip is not None:
-        config.hip = hip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.float().eval()
-
-
-def twins(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same weights under "hip" with room for everything, and under "sdpa" (or eager)."""
-    model = build(family)
-    dense = copy.deepcopy(model)
-    dense.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
-    return model, dense
-
-
-def prompts(batch: int = 1, length: int = 90) -> torch.Tensor:
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(5))
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -157,14 +101,6 @@ def test_logits_with_and_without_a_cache(family: str) -> None:
         )
         paged = model(ids, past_key_values=HiPCache(model.config)).logits
     torch.testing.assert_close(paged, expected, atol=2e-3, rtol=1e-3)
-
-
-def logits_in_parts(model: PreTrainedModel, ids: torch.Tensor, edges: list[int], cache: Any):
-    with torch.no_grad():
-        parts = [
-            model(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(edges)
-        ]
-    return torch.cat(parts, dim=1)
 
 
 def test_pruned_chunks_equal_one_pass_and_plain_tensors() -> None:

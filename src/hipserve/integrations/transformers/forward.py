@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hipserve.attention import attend, hip_attention
+from hipserve.attention import SelectionReuse, absorb_sinks, attend, hip_attention
 from hipserve.attention.dense import dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.config import HiPConfig
@@ -39,23 +40,60 @@ def hip_forward(
     head_dim]` or handles of a `HiPCache`; returns `[batch, query_len, num_q_heads, head_dim]`.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    _refuse(module, dropout, s_aux, attention_mask, causal)
-    config: HiPConfig | None = config_of(module.config).on(query.device.type)
-    window = sliding_window or (attention_mask.sliding_window if attention_mask else 0)
-    if getattr(module, "layer_idx", None) in config.dense_layers or window:
-        config = None
-    options = {"sm_scale": scaling, "softcap": softcap or 0.0}
+    _refuse(module, dropout, attention_mask, causal)
+    call = _layer_call(module, query, attention_mask, scaling, sliding_window, softcap, s_aux)
     if isinstance(key, PagedHandle):
-        out = _attend_pages(query, key, attention_mask, config, window, options)
+        out = _attend_pages(query, key, attention_mask, call)
     else:
-        out = _attend_tensors(query, key, value, attention_mask, config, window, options)
-    return without_gradient(out, query, key, value), None
+        out = _attend_tensors(query, key, value, attention_mask, call)
+    learned = () if s_aux is None else (s_aux,)
+    return without_gradient(out, query, key, value, *learned), None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How one layer attends.
+
+    Attributes:
+        config: what is pruned, settled for the device; None where nothing is.
+        sliding_window: the model's own window of this layer; 0 for none.
+        scores: `sm_scale` and `softcap`.
+        sink_logits: `[num_q_heads]` that the model has learned, or None.
+    """
+
+    config: HiPConfig | None
+    sliding_window: int
+    scores: dict[str, Any]
+    sink_logits: Tensor | None
+
+    def finish(self, part: tuple[Tensor, Tensor]) -> Tensor:
+        """The output, of output and log-sum-exp without the sinks."""
+        if self.sink_logits is None:
+            return part[0]
+        return absorb_sinks(*part, self.sink_logits, check=False)[0]
+
+
+def _layer_call(
+    module: nn.Module,
+    query: Tensor,
+    mask: MaskDescription | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> LayerCall:
+    config: HiPConfig | None = config_of(module.config).on(query.device.type)
+    window = sliding_window or (mask.sliding_window if mask else 0)
+    if window or getattr(module, "layer_idx", None) in config.dense_layers:
+        config = None
+    scores = {"sm_scale": scaling, "softcap": softcap or 0.0}
+    sink_logits = None if s_aux is None else s_aux.detach().flatten()
+    return LayerCall(config, window, scores, sink_logits)
 
 
 def _refuse(
     module: nn.Module,
     dropout: float,
-    s_aux: Tensor | None,
     mask: object,
     causal: bool,
 ) -> None:
@@ -64,31 +102,23 @@ def _refuse(
         raise ArgumentError("is_causal", "True: HiP prunes causal attention", "False", hint)
     if dropout and module.training:
         raise ArgumentError("dropout", "0", str(dropout), "HiP attention is for inference")
-    if s_aux is not None:
-        hint = 'use attn_implementation="eager" for models with learned sinks'
-        raise ArgumentError("s_aux", "no learned sink logits", "some", hint)
     if not (mask is None or isinstance(mask, MaskDescription)):
         hint = "pass a 2-D padding mask, or none"
         raise ArgumentError("attention_mask", "a 2-D mask or None", type(mask).__name__, hint)
 
 
 def _attend_pages(
-    query: Tensor,
-    key: PagedHandle,
-    mask: MaskDescription | None,
-    config: HiPConfig | None,
-    sliding_window: int,
-    options: dict[str, Any],
+    query: Tensor, key: PagedHandle, mask: MaskDescription | None, call: LayerCall
 ) -> Tensor:
-    layer, rows = key.layer, query.transpose(1, 2)
+    layer, rows, config = key.layer, query.transpose(1, 2), call.config
     if config is not None:
         layer.settle(config)
     batch, query_len = rows.shape[:2]
     valid = mask.valid_rows(layer.seen, query_len, query.device) if mask else None
     fresh = layer.write(valid)
     head = rows[:, :0]
-    if fresh is not None and valid is None and query_len == layer.seen and not sliding_window:
-        head = dense_head(rows, *fresh, config, **options)
+    if fresh is not None and valid is None and query_len == layer.seen and not call.sliding_window:
+        head = dense_head(rows, *fresh, config, sink_logits=call.sink_logits, **call.scores)
     first = head.shape[1]
     if first and first == query_len:
         if config is not None:
@@ -96,17 +126,13 @@ def _attend_pages(
         return head
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
-    q = rows.flatten(0, 1) if valid is None else rows[valid]
-    if config is None:
-        options = {**options, "sliding_window": sliding_window, "check": False}
-        out = block_sparse_attention(q, layer.pages.pages, layout, **options)[0]
-    else:
+    if config is not None:
         if layout.may_prune(config):  # else all rows are counted together
             layer.reuse.count_dense(batch, first)
         if first:
             layout = layout.behind(first, config.query_block_size)
-        options = {**options, "config": config, "reuse": layer.reuse, "check": False}
-        out = attend(q, layer.pages.pages, layout, **options)[0]
+    q = rows.flatten(0, 1) if valid is None else rows[valid]
+    out = _attend(q, layer.pages.pages, layout, call, layer.reuse)
     if valid is None:
         out = out.view(batch, query_len, *out.shape[1:])
         if first:
@@ -117,33 +143,39 @@ def _attend_pages(
     return padded
 
 
+def _attend(
+    q: Tensor,
+    kv: PagedKV,
+    layout: BatchLayout,
+    call: LayerCall,
+    reuse: SelectionReuse | None = None,
+) -> Tensor:
+    """`[num_tokens, num_q_heads, head_dim]` of packed rows over pages, pruned or not."""
+    options: dict[str, Any] = {"check": False, **call.scores}
+    if call.config is not None:
+        return call.finish(attend(q, kv, layout, config=call.config, reuse=reuse, **options))
+    window = call.sliding_window
+    return call.finish(block_sparse_attention(q, kv, layout, sliding_window=window, **options))
+
+
 def _attend_tensors(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MaskDescription | None,
-    config: HiPConfig | None,
-    sliding_window: int,
-    options: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskDescription | None, call: LayerCall
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if mask is not None:  # a static cache hands out more rows than are filled
         filled = mask.q_offset + mask.q_length - mask.kv_offset
         k, v = k[:, :filled], v[:, :filled]
     valid = mask.valid_rows(k.shape[1], k.shape[1], q.device) if mask else None
-    if valid is None and config is not None:
-        return cast("Tensor", hip_attention(q, k, v, config=config, **options))
-    return _attend_unequal(q, k, v, valid, config, sliding_window, options)
+    if valid is None and call.config is not None:
+        options: dict[str, Any] = {"config": call.config, **call.scores}
+        if call.sink_logits is None:
+            return hip_attention(q, k, v, **options)
+        return call.finish(hip_attention(q, k, v, return_lse=True, **options))
+    return _attend_unequal(q, k, v, valid, call)
 
 
 def _attend_unequal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    config: HiPConfig | None,
-    sliding_window: int,
-    options: dict[str, Any],
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, call: LayerCall
 ) -> Tensor:
     """Sequences without their padding: each is one page of the keys that count, in order."""
     batch, kv_len = k.shape[:2]
@@ -159,14 +191,9 @@ def _attend_unequal(
         valid.sum(1).int(),
         torch.cat([rows.new_zeros(1, dtype=torch.int32), rows.sum(1).cumsum(0).int()]),
     )
+    bounds = None
+    if call.config is not None and call.config.uses_bounds:
+        bounds = compute_bounds(k, bound_block_size=call.config.bound_block_size)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if config is None:
-        options = {**options, "sliding_window": sliding_window}
-        part, _ = block_sparse_attention(q[rows], PagedKV(k, v), layout, check=False, **options)
-    else:
-        size = config.bound_block_size
-        bounds = compute_bounds(k, bound_block_size=size) if config.uses_bounds else None
-        kv = PagedKV(k, v, bounds)
-        part, _ = attend(q[rows], kv, layout, config=config, check=False, **options)
-    out[rows] = part
+    out[rows] = _attend(q[rows], PagedKV(k, v, bounds), layout, call)
     return out
