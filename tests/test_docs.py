@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import hipserve
 from hipserve.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -87,6 +88,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_reference_says_what_the_code_says() -> None:
+    pytest.importorskip("vllm")
+    generate = runpy.run_path(str(ROOT / "docs/generate.py"))
+    assert generate["PAGE"].read_text("utf-8") == generate["page"](), "make docs"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

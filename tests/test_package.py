@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -62,15 +63,12 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Neither a compiler nor an index is in reach: a requirement that is missing fails.
     """
     folder = tmp_path_factory.mktemp("environment")
-    requirements = folder / "requirements"
-    requirements.mkdir()
-    for entry in (e for p in sys.path if p.endswith("site-packages") for e in Path(p).iterdir()):
-        link = requirements / entry.name
-        if not (link.exists() or "hipserve" in entry.name or entry.suffix == ".pth"):
-            link.symlink_to(entry)
     run(sys.executable, "-m", "venv", "--without-pip", folder, path="")
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "requirements.pth").write_text(str(requirements))
+    for entry in (e for p in sys.path if p.endswith("site-packages") for e in Path(p).iterdir()):
+        link = site / entry.name
+        if not (link.exists() or "hipserve" in entry.name or entry.suffix == ".pth"):
+            link.symlink_to(entry)
     programs = folder / "bin"
     run(programs / "python", "-m", "pip", "install", "--no-index", wheel, path=str(programs))
     return programs
@@ -106,6 +104,41 @@ def test_the_library_refers_to_nothing_outside_torchs_stable_interface(programs:
     assert "torch_library_impl" in torch_symbols
     strange = {s for s in torch_symbols if not s.startswith(("aoti_torch_", "torch_library_"))}
     assert not strange
+
+
+def test_an_isolated_build_takes_the_headers_of_the_torch_it_will_run_with(programs: Path) -> None:
+    """pip hides the environment's packages from such a build, and knows where they are."""
+    script = str(ROOT / "build_backend" / "torch_headers.py")
+    hidden = "import runpy, sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; "
+    found = run(
+        programs / "python",
+        "-c",
+        f"{hidden}runpy.run_path({script!r}, run_name='__main__')",
+        path="",
+    )
+    (torch,) = programs.parent.glob("lib/python*/site-packages/torch")
+    assert Path(found) == torch
+
+
+@pytest.mark.parametrize(
+    ("installed", "settings", "wanted"),
+    [
+        (None, None, ["torch>=2.10"]),
+        (None, {"cmake.define.HIPSERVE_NATIVE": "OFF"}, []),
+        ("/env/torch", None, []),
+    ],
+)
+def test_a_build_asks_for_torch_only_where_none_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str | None,
+    settings: dict[str, str] | None,
+    wanted: list[str],
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "build_backend")
+    backend = importlib.import_module("backend")
+    monkeypatch.setattr(backend, "find", lambda: installed)
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        assert [need for need in hook(settings) if need.startswith("torch")] == wanted
 
 
 def test_a_strictly_typed_program_checks_against_the_installed_package(
