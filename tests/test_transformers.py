@@ -272,6 +272,8 @@ def test_a_cache_serves_what_it_was_made_for() -> None:
     cache.reset()
     with pytest.raises(ArgumentError, match="batch: expected the 1 sequences"):
         model(ids, past_key_values=cache) and model(prompts(2, 3), past_key_values=cache)
+    cache.reset()
+    model(ids, past_key_values=cache)
     cache.crop(-10_000)
     assert cache.get_seq_length() == 0
     for bad in (0, 1.5, 24):

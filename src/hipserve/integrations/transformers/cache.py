@@ -60,7 +60,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self.seen = 0
         self._config: HiPConfig | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
-        self._padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
+        self.padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         self.is_initialized = True
@@ -71,12 +71,15 @@ class HiPCacheLayer(CacheLayerMixin):
         """Takes the new keys and values; the attention function, which knows the mask, writes."""
         self.lazy_initialization(key_states, value_states)
         if self._fresh is not None:
-            got = "one whose last step failed half-way"
-            hint = "reset it or make a new one, and read the text again"
-            raise ArgumentError("past_key_values", "a HiPCache whose steps all ended", got, hint)
+            raise _unfinished()
         self._fresh = (key_states, value_states)
         self.seen += key_states.shape[2]
         return PagedHandle(self, key_states), PagedHandle(self, value_states)
+
+    @property
+    def unfinished(self) -> bool:
+        """Keys were taken that the attention function has not written yet."""
+        return self._fresh is not None
 
     def write(self, valid: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Appends what `update` took, without the tokens that `valid` leaves out, and returns it.
@@ -86,10 +89,10 @@ class HiPCacheLayer(CacheLayerMixin):
         if self._fresh is None:
             return None
         k, v = (x.transpose(1, 2) for x in self._fresh)
-        self._fresh = None
         self.pages.append(k, v, valid)
+        self._fresh = None  # not before: a step that failed here did not end
         if valid is not None:
-            self._padded.append((self.seen - k.shape[1], valid))
+            self.padded.append((self.seen - k.shape[1], valid))
         return k, v
 
     def settle(self, config: HiPConfig) -> None:
@@ -127,12 +130,12 @@ class HiPCacheLayer(CacheLayerMixin):
         count = int(tokens_to_remove)
         removed = min(-count if count <= 0 else max(self.seen - count, 0), self.seen)
         left = self.seen - removed
-        tails = [valid[:, max(left - start, 0) :] for start, valid in self._padded]
+        tails = [valid[:, max(left - start, 0) :] for start, valid in self.padded]
         if left and not all(bool(tail.all()) for tail in tails):
             hint = "crop less, or read the batch again"
             expected = "columns in which no sequence is padded"
             raise ArgumentError("tokens_to_remove", expected, str(tokens_to_remove), hint)
-        self._padded = [(start, valid) for start, valid in self._padded if start < left]
+        self.padded = [(start, v[:, : left - start]) for start, v in self.padded if start < left]
         self.seen = left
         self.pages.truncate(removed)
         self.reuse.clear()
@@ -150,10 +153,11 @@ class HiPCacheLayer(CacheLayerMixin):
         if self.pages.lengths:
             self.pages.reorder(order)
             self.reuse.reorder(order)
+            self.padded = [(start, valid[order.to(valid.device)]) for start, valid in self.padded]
 
     def reset(self) -> None:
         self.seen, self._fresh = 0, None
-        self._padded.clear()
+        self.padded.clear()
         self.pages.clear()
         self.reuse.clear()
 
@@ -162,6 +166,18 @@ class HiPCacheLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Pages stay where they are."""
+
+
+def _unfinished() -> ArgumentError:
+    got = "one whose last step failed half-way"
+    hint = "reset it or make a new one, and read the text again"
+    return ArgumentError("past_key_values", "a HiPCache whose steps all ended", got, hint)
+
+
+def _length(layer: Any) -> int | None:
+    """Tokens that a layer holds; None where it has states instead of tokens."""
+    counts = isinstance(layer, HiPCacheLayer | DynamicLayer)
+    return int(layer.get_seq_length()) if counts else None
 
 
 class HiPCache(Cache):
@@ -186,6 +202,7 @@ class HiPCache(Cache):
         if page_size is None:
             fits = bound is None or PAGE_SIZE % bound_levels(PAGE_SIZE, bound)[-1] == 0
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
+        self._step: tuple[int | None, int] | None = None  # tokens held and new at the last update
         own = DynamicCache(config=config).layers
         super().__init__(
             layers=[
@@ -193,6 +210,43 @@ class HiPCache(Cache):
                 for layer in own
             ]
         )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values of a layer.
+
+        Raises:
+            ArgumentError: an earlier step ended between layers, which hold different tokens now.
+        """
+        # Equal to the last call's in all layers of a step but the first: that one looks at all.
+        step = (_length(self.layers[layer_idx]), key_states.shape[2])
+        if step != self._step:
+            self._check_even(*step)
+            self._step = step
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_even(self, length: int | None, new: int = 0) -> None:
+        """Every layer holds `length` tokens, or has got the `new` ones of this step already."""
+        lengths = {_length(layer) for layer in self.layers} - {None}
+        if length is not None and not lengths <= {length, length + new}:
+            raise _unfinished()
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Removes -n tokens from every layer.
+
+        Raises:
+            ArgumentError: a step failed half-way, or some of these tokens are padding.
+        """
+        self._check_even(_length(self.layers[0]))
+        if any(layer.unfinished for layer in self._paged()):
+            raise _unfinished()
+        self._step = None
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self._step = None
+        super().reset()
 
     @property
     def nbytes(self) -> int:

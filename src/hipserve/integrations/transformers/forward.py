@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hipserve.attention import SelectionReuse, absorb_sinks, attend, hip_attention
+from hipserve.attention.columns import attend_columns
 from hipserve.attention.dense import dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.integrations.transformers.cache import PagedHandle
+from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.ops import block_sparse_attention, compute_bounds
@@ -114,7 +115,7 @@ def _attend_pages(
     if config is not None:
         layer.settle(config)
     batch, query_len = rows.shape[:2]
-    valid = mask.valid_rows(layer.seen, query_len, query.device) if mask else None
+    valid = _pages_mask(layer, query, mask, call)
     fresh = layer.write(valid)
     head = rows[:, :0]
     if fresh is not None and valid is None and query_len == layer.seen and not call.sliding_window:
@@ -143,6 +144,27 @@ def _attend_pages(
     return padded
 
 
+def _pages_mask(
+    layer: HiPCacheLayer, query: Tensor, mask: MaskDescription | None, call: LayerCall
+) -> Tensor | None:
+    """`[batch, query_len]`: which of the new tokens count, or None where all do.
+
+    Raises:
+        ArgumentError: the mask hides other keys of the pages than it did when they were written, or
+            tokens inside of a window: pages hold no padding, so that it would reach too far.
+    """
+    if mask is None:
+        return None
+    query_len, device = query.shape[2], query.device
+    valid = mask.valid_rows(layer.seen, query_len, device)
+    if layer.unfinished:
+        mask.check_held(layer.seen - query_len, layer.padded)
+    if call.sliding_window and mask.has_holes(layer.seen, device):
+        hint = "pass transformers' own cache, or no padding between tokens"
+        raise ArgumentError("attention_mask", "padding at the ends", "some in between", hint)
+    return valid
+
+
 def _attend(
     q: Tensor,
     kv: PagedKV,
@@ -165,7 +187,13 @@ def _attend_tensors(
     if mask is not None:  # a static cache hands out more rows than are filled
         filled = mask.q_offset + mask.q_length - mask.kv_offset
         k, v = k[:, :filled], v[:, :filled]
+        if k.shape[1] < filled:
+            got = f"{k.shape[1]}: an earlier step failed between layers"
+            hint = "make a new cache, and read the text again"
+            raise ArgumentError("past_key_values", f"{filled} keys in every layer", got, hint)
     valid = mask.valid_rows(k.shape[1], k.shape[1], q.device) if mask else None
+    if call.sliding_window and valid is not None and mask and mask.has_holes(k.shape[1], q.device):
+        return call.finish(attend_columns(q, k, v, valid, call.sliding_window, **call.scores))
     if valid is None and call.config is not None:
         options: dict[str, Any] = {"config": call.config, **call.scores}
         if call.sink_logits is None:

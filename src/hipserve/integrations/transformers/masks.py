@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ class MaskDescription:
     sliding_window: int
     key_valid: Tensor | None
     _valid_rows: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
+    _agrees: dict[Any, bool] = field(default_factory=dict, repr=False)
+    _holes: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
 
@@ -57,6 +60,47 @@ class MaskDescription:
             valid = self.key_valid[:, end - rows : end].bool().to(device)
             self._valid_rows[asked] = None if bool(valid.all()) else valid
         return self._valid_rows[asked]
+
+    def check_held(self, held: int, padded: Sequence[tuple[int, Tensor]]) -> None:
+        """The mask hides what it hid when a cache read its `held` keys, and nothing else of them.
+
+        `padded`: where columns with padding begin, and who counts `[batch, columns]`. Compared once
+        for all layers that share these tensors.
+
+        Raises:
+            ArgumentError: it does not.
+        """
+        asked = (held, *((start, id(valid)) for start, valid in padded))
+        if held and asked not in self._agrees:
+            self._agrees[asked] = self._hides_the_same(held, padded)
+        if held and not self._agrees[asked]:
+            got = "none" if self.key_valid is None else "one that hides others"
+            hint = "read the text again with this mask and a new cache, or use DynamicCache"
+            expected = f"a mask that hides of the {held} cached keys those that it hid before"
+            raise ArgumentError("attention_mask", expected, got, hint)
+
+    def _hides_the_same(self, held: int, padded: Sequence[tuple[int, Tensor]]) -> bool:
+        if self.key_valid is None:
+            return not padded
+        before = self.key_valid[:, :held].bool()
+        expected = torch.ones_like(before)
+        for start, valid in padded:
+            expected[:, start : start + valid.shape[1]] = valid.to(before.device)
+        return torch.equal(before, expected)
+
+    def has_holes(self, kv_length: int, device: torch.device) -> bool:
+        """Some sequence has padding between tokens that count; found once for all layers."""
+        asked = (kv_length, device)
+        if asked not in self._holes:
+            valid = self.valid_rows(kv_length, kv_length, device)
+            self._holes[asked] = valid is not None and _has_holes(valid)
+        return self._holes[asked]
+
+
+def _has_holes(valid: Tensor) -> bool:
+    """`valid` `[batch, columns]`: tokens that count begin more than once in some row."""
+    begins = valid[:, 1:] & ~valid[:, :-1]
+    return bool((valid[:, 0] + begins.sum(1) > 1).any())
 
 
 def describe_mask(
