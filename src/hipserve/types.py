@@ -153,7 +153,10 @@ class BatchLayout:
         return BatchLayout(*parts, blocks, self.lengths)
 
     def only(self, query_block_size: int, chosen: Tensor) -> BatchLayout:
-        """The same batch, of which `select_blocks` sees the query blocks `chosen` (int64) alone."""
+        """The same batch, of which `select_blocks` sees only some query blocks.
+
+        chosen: `[num_chosen]` int64, indices of query blocks.
+        """
         blocks = self.query_blocks(query_block_size)[chosen]
         parts = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         return BatchLayout(*parts, {query_block_size: blocks})
@@ -172,7 +175,7 @@ def _of_lengths(
 
 
 def split_rows(seq_lens: Sequence[int], starts: Sequence[int], size: int) -> Tensor:
-    """`BatchLayout.query_blocks` of lengths that are known as numbers, on the CPU."""
+    """`BatchLayout.query_blocks`, `[num_query_blocks, 4]` int32 on the CPU, of known lengths."""
     blocks: list[list[int]] = []
     for seq, (seq_len, begin, end) in enumerate(
         zip(seq_lens, starts[:-1], starts[1:], strict=True)
@@ -204,13 +207,16 @@ class BlockSelection:
     def keys_read(self, layout: BatchLayout, config: HiPConfig) -> tuple[Tensor, Tensor]:
         """Keys that all rows read, mean over heads, and keys that dense attention would read.
 
-        Both are float64 scalars on the device of `indices`. `layout` is the batch of this call,
+        Both are `[]` float64 on the device of `indices`. `layout` is the batch of this call,
         which may be later than the one that the selection was made for.
         """
         return self.keys_of(layout.query_blocks(config.query_block_size), config)
 
     def keys_of(self, query_blocks: Tensor, config: HiPConfig) -> tuple[Tensor, Tensor]:
-        """`keys_read` of the rows of these blocks, one for each of the selection's."""
+        """`keys_read` of the rows of some blocks, one for each of the selection's.
+
+        query_blocks: `[num_query_blocks, 4]`, as from `BatchLayout.query_blocks`.
+        """
         blocks = query_blocks.double()
         rows, position = blocks[:, 2], blocks[:, 3]
         chosen = (self.indices >= 0).sum((1, 2), dtype=torch.float64)

@@ -46,7 +46,10 @@ class SelectionReuse:
         self.selection, self.uses = None, 0
 
     def reorder(self, order: Tensor) -> None:
-        """Follows a batch whose row i continues the former row `order[i]` (beam search)."""
+        """Follows a batch whose row i continues the former row `order[i]` (beam search).
+
+        order: `[batch]` int64.
+        """
         if self.selection is not None:
             taken = (self.selection.indices[order], self.selection.window_start[order])
             self.selection = BlockSelection(*taken)
@@ -110,9 +113,19 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """HiP attention of one layer over its pages; keys of this call are already written.
 
-    Shapes and errors as in `hipserve.ops`. `reuse` carries the selection from one decode step to
-    the next (`config.refresh_interval`); a step with more than one row a sequence selects afresh
-    and leaves nothing behind.
+    Args:
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        kv, layout, sm_scale, softcap, backend, check: as in `hipserve.ops`.
+        config: what to keep.
+        reuse: carries the selection from one decode step to the next (`config.refresh_interval`);
+            a step with more than one row a sequence selects again and leaves nothing behind.
+
+    Returns:
+        out like q, and lse `[num_tokens, num_q_heads]`, as from `block_sparse_attention`.
+
+    Raises:
+        ArgumentError: a tensor or number does not fit the others.
+        BackendError: the backend asked for cannot run.
     """
     config = config.on(q.device.type)
     selection = _select(q, kv, layout, config, reuse, backend, check)

@@ -227,7 +227,10 @@ class RequestSelections:
         config: HiPConfig,
         backend: str = "auto",
     ) -> BlockSelection:
-        """The selection of every query block: made now, or kept from an earlier decode step."""
+        """The selection of every query block: made now, or kept from an earlier decode step.
+
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences.
+        """
         if isinstance(plan, CapturedPlan):
             return self._select_captured(q, kv, plan, config, backend)
         size = config.query_block_size

@@ -92,9 +92,9 @@ class PagedLayer:
         return sum(t.nbytes for t in tensors if t is not None)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
-        """Appends keys and values `[batch, new, num_kv_heads, head_dim]`.
+        """Appends k and v, `[batch, new, num_kv_heads, head_dim]` each.
 
-        `valid` `[batch, new]` bool leaves out the tokens where it is False (padding), so that the
+        valid `[batch, new]` bool leaves out the tokens where it is False (padding), so that the
         sequences of a batch may differ in length.
         """
         batch, new = k.shape[:2]
@@ -138,7 +138,10 @@ class PagedLayer:
         self._hold([max(n - count, 0) for n in self.lengths], self._tables)
 
     def reorder(self, order: Tensor) -> None:
-        """Sequence i continues what was sequence `order[i]`; pages are shared, not copied."""
+        """Sequence i continues what was sequence `order[i]`; pages are shared, not copied.
+
+        order: `[batch]` int64.
+        """
         sources: list[int] = order.tolist()
         self._hold([self.lengths[i] for i in sources], [self._tables[i] for i in sources])
 

@@ -66,7 +66,8 @@ def refresh_blocks(
     What runs depends on shapes alone and nothing is read back, so that a CUDA graph may hold it.
 
     Args:
-        q, kv, layout, config, backend: as in `select_blocks`, which checks them; this does not.
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        kv, layout, config, backend: as in `select_blocks`, which checks them; this does not.
         selection: one entry a query block; overwritten where `refresh` is not 0.
         refresh: `[num_query_blocks]` int32.
     """
