@@ -17,10 +17,10 @@ ENGINES = Path(__file__).with_name("engines.py")
 QUIET = {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def scenario(name: str, folder: Path, **environment: str) -> dict[str, Any]:
-    """The results of a scenario of `engines.py`."""
+def scenario(name: str, folder: Path, script: Path = ENGINES, **environment: str) -> dict[str, Any]:
+    """The results of a scenario of `engines.py`, or of another script like it."""
     path = folder / f"{name}.json"
-    command = [sys.executable, str(ENGINES), name, str(path)]
+    command = [sys.executable, str(script), name, str(path)]
     done = subprocess.run(
         command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True
     )

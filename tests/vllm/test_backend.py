@@ -169,16 +169,6 @@ def test_a_stage_makes_room_once_for_what_it_receives() -> None:
     assert made == [{"batch_size": 512, "dtype": torch.float32, "device": "cpu"}]
 
 
-def test_an_unknown_version_of_vllm_is_refused_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(compat.vllm, "__version__", "0.99.1")
-    with pytest.raises(BackendError) as error:
-        compat.check_version()
-    assert re.fullmatch(r"vllm 0\.99\.1 is not supported: [^\n]+", str(error.value))
-    assert "0.32" in str(error.value)
-
-
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_refusal", lambda *_: "Triton is not installed")
     backend.refuse_without_kernels(torch.device("cpu"), torch.bfloat16, 128)

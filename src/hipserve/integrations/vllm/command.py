@@ -1,4 +1,4 @@
-"""vLLM's own command, which the CPU wheel cannot start: it asks for the version of `vllm`."""
+"""vLLM's own command, and the name under which it looks for itself: the CPU wheel has another."""
 
 from __future__ import annotations
 
@@ -25,12 +25,23 @@ def find_version() -> str:
     raise BackendError("vLLM is not installed: run `make serve`, or follow docs/serving.md")
 
 
+def name_the_wheel() -> None:
+    """Lets vLLM find the version of `vllm` where the wheel is called otherwise.
+
+    vLLM's command asks for it, and from 0.33 on every process does, to tell a CPU wheel.
+    """
+    found, ask = find_version(), installed.version
+    try:
+        ask("vllm")
+    except installed.PackageNotFoundError:
+        installed.version = lambda distribution_name: (
+            found if distribution_name == "vllm" else ask(distribution_name)
+        )
+
+
 def main() -> None:
     """`hipserve-vllm`: `vllm`, whichever wheel it came from."""
-    found, ask = find_version(), installed.version
-    installed.version = lambda distribution_name: (
-        found if distribution_name == "vllm" else ask(distribution_name)
-    )
+    name_the_wheel()
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as vllm_main
 

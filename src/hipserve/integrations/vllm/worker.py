@@ -1,0 +1,17 @@
+"""vLLM's CPU worker, whose model runner is repaired before it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from hipserve.integrations.vllm import compat
+
+
+class HiPCpuWorker(CPUWorker):
+    """The worker that hipserve puts in place of vLLM's, with whichever attention."""
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        compat.keep_draws()
+        super().__init__(*positional, **named)
