@@ -153,5 +153,5 @@ def test_a_patch_whose_target_is_gone_is_refused_by_name() -> None:
     class Runner:
         pass
 
-    with pytest.raises(BackendError, match="has no Runner._sample, which hipserve repairs"):
+    with pytest.raises(BackendError, match=r"has no Runner\._sample, which hipserve repairs"):
         compat.wrap(Runner, "_sample", compat.putting_back)

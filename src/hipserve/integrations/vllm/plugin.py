@@ -30,7 +30,7 @@ def cpu_platform() -> str | None:
 
 
 def cuda_platform() -> str | None:
-    """`vllm.platform_plugins`: the CUDA platform with HiP's checks and scheduler; None elsewhere."""
+    """`vllm.platform_plugins`: the CUDA platform with HiP's scheduler; None elsewhere."""
     from vllm.platforms import cuda_platform_plugin
 
     found = cuda_platform_plugin()
