@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-class HiPCudaPlatform(CudaPlatform):
+class HiPCudaPlatform(CudaPlatform):  # type: ignore[misc]
     """The platform that vLLM uses on CUDA machines where hipserve is installed."""
 
     @classmethod
