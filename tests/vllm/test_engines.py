@@ -23,13 +23,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full(folder: Path) -> dict[str, Any]:
-    return scenario("full", folder)
+def in_one_process(folder: Path) -> dict[str, dict[str, Any]]:
+    """Scenarios with one thread each, at once: two cores have room for both."""
+    names = ("full", "pruned")
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(lambda name: scenario(name, folder), names), strict=True))
 
 
 @pytest.fixture(scope="module")
-def pruned(folder: Path) -> dict[str, Any]:
-    return scenario("pruned", folder)
+def full(in_one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return in_one_process["full"]
+
+
+@pytest.fixture(scope="module")
+def pruned(in_one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return in_one_process["pruned"]
 
 
 def test_room_for_every_key_gives_the_tokens_of_dense_attention(full: dict[str, Any]) -> None:
