@@ -105,7 +105,12 @@ template <class Bits> static inline Bits ordered(Bits x) {
 // Storage types.
 
 struct bf16 { uint16_t bits; };
-struct f16 { _Float16 value; };
+#if defined(__aarch64__)
+using half = __fp16;  // gcc has _Float16 there from 13 on
+#else
+using half = _Float16;
+#endif
+struct f16 { half value; };
 
 static inline float to_float(bf16 x) {
   uint32_t bits = (uint32_t)x.bits << 16;
@@ -116,7 +121,7 @@ static inline float to_float(bf16 x) {
 static inline float to_float(f16 x) { return (float)x.value; }
 static inline float to_float(float x) { return x; }
 static inline void from_float(float y, float* x) { *x = y; }
-static inline void from_float(float y, f16* x) { x->value = (_Float16)y; }
+static inline void from_float(float y, f16* x) { x->value = (half)y; }
 static inline void from_float(float y, bf16* x) {
   uint32_t bits;
   memcpy(&bits, &y, 4);
