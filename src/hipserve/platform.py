@@ -21,9 +21,11 @@ logger = logging.getLogger("hipserve")
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
-MAX_HEAD_DIM = {"cpu": 512, "triton": 256}
+MAX_HEAD_DIM = {"cpu": 512, "triton": 512}
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
+WIDE_FLOAT32_BYTES = 4 * 16 * 512 * 4
+"""Both sides of boxes and the rows that meet them, in the search with head_dim above 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,12 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     """Why the Triton backend cannot run these tensors; empty if it can."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device}, not on a GPU"
-    return _dtype_refusal(dtype) or head_dim_refusal("triton", head_dim) or triton_library()
+    refusal = _dtype_refusal(dtype) or head_dim_refusal("triton", head_dim) or triton_library()
+    if not refusal and dtype == torch.float32 and head_dim > 256:
+        room = gpu_shared_memory(device)
+        if room < WIDE_FLOAT32_BYTES:
+            return f"float32 with head_dim {head_dim} needs more shared memory than {room} bytes"
+    return refusal
 
 
 def head_dim_refusal(backend: str, head_dim: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hipserve import HiPConfig
+from hipserve import HiPConfig, platform
 from hipserve.platform import interpreting, triton_library
 from hipserve.types import bound_offsets
 
@@ -47,6 +47,19 @@ def test_kernels_compile_ahead(capability: int, tmp_path: Path) -> None:
         assert needs["shared_bytes"] <= SHARED[capability], name
         allowed = LITTLE if name.startswith("attention_kernel") else 0
         assert needs["spilled_bytes"] <= allowed, f"{name}: {needs}"
+
+
+def test_float32_heads_too_wide_for_a_small_gpu_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(platform, "gpu_shared_memory", lambda _: SHARED[89])
+    gpu = torch.device("cuda")
+    refusal = platform.triton_refusal(gpu, torch.float32, 512)
+    assert refusal == "float32 with head_dim 512 needs more shared memory than 101376 bytes"
+    assert not platform.triton_refusal(gpu, torch.bfloat16, 512)
+    assert "head_dim from 1 to 512, not 513" in platform.triton_refusal(gpu, torch.bfloat16, 513)
+    monkeypatch.setattr(platform, "gpu_shared_memory", lambda _: SHARED[90])
+    assert not platform.triton_refusal(gpu, torch.float32, 512)
 
 
 class Nothing:

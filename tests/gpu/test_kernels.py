@@ -98,6 +98,21 @@ def test_decode_splits_its_keys_and_merges_them() -> None:
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, None, HiPConfig()))
 
 
+@pytest.mark.parametrize("query_lens", [(20,), (1,)])
+@pytest.mark.parametrize("head_dim", [320, 512])
+def test_heads_as_wide_as_gemma_4s(head_dim: int, query_lens: tuple[int, ...]) -> None:
+    """Selected index for index, attended as exactly as float64 says; prefill, and split keys."""
+    shape = Shape((200,), query_lens, 1, group_size=2, head_dim=head_dim, kind="grid")
+    case = make_case(shape)
+    q, kv, layout = moved(case)
+    expected = select_blocks(case.q, case.kv, case.layout, config=SMALL, backend="reference")
+    got = select_blocks(q, kv, layout, config=SMALL, backend="triton")
+    assert torch.equal(got.indices.cpu(), expected.indices)
+    assert bool((expected.indices >= 0).any())
+    out, lse = block_sparse_attention(q, kv, layout, got, config=SMALL, backend="triton")
+    assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, expected, SMALL))
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_only_flagged_blocks_select_anew(backend: str) -> None:
     case = make_case(Shape((400, 300, 350), (1, 1, 1), kind="grid"))

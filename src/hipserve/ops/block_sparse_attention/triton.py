@@ -328,7 +328,7 @@ def block_sparse_attention(
             tokens,
             SPLITS=power_of_2(tiling.splits),
             TILING=tiling,
-            num_warps=2,
+            num_warps=8 if tiling.dim > 256 else 2,
             launch_pdl=tiling.chained,
         )
     return out, lse
@@ -359,11 +359,9 @@ def make_tiling(
     heads = max(selected[1] if selected else 0, kv_heads)
     group, dim = num_q_heads // heads, power_of_2(head_dim)
     half = element_size == 2
-    wide = dim <= 128 and gpu_shared_memory(device) >= WIDE_BYTES
-    most = (MAX_ROWS if half else MAX_ROWS // 2) if wide else MAX_ROWS // 4
+    most, keys = largest_tile(dim, half, gpu_shared_memory(device))
     rows = max(min(most, power_of_2(max_rows * group)), 16)
-    keys = 64 if half and dim <= 128 else 32
-    if wide and half and rows == 128:
+    if most == MAX_ROWS and rows == 128:
         keys = 128
     row_tiles = -(-max_rows * group // rows)
     splits, small = 1, False
@@ -397,8 +395,21 @@ def make_tiling(
     )
 
 
+def largest_tile(dim: int, half: bool, shared: int) -> tuple[int, int]:
+    """Most rows of a tile, and its keys, so that accumulators fit registers and keys the memory."""
+    if dim <= 128:
+        most = MAX_ROWS if shared >= WIDE_BYTES else MAX_ROWS // 4
+        return (most, 64) if half else (max(most // 2, MAX_ROWS // 4), 32)
+    if half:
+        return (MAX_ROWS // 4 if dim == 256 else 32), 32
+    return (32 if dim == 256 else 16), 16
+
+
 def launch_options(tiling: Tiling) -> dict[str, int]:
     """Warps and pipeline depth, as measured on an H200 and an H100 (docs/gpu.md)."""
+    if tiling.dim > 256:  # not measured: the first that fits every GPU and spills nothing
+        one = tiling.splits > 1 or tiling.keys == 16
+        return {"num_warps": 4 if tiling.splits > 1 else 8, "num_stages": 1 if one else 2}
     if tiling.small:
         return {"num_warps": 1, "num_stages": 2}
     if tiling.splits > 1:  # the more splits, the fewer tiles there are in each

@@ -681,7 +681,9 @@ def refresh_blocks(
         )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     longest = block_table.shape[1] * k_cache.shape[1]
-    tiling = make_tiling(q.shape, k_cache.shape, longest, blocks, heads, config, q.device)
+    tiling = make_tiling(
+        q.shape, k_cache.shape, longest, blocks, heads, config, q.element_size(), q.device
+    )
     scratch_of = {
         torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
         torch.int32: (5 * tiling.list_size, 1),
@@ -742,6 +744,7 @@ def make_tiling(
     blocks: int,
     heads: int,
     config: HiPConfig,
+    element_size: int,
     device: torch.device,
 ) -> Tiling:
     """Sizes of the launch, from shapes alone; `longest` is what a row of the block table holds."""
@@ -750,7 +753,7 @@ def make_tiling(
     group, dim = num_q_heads // heads, power_of_2(head_dim)
     max_rows = min(config.query_block_size, tokens - blocks + 1)
     stacked = ((max_rows - 1) // config.query_stride + 1) * group
-    rows = max(min(MAX_ROWS if dim <= 128 else MAX_ROWS // 2, power_of_2(stacked)), 16)
+    rows = max(min(most_rows(dim, element_size), power_of_2(stacked)), 16)
     lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
     keep = config.bound_budget * max(config.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
@@ -800,6 +803,13 @@ def make_tiling(
     )
 
 
+def most_rows(dim: int, element_size: int) -> int:
+    """Rows of a tile, at most: both sides of a box and the rows that meet it share the memory."""
+    if dim > 256:
+        return 64 // element_size
+    return MAX_ROWS if dim <= 128 else MAX_ROWS // 2
+
+
 def tile_runs(count: int, most: int, sharers: int) -> int:
     """Runs of a tile, `most` or half: with which the busiest program that shares does less."""
     return min((most, most // 2), key=lambda runs: -(-count // (runs * sharers)) * runs)
@@ -810,6 +820,8 @@ def tile_keys(dim: int, rows: int, row_tiles: int) -> tuple[int, int, int, int]:
 
     As `benchmarks/gpu.py tune` found them.
     """
+    if dim > 256:  # not measured: fits every GPU, without spills
+        return 16, 16, 16, 1
     if dim > 128:
         return 32, 32, 32, 1
     if row_tiles > 1:
