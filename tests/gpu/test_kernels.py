@@ -15,6 +15,7 @@ import torch
 
 from cases import Case, Shape, empty_pages, make_case, random_config, random_shape
 from hipserve import BackendError, HiPConfig, hip_attention
+from hipserve.attention import absorb_sinks
 from hipserve.ops import (
     block_sparse_attention,
     compute_bounds,
@@ -111,6 +112,16 @@ def test_heads_as_wide_as_gemma_4s(head_dim: int, query_lens: tuple[int, ...]) -
     assert bool((expected.indices >= 0).any())
     out, lse = block_sparse_attention(q, kv, layout, got, config=SMALL, backend="triton")
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, expected, SMALL))
+
+
+def test_learned_sinks_are_absorbed() -> None:
+    case = make_case(Shape((60, 9), (5, 1)))
+    q, kv, layout = moved(case)
+    sinks = torch.tensor([-1.0, 0.5, 3.0, -torch.inf])
+    got = absorb_sinks(*block_sparse_attention(q, kv, layout, backend="triton"), sinks.to(DEVICE))
+    dense = block_sparse_attention(case.q, case.kv, case.layout, backend="reference")
+    for one, other in zip(got, absorb_sinks(*dense, sinks), strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
