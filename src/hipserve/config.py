@@ -18,7 +18,8 @@ Form = Literal["toml", "json"]
 
 
 BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
-"""Positions up to which reading everything was measured to be cheaper than searching, by device."""
+"""Positions up to which reading everything is cheaper than searching, by device, where nothing was
+measured: a CPU measures its own (`hipserve.attention.crossover`)."""
 
 LONE_ROW = 3
 """A search for one row saves less: it breaks even at so many times the position of a full block
@@ -52,8 +53,10 @@ class HiPConfig:
         num_sink_tokens: first keys of a sequence, always read.
         sliding_window: most recent keys of every row, itself included, always read.
         dense_layers: layers that are never pruned; a number n means the first n.
-        dense_below: query blocks that end before this position read everything, and lone rows
-            (decode) up to `LONE_ROW` times as far; None is the device's `BREAK_EVEN`.
+        dense_below: query blocks that end before this position read everything; None is where
+            searching was measured to pay on this CPU, and `BREAK_EVEN` on other devices.
+        decode_dense_below: the same for single rows (decode), which wait for memory instead; None
+            is `LONE_ROW` times `dense_below`, and `LONE_ROW` times `BREAK_EVEN` without it.
         refresh_interval: decode steps that share one selection.
         seed: of the `random` representative.
 
@@ -77,6 +80,7 @@ class HiPConfig:
     sliding_window: int = 512
     dense_layers: tuple[int, ...] = ()
     dense_below: int | None = None
+    decode_dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
     _settled: dict[str, HiPConfig] = field(init=False, repr=False, compare=False)
@@ -85,8 +89,9 @@ class HiPConfig:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         for name, low in _LEAST.items():
             _check_int(name, getattr(self, name), low)
-        if self.dense_below is not None:
-            _check_int("dense_below", self.dense_below, 0)
+        for name in ("dense_below", "decode_dense_below"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0)
         for name, kind in (("selector", Selector), ("representative", Representative)):
             _check_choice(name, getattr(self, name), get_args(kind))
         for name in ("share_group", "relative_scores"):
@@ -96,9 +101,14 @@ class HiPConfig:
         _check_fraction("bound_reach", self.bound_reach, closed=True)
         self._check_sizes()
         # Made now, since torch.compile cannot trace how.
-        below = BREAK_EVEN if self.dense_below is None else {}
-        settled = {d: dataclasses.replace(self, dense_below=n) for d, n in below.items()}
+        settled = {} if self.is_settled else {d: self._for(d) for d in BREAK_EVEN}
         object.__setattr__(self, "_settled", settled)
+
+    def _for(self, device: str) -> HiPConfig:
+        below = BREAK_EVEN[device] if self.dense_below is None else self.dense_below
+        row = self.decode_dense_below
+        row = min(below * LONE_ROW, _INT32_MAX) if row is None else row
+        return dataclasses.replace(self, dense_below=below, decode_dense_below=row)
 
     def _check_sizes(self) -> None:
         if self.uses_bounds and self.bound_block_size % self.key_block_size:
@@ -140,6 +150,11 @@ class HiPConfig:
                 self.query_stride,
                 "lower query_stride",
             )
+
+    @property
+    def is_settled(self) -> bool:
+        """It says from where on full blocks and single rows are pruned."""
+        return self.dense_below is not None and self.decode_dense_below is not None
 
     @property
     def uses_tree(self) -> bool:
@@ -187,12 +202,15 @@ class HiPConfig:
         return self._window(position) - self.num_sink_tokens > self.budget
 
     def _dense_below(self, num_rows: int) -> int:
-        below = BREAK_EVEN["cpu"] if self.dense_below is None else self.dense_below
-        return below * LONE_ROW if num_rows == 1 else below
+        config = self.on("cpu")
+        below = config.decode_dense_below if num_rows == 1 else config.dense_below
+        return cast("int", below)
 
     def on(self, device: str) -> HiPConfig:
-        """The same with `dense_below` settled for tensors on `device` (a torch device type)."""
-        if self.dense_below is not None:
+        """The same with what is None of `dense_below` and `decode_dense_below` settled for tensors
+        on `device` (a torch device type), without measuring.
+        """
+        if self.is_settled:
             return self
         return self._settled[device if device in BREAK_EVEN else "cpu"]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import platform as python_platform
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -34,6 +37,7 @@ class NativeLibrary:
 
     tier: str | None
     reason: str = ""
+    built: int = 0  # seconds, when the file was written
 
 
 @functools.cache
@@ -50,7 +54,7 @@ def native_library() -> NativeLibrary:
         tier = NATIVE_TIERS[torch.ops.hipserve_cpu.isa()]
     except (OSError, RuntimeError) as error:
         return NativeLibrary(None, f"the native kernels do not load: {str(error).splitlines()[0]}")
-    return NativeLibrary(tier)
+    return NativeLibrary(tier, built=int(paths[0].stat().st_mtime))
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -196,3 +200,71 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def cpu_identity() -> str:
+    """What measurements of this machine's CPU kernels depend on, besides threads."""
+    library = native_library()
+    built = f", built {library.built}" if library.tier else ""
+    return f"{cpu_name().rpartition(', ')[0]}, torch {torch.__version__}, {library.tier}{built}"
+
+
+def measuring() -> bool:
+    """Kernels may be measured on this machine: `HIPSERVE_MEASURE=0` forbids it."""
+    return os.environ.get("HIPSERVE_MEASURE", "1") != "0"
+
+
+def measurements_file() -> Path:
+    """Where measurements of this user's machine are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "hipserve" / "measured.json"
+
+
+def measured(name: str, measure: Callable[[], Any], valid: Callable[[Any], bool]) -> Any:
+    """The value kept under `name`, or that of `measure`, which is then kept.
+
+    Processes that ask at the same time wait for the first. A file that cannot be read counts as
+    empty; where none can be written, every process measures for itself.
+    """
+    path = measurements_file()
+    with _alone(path):
+        known = _read_json(path)
+        if name in known and valid(known[name]):
+            return known[name]
+        value = measure()
+        _write_json(path, {**known, name: value})
+    return value
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Generator[None]:
+    """No other process is here meanwhile, if the directory of `path` can be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except (OSError, ImportError):
+            pass
+        yield
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", known) if isinstance(known, dict) else {}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Readers see the old file or the new one."""
+    new = path.with_suffix(f".{os.getpid()}")
+    try:
+        new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        new.replace(path)
+    except OSError:
+        logger.debug("%s cannot be written: the next process measures again", path)

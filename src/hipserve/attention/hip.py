@@ -7,12 +7,13 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from hipserve.attention.dense import dense_head
+from hipserve.attention.crossover import settled
+from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.ops import block_sparse_attention, checks, compute_bounds
+from hipserve.ops import checks, compute_bounds
 from hipserve.platform import resolve_backend
 from hipserve.types import BatchLayout, PagedKV
 
@@ -96,7 +97,7 @@ def hip_attention(
     config = DEFAULT if config is None else config
     _check(q, k, v, config, causal, sm_scale, softcap)
     reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
-    config = config.on(q.device.type)
+    config = settled(config, q, k.shape[2])
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
@@ -127,16 +128,16 @@ def _attend_whole(
     layout = whole_sequences(batch, query_len, k.shape[1], q.device)
     if rows:
         layout = layout.behind(rows, config.query_block_size)
-    options = {**options, "config": config, "check": False}
+    options = {**options, "config": config}
     packed = q.reshape(batch * query_len, num_q_heads, head_dim)
     if reads_all or not layout.may_prune(config):
-        out, lse = block_sparse_attention(packed, PagedKV(k, v), layout, None, **options)
+        out, lse = attend_chosen(packed, PagedKV(k, v), layout, None, **options)
     else:
         bounds = None
         if config.uses_bounds:
             size, backend = config.bound_block_size, options["backend"]
             bounds = compute_bounds(k, bound_block_size=size, backend=backend)
-        out, lse = attend(packed, PagedKV(k, v, bounds), layout, **options)
+        out, lse = attend(packed, PagedKV(k, v, bounds), layout, check=False, **options)
     out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
         out[:, :rows] = head

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hipserve.attention.crossover import settled
+from hipserve.attention.dense import attend_chosen
 from hipserve.config import HiPConfig
-from hipserve.ops import block_sparse_attention, select_blocks
+from hipserve.ops import select_blocks
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
 COUNTED_TOGETHER = 64
@@ -127,11 +129,11 @@ def attend(
         ArgumentError: a tensor or number does not fit the others.
         BackendError: the backend asked for cannot run.
     """
-    config = config.on(q.device.type)
+    config = settled(config, q, kv.num_kv_heads)
     selection = _select(q, kv, layout, config, reuse, backend, check)
     if reuse:
         reuse.note(selection, layout, config)
-    return block_sparse_attention(
+    return attend_chosen(
         q,
         kv,
         layout,
@@ -140,7 +142,6 @@ def attend(
         sm_scale=sm_scale,
         softcap=softcap,
         backend=backend,
-        check=False,
     )
 
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from hipserve.attention import SelectionReuse, absorb_sinks, attend, hip_attention
 from hipserve.attention.columns import attend_columns
-from hipserve.attention.dense import dense_head
+from hipserve.attention.crossover import settled
+from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.settings import config_of
-from hipserve.ops import block_sparse_attention, compute_bounds
+from hipserve.ops import compute_bounds
 from hipserve.types import BatchLayout, PagedKV
 
 
@@ -42,7 +43,10 @@ def hip_forward(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse(module, dropout, attention_mask, causal)
-    call = _layer_call(module, query, attention_mask, scaling, sliding_window, softcap, s_aux)
+    kv_heads = key.shape[1]
+    call = _layer_call(
+        module, query, kv_heads, attention_mask, scaling, sliding_window, softcap, s_aux
+    )
     if isinstance(key, PagedHandle):
         out = _attend_pages(query, key, attention_mask, call)
     else:
@@ -77,13 +81,14 @@ class LayerCall:
 def _layer_call(
     module: nn.Module,
     query: Tensor,
+    kv_heads: int,
     mask: MaskDescription | None,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> LayerCall:
-    config: HiPConfig | None = config_of(module.config).on(query.device.type)
+    config: HiPConfig | None = settled(config_of(module.config), query.transpose(1, 2), kv_heads)
     window = sliding_window or (mask.sliding_window if mask else 0)
     if window or getattr(module, "layer_idx", None) in config.dense_layers:
         config = None
@@ -173,11 +178,11 @@ def _attend(
     reuse: SelectionReuse | None = None,
 ) -> Tensor:
     """`[num_tokens, num_q_heads, head_dim]` of packed rows over pages, pruned or not."""
-    options: dict[str, Any] = {"check": False, **call.scores}
+    options, window = call.scores, call.sliding_window
     if call.config is not None:
+        options = {**options, "check": False}
         return call.finish(attend(q, kv, layout, config=call.config, reuse=reuse, **options))
-    window = call.sliding_window
-    return call.finish(block_sparse_attention(q, kv, layout, sliding_window=window, **options))
+    return call.finish(attend_chosen(q, kv, layout, None, sliding_window=window, **options))
 
 
 def _attend_tensors(

@@ -31,11 +31,13 @@ from hipserve.attention import (
     SequenceStep,
     StepPlan,
 )
+from hipserve.attention.crossover import settled_for
+from hipserve.attention.dense import attend_chosen
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, settings
 from hipserve.integrations.vllm.metrics import tally
-from hipserve.ops import block_sparse_attention, write_kv
+from hipserve.ops import write_kv
 from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
 
@@ -140,7 +142,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
         compat.follow_requests()
         compat.receive_from_stages()
-        self.config = settings.hip_config(vllm_config).on(device.type)
+        self.config = self._settled(vllm_config, kv_cache_spec, device)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
         # Only GPUs replay graphs; elsewhere a step selects for the rows that need it alone.
@@ -149,6 +151,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         layers: Any = vllm_config.compilation_config.static_forward_context
         impls: dict[str, HiPImpl] = {name: layers[name].impl for name in layer_names}
         self.windowed = sum(impl.sliding_window > 0 for impl in impls.values())
+        for impl in impls.values():
+            impl.config = self.config
         pruned = [name for name, impl in impls.items() if not impl.is_dense(name)]
         self.num_pruned, self.counted_layer = len(pruned), pruned[0] if pruned else ""
         self.speculates = vllm_config.speculative_config is not None
@@ -157,6 +161,14 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * len(layer_names)
         bounds = block_layout(kv_cache_spec, self.config).bound_bytes * blocks
         self.tally.add("hipserve_page_bound_bytes", 0 if self.windowed else bounds)
+
+    @staticmethod
+    def _settled(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> HiPConfig:
+        """The configuration of all layers, with the crossovers of this machine."""
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        group = model.get_num_attention_heads(parallel) // spec.num_kv_heads
+        kind = (device, spec.dtype, spec.head_size, max(group, 1))
+        return settled_for(settings.hip_config(vllm_config), *kind)
 
     def build(
         self,
@@ -323,7 +335,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         if step.selects and not self.is_dense(layer.layer_name):
             selection = self.selections.select(q, kv, step.plan, self.config)
         selected = time.perf_counter()
-        out, _ = block_sparse_attention(
+        out, _ = attend_chosen(
             q,
             kv,
             step.plan.layout,
@@ -332,7 +344,6 @@ class HiPImpl(AttentionImpl[HiPStep]):
             sliding_window=self.sliding_window,
             sm_scale=self.scale,
             softcap=self.softcap,
-            check=False,
         )
         first_rows(output, step.num_tokens).copy_(out)
         if isinstance(step.plan, StepPlan) and output.device.type == "cpu":

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.config import LONE_ROW, HiPConfig
+from hipserve.config import HiPConfig
 from hipserve.errors import BackendError
 from hipserve.ops.gather import follow, key_offsets, lead, load_tile, power_of_2
 from hipserve.platform import chains_launches, gpu_processors, logger
@@ -70,7 +70,6 @@ class Tiling:
     raters: int
     searchers: int
     chained: bool
-    lone_row: int = LONE_ROW
 
     @property
     def levels(self) -> int:
@@ -561,8 +560,7 @@ def rate_kernel(
     begin = CONFIG.num_sink_tokens
     start = position - CONFIG.sliding_window + 1
     start -= start % CONFIG.granularity
-    LONE: tl.constexpr = CONFIG.dense_below * TILING.lone_row
-    below = tl.where(num_rows == 1, LONE, CONFIG.dense_below)
+    below = tl.where(num_rows == 1, CONFIG.decode_dense_below, CONFIG.dense_below)
     sparse = (start - begin > CONFIG.budget) & (position + num_rows > below)
     end = tl.where(sparse, start, begin)
     if tl.program_id(0) % TILING.raters == 0:
