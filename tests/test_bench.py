@@ -19,12 +19,14 @@ from hipserve.bench import LayerShape, Limits, bench_attention, fit_exponent
 from hipserve.bench import decode as decode_module
 from hipserve.bench import prefill as prefill_module
 from hipserve.bench.attention import time_prefill
+from hipserve.bench.decode import Decode
 from hipserve.bench.numerics import check_rows
 from hipserve.bench.prefill import Prefill
 from hipserve.bench.timing import Contender, in_turn, median_of_cycles
 from hipserve.cli.main import app, exit_code
 from hipserve.cli.numbers import format_ratio, format_seconds
 from hipserve.errors import ArgumentError, NumericsError
+from hipserve.platform import native_library
 
 SHAPE = LayerShape(4, 2, 64)
 SMALL = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
@@ -70,13 +72,53 @@ def test_the_csv_holds_every_time_and_its_origin(report) -> None:
 
 
 def test_heads_scale_to_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of 2 KV heads runs for ours, one of 4 query heads for SDPA."""
+    """One of 2 KV heads and its 2 query heads run, with every contender."""
+    monkeypatch.setattr(prefill_module, "WHOLE_LAYER", 32)
     clock = iter(range(10_000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     timings = time_prefill(Prefill(SHAPE, 64, torch.float32, SMALL, "reference"), Limits(1))
-    assert (timings["hip"].seconds, timings["hip"].heads_timed) == (2.0, 2)
-    assert (timings["dense"].seconds, timings["dense"].heads_timed) == (2.0, 2)
-    assert (timings["sdpa"].seconds, timings["sdpa"].heads_timed) == (4.0, 1)
+    assert {(t.seconds, t.heads_timed) for t in timings.values()} == {(2.0, 2)}
+    monkeypatch.setattr(prefill_module, "WHOLE_LAYER", 64)
+    timings = time_prefill(Prefill(SHAPE, 64, torch.float32, SMALL, "reference"), Limits(1))
+    assert {(t.seconds, t.heads_timed) for t in timings.values()} == {(1.0, 4)}
+
+
+def test_sdpa_computes_what_ours_computes() -> None:
+    """As many heads, whatever way of calling it is the fastest; in a decode step too."""
+    for heads in (1, 2):
+        case = Prefill(SHAPE, 200, torch.float32, SMALL, "cpu" if native_library().tier else "auto")
+        case.kv_heads = heads
+        case.q, case.k, case.v = case.q[:, : 2 * heads], case.k[:, :, :heads], case.v[:, :, :heads]
+        out = case.sdpa()(200)[0].transpose(0, 1)
+        torch.testing.assert_close(out, case.dense(case.q, case.layout), atol=2e-5, rtol=2e-5)
+    step = Decode(SHAPE, 200, torch.float32, SMALL, "auto")
+    out = step.sdpa()(3).reshape(1, 4, 64)
+    torch.testing.assert_close(out, step.attend(3, None), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_everybody_warms_up_uncounted(rounds: int) -> None:
+    order: list[tuple[str, int]] = []
+    contenders = {
+        "long": Contender(
+            lambda turn: order.append(("long", turn)), 1, lambda _: order.append(("short", -1))
+        ),
+        "other": Contender(lambda turn: order.append(("other", turn))),
+    }
+    times = in_turn(contenders, Limits(rounds))
+    assert order[:2] == [("short", -1), ("other", 0)]
+    assert order[2:] == [(name, turn) for turn in range(rounds) for name in ("long", "other")]
+    assert [len(t) for t in times.values()] == [rounds, rounds]
+
+
+def test_where_hip_reads_everything_the_table_says_so() -> None:
+    command = [*RUN, "--rounds", "1", "--budget", "64"]
+    lines = CliRunner().invoke(app, command).stdout.splitlines()
+    assert any("* HiP reads everything" in line for line in lines)
+    rows = [line.split() for line in lines if line.strip().startswith(("300", "600"))]
+    assert len(rows) == 4
+    assert all("*" in "".join(row) and row[-1] == "-" for row in rows)
+    assert not any("every 1" in line for line in lines)
 
 
 def wrong(function):
@@ -132,7 +174,7 @@ def test_the_command_prints_tables_and_writes_the_csv(tmp_path: Path) -> None:
     target = tmp_path / "new" / "speed.csv"
     result = CliRunner().invoke(app, [*RUN, "--rounds", "1", "--csv", str(target)])
     assert result.exit_code == 0, result.output
-    for word in ("numeric check", "machine:", "x SDPA", "x dense", "prefill", "decode", "600"):
+    for word in ("numeric check", "machine:", "x SDPA", "x ours", "prefill", "decode", "600"):
         assert word in result.stdout
     assert target.read_text().count("\n") > 20
     root = ElementTree.fromstring(plot().draw(*plot().read(target)))
@@ -189,7 +231,8 @@ def test_contenders_take_turns_until_their_time_is_spent(monkeypatch: pytest.Mon
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     contenders = {"slow": lasting("slow", 5.0), "fast": lasting("fast", 1.0)}
     times = in_turn(contenders, Limits(rounds=3, seconds=4.0))
-    assert order == [("slow", 0), ("fast", 0), ("fast", 1), ("fast", 2)]
+    warm = [("slow", 0), ("fast", 0)]
+    assert order == [*warm, ("slow", 0), ("fast", 0), ("fast", 1), ("fast", 2)]
     assert times == {"slow": [50.0], "fast": [10.0, 10.0, 10.0]}
 
 

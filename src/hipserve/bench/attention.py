@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from hipserve.attention.crossover import dense_kernel, settled_for
 from hipserve.bench.decode import Decode
 from hipserve.bench.inputs import LayerShape
 from hipserve.bench.numerics import require
@@ -54,7 +55,7 @@ def bench_attention(
     """
     shape, config, limits = shape or LayerShape(), config or HiPConfig(), limits or Limits()
     _check(lengths, shape, device, limits)
-    backend = resolve_backend(backend, torch.device(device), dtype, shape.head_dim)
+    config, kernel = _of_machine(config, backend, shape, dtype)
     made = provenance(limits.clock)
     checks = require([check_whole_budget(shape, dtype, backend)])
     points: list[Point] = []
@@ -67,9 +68,19 @@ def bench_attention(
             checks += require(case.checks())
             progress(f"{phase} at {length:,} tokens: timing")
             timings = _time(case, limits)
-            points.append(Point(phase, length, timings))
+            points.append(Point(phase, length, timings, case.reads_all))
     name = str(dtype).removeprefix("torch.")
-    return AttentionReport(made, shape, name, backend, config, checks, points)
+    ran = resolve_backend(backend, torch.device(device), dtype, shape.head_dim)
+    return AttentionReport(made, shape, name, ran, kernel, config, checks, points)
+
+
+def _of_machine(
+    config: HiPConfig, backend: str, shape: LayerShape, dtype: torch.dtype
+) -> tuple[HiPConfig, str]:
+    """The configuration with this machine's crossovers, and the kernel of its dense path."""
+    kind = (dtype, shape.head_dim, shape.group_size)
+    config = settled_for(config, torch.device("cpu"), *kind)
+    return config, dense_kernel("cpu", *kind) if backend == "auto" else "native"
 
 
 def _time(case: Prefill | Decode, limits: Limits) -> dict[str, Timing]:

@@ -6,6 +6,8 @@ had run: keys and values come from memory.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipserve.attention import SelectionReuse, attend
+from hipserve.attention.crossover import settled
 from hipserve.bench.inputs import LayerShape, make_decode
 from hipserve.bench.numerics import Check, check_rows, keys_of
-from hipserve.bench.timing import Contender
+from hipserve.bench.timing import Contender, fastest
 from hipserve.cache.pages import empty_pages
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks, write_kv
@@ -36,10 +39,11 @@ class Decode:
     def __init__(
         self, shape: LayerShape, length: int, dtype: torch.dtype, config: HiPConfig, backend: str
     ) -> None:
-        self.shape, self.length, self.config, self.backend = shape, length, config, backend
-        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
+        self.shape, self.length, self.backend = shape, length, backend
         inputs = make_decode(shape, length, NUM_QUERIES, dtype)
         self.q, self.k, self.v = inputs.q, inputs.k, inputs.v
+        self.config = config = settled(config, self.q, shape.num_kv_heads)
+        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
         self.cycle = min(config.refresh_interval, length)
         self.layouts = [self._layout(length - self.cycle + 1 + i) for i in range(self.cycle)]
         self.kv = self._pages()
@@ -64,6 +68,11 @@ class Decode:
         slots, size = torch.arange(first, end), self.config.bound_block_size
         k, v = self.k[first:end], self.v[first:end]
         write_kv(k, v, kv, slots, bound_block_size=size, backend=self.backend, check=False)
+
+    @property
+    def reads_all(self) -> bool:
+        """HiP is the dense path: no step is pruned."""
+        return not self.layouts[-1].may_prune(self.config)
 
     def query(self, turn: int) -> Tensor:
         i = turn % NUM_QUERIES
@@ -90,21 +99,32 @@ class Decode:
 
     def contenders(self) -> dict[str, Contender]:
         """Steps that select, steps that mostly reuse, and dense ones; SDPA's keys are its own."""
-        heads, group, dim = self.shape.num_kv_heads, self.shape.group_size, self.shape.head_dim
-        k, v = (x.transpose(0, 1).contiguous()[None] for x in (self.k, self.v))
-
-        def sdpa(turn: int) -> Tensor:
-            folded = self.query(turn).view(1, heads, group, dim)
-            return F.scaled_dot_product_attention(folded, k, v)
-
+        reused = {"hip reused": Contender(lambda turn: self.step(turn, self.reuse))}
         return {
             "hip": Contender(lambda turn: self.step(turn, None)),
-            "hip reused": Contender(lambda turn: self.step(turn, self.reuse)),
+            **(reused if self.cycle > 1 else {}),
             "dense": Contender(lambda turn: self.attend(turn, None)),
-            "sdpa": Contender(sdpa),
+            "sdpa": Contender(self.sdpa()),
             "select": Contender(self.select),
             "attend": Contender(lambda turn: self.attend(turn, self.selections[turn])),
         }
+
+    def sdpa(self) -> Callable[[int], Tensor]:
+        """A step of torch's SDPA, called in the way that is the fastest here."""
+        heads, group, dim = self.shape.num_kv_heads, self.shape.group_size, self.shape.head_dim
+        k, v = (x.transpose(0, 1).contiguous()[None] for x in (self.k, self.v))
+
+        def folded(turn: int) -> Tensor:
+            q = self.query(turn).view(1, heads, group, dim)
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def grouped(turn: int) -> Tensor:
+            q = self.query(turn).view(1, heads * group, 1, dim)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        ways = {"folded": folded, "grouped": grouped}
+        name = fastest({name: functools.partial(way, 0) for name, way in ways.items()})
+        return ways[name]
 
     def checks(self) -> list[Check]:
         turn = self.cycle - 1

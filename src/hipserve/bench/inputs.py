@@ -41,12 +41,14 @@ class Inputs:
     v: Tensor
 
 
-def make_prefill(shape: LayerShape, length: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """One GQA group of a layer: its q, and its k and v strided as in the whole layer."""
+def make_prefill(
+    shape: LayerShape, length: int, dtype: torch.dtype, kv_heads: int = 1, seed: int = 0
+) -> Inputs:
+    """Some GQA groups of a layer: their q, and their k and v strided as in the whole layer."""
     g = torch.Generator().manual_seed(seed)
-    topics = _topics(length, 1, shape.head_dim, g)
+    topics = _topics(length, kv_heads, shape.head_dim, g)
     layer = (length, shape.num_kv_heads, shape.head_dim)
-    k, v = (torch.empty(layer, dtype=dtype)[:, :1] for _ in range(2))
+    k, v = (torch.empty(layer, dtype=dtype)[:, :kv_heads] for _ in range(2))
     k.copy_(_keys(topics, length, g))
     v.copy_(torch.randn(v.shape, generator=g))
     q = _queries(topics, torch.arange(length), shape.group_size, g)

@@ -1,18 +1,21 @@
-"""Prefill of one GQA group: checks and contenders. Work is linear in groups and heads."""
+"""Prefill of one GQA group, or of a whole layer where it is short: checks and contenders."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hipserve.attention.crossover import settled
+from hipserve.attention.dense import attend_chosen
 from hipserve.attention.hip import hip_attention, whole_sequences
 from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
 from hipserve.bench.numerics import Check, check_equal, check_rows, keys_of
-from hipserve.bench.timing import Contender
+from hipserve.bench.timing import Contender, fastest
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
 from hipserve.types import BatchLayout, BlockSelection, PagedKV
@@ -26,21 +29,34 @@ GRID_BLOCKS = 2
 DENSE_ROWS = 16
 """Rows at the end whose dense attention is compared to float64."""
 
+WHOLE_LAYER = 1024
+"""Tokens up to which all heads run; of more, one GQA group, since work is linear in groups."""
+
+WARM_UP = 2048
+"""Tokens that warm up the dense kernels: their tiles are those of longer prompts."""
+
 
 class Prefill:
-    """One length: `q` `[length, group_size, head_dim]` against a KV head of the layer."""
+    """One length: `q` `[length, num_q_heads, head_dim]` of some groups against their KV heads."""
 
     def __init__(
         self, shape: LayerShape, length: int, dtype: torch.dtype, config: HiPConfig, backend: str
     ) -> None:
-        self.shape, self.length, self.config, self.backend = shape, length, config, backend
-        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
-        inputs = make_prefill(shape, length, dtype)
+        self.shape, self.length, self.backend = shape, length, backend
+        self.kv_heads = shape.num_kv_heads if length <= WHOLE_LAYER else 1
+        inputs = make_prefill(shape, length, dtype, self.kv_heads)
         self.q, self.k, self.v = inputs.q, inputs.k[None], inputs.v[None]
+        self.config = config = settled(config, self.q, self.kv_heads)
+        self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
 
     @functools.cached_property
     def layout(self) -> BatchLayout:
         return whole_sequences(1, self.length, self.length, self.q.device)
+
+    @property
+    def reads_all(self) -> bool:
+        """HiP is the dense path: no query block is pruned."""
+        return not self.layout.may_prune(self.config)
 
     @functools.cached_property
     def kv(self) -> PagedKV:
@@ -63,24 +79,53 @@ class Prefill:
     def select(self) -> BlockSelection:
         return select_blocks(self.q, self.kv, self.layout, **self.options)
 
-    def attend(self, selection: BlockSelection | None) -> Tensor:
-        operation = block_sparse_attention
-        return operation(self.q, self.kv, self.layout, selection, **self.options)[0]
+    def attend(self, selection: BlockSelection) -> Tensor:
+        options: dict[str, Any] = {"config": self.config, "backend": self.backend}
+        return attend_chosen(self.q, self.kv, self.layout, selection, **options)[0]
 
     def contenders(self) -> dict[str, Contender]:
-        """Our operation whole and in its parts, our dense kernel, and torch's SDPA on one head."""
-        kv_heads, q_heads = self.shape.num_kv_heads, self.shape.num_q_heads
-        q, k, v = (x.contiguous() for x in (self.q[:, 0], self.k[0, :, 0], self.v[0, :, 0]))
-        head = (q[None, None], k[None, None], v[None, None])
-        sdpa = functools.partial(F.scaled_dot_product_attention, *head, is_causal=True)
+        """Our operation whole and in its parts, our dense kernel, and torch's SDPA, which gets as
+        many heads, laid out for it.
+        """
+        scale, layout = self.shape.num_kv_heads / self.kv_heads, self.layout
+        short = whole_sequences(1, min(self.length, WARM_UP), self.length, self.q.device)
+        sdpa = self.sdpa()
         return {
-            "hip": Contender(lambda _: self.hip(), kv_heads),
-            "dense": Contender(lambda _: self.attend(None), kv_heads),
-            "sdpa": Contender(lambda _: sdpa(), q_heads),
-            "bounds": Contender(lambda _: self.bounds(), kv_heads),
-            "select": Contender(lambda _: self.select(), kv_heads),
-            "attend": Contender(lambda _: self.attend(self.selection), kv_heads),
+            "hip": Contender(lambda _: self.hip(), scale),
+            "dense": Contender(
+                lambda _: self.dense(self.q, layout),
+                scale,
+                lambda _: self.dense(self.q[:WARM_UP], short),
+            ),
+            "sdpa": Contender(
+                lambda _: sdpa(self.length), scale, lambda _: sdpa(min(self.length, WARM_UP))
+            ),
+            "bounds": Contender(lambda _: self.bounds(), scale),
+            "select": Contender(lambda _: self.select(), scale),
+            "attend": Contender(lambda _: self.attend(self.selection), scale),
         }
+
+    def dense(self, q: Tensor, layout: BatchLayout) -> Tensor:
+        return block_sparse_attention(q, self.kv, layout, None, **self.options)[0]
+
+    def sdpa(self) -> Callable[[int], Tensor]:
+        """Torch's SDPA of the first n tokens, called in the way that is the fastest here."""
+        q, k, v = (x.transpose(0, 1).contiguous()[None] for x in (self.q, self.k[0], self.v[0]))
+
+        def grouped(n: int) -> Tensor:
+            mine, keys, values = (x[:, :, :n] for x in (q, k, v))
+            options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+            return F.scaled_dot_product_attention(mine, keys, values, **options)
+
+        def expanded(n: int) -> Tensor:
+            wide = (x[:, :, None, :n].expand(-1, -1, self.shape.group_size, -1, -1) for x in (k, v))
+            keys, values = (x.flatten(1, 2) for x in wide)
+            return F.scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True)
+
+        ways = {"grouped": grouped, "expanded": expanded}
+        n = min(self.length, WARM_UP)
+        name = fastest({name: functools.partial(way, n) for name, way in ways.items()})
+        return ways[name]
 
     def checks(self) -> list[Check]:
         return [self._check_sparse(), self._check_dense(), self._check_selection()]

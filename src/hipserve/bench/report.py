@@ -18,7 +18,7 @@ Phase = Literal["prefill", "decode"]
 FIT_FROM = 8 * 1024
 """Shortest length that takes part in the fit of an exponent."""
 
-CSV_FIELDS = ("phase", "length", "contender", "seconds", "rounds", "heads_timed")
+CSV_FIELDS = ("phase", "length", "contender", "seconds", "rounds", "heads_timed", "reads_all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,12 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """All contenders at one length."""
+    """All contenders at one length; where HiP `reads_all`, it is the dense path."""
 
     phase: Phase
     length: int
     timings: dict[str, Timing]
+    reads_all: bool = False
 
     def seconds(self, contender: str) -> float:
         return self.timings[contender].seconds
@@ -54,12 +55,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class AttentionReport:
-    """Numbers of `hipserve bench attention`; there are none unless all checks passed."""
+    """Numbers of `hipserve bench attention`; there are none unless all checks passed.
+
+    `config` is that of the machine, its crossovers measured; `dense_kernel` is the one that HiP
+    takes for rows that read everything.
+    """
 
     provenance: Provenance
     shape: LayerShape
     dtype: str
     backend: str
+    dense_kernel: str
     config: HiPConfig
     checks: list[Check]
     points: list[Point]
@@ -88,6 +94,7 @@ class AttentionReport:
             "shape": asdict(self.shape),
             "dtype": self.dtype,
             "backend": self.backend,
+            "dense_kernel": self.dense_kernel,
             "config": self.config.to_dict(),
             "checks": [asdict(check) for check in self.checks],
             "points": [asdict(point) for point in self.points],
@@ -104,6 +111,7 @@ class AttentionReport:
         for point in self.points:
             for name, timing in point.timings.items():
                 row = (f"{timing.seconds:.6g}", timing.rounds, timing.heads_timed)
+                row = (*row, int(point.reads_all and name == "hip"))
                 writer.writerow((point.phase, point.length, name, *row))
         return text.getvalue()
 
@@ -114,6 +122,7 @@ class AttentionReport:
             "head_dim": self.shape.head_dim,
             "dtype": self.dtype,
             "backend": self.backend,
+            "dense_kernel": self.dense_kernel,
             **{f"config.{name}": value for name, value in self.config.to_dict().items()},
         }
         return [f"{name}: {value}" for name, value in values.items()]

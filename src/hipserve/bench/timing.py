@@ -1,4 +1,7 @@
-"""Times taken in turn: every round runs each contender once, so that drift hits all alike."""
+"""Times taken in turn: every round runs each contender once, so that drift hits all alike.
+
+Before the first round each runs once uncounted: first calls generate kernels and fill caches.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,14 @@ Clock = Literal["wall", "cpu"]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What is timed: `call(turn)` in round `turn`; its time times `scale` is that of a layer."""
+    """What is timed: `call(turn)` in round `turn`; its time times `scale` is that of a layer.
+
+    `warm_up` runs before the first round, a shorter call of the same kernels; None: `call` itself.
+    """
 
     call: Callable[[int], object]
     scale: float = 1.0
+    warm_up: Callable[[int], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,8 @@ def in_turn(
     """Seconds of each round of each contender, scaled to a layer; `before` runs ahead of each."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     spent: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        (contender.warm_up or contender.call)(0)
     for turn in range(limits.rounds):
         for name, contender in contenders.items():
             if limits.reached(spent[name]):
@@ -60,6 +69,17 @@ def seconds(call: Callable[[int], object], turn: int, clock: Clock = "wall") -> 
     start = now()
     call(turn)
     return now() - start
+
+
+def fastest(ways: dict[str, Callable[[], object]], rounds: int = 3) -> str:
+    """Which of several ways to compute the same takes the least time; the first call is free."""
+    for way in ways.values():
+        way()
+    times = {
+        name: min(seconds(lambda _, way=way: way(), 0) for _ in range(rounds))
+        for name, way in ways.items()
+    }
+    return min(times, key=lambda name: times[name])
 
 
 def median_of_cycles(times: list[float], cycle: int) -> float:

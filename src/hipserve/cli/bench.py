@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from hipserve.bench import AttentionReport, Clock, LayerShape, Phase, Point
 
+_DENSE = {"native": "our kernel", "sdpa": "torch's SDPA"}
+
 app = typer.Typer(help="Speed of HiP attention beside dense attention.", no_args_is_help=True)
 
 Heads = Annotated[str, typer.Option(metavar="Q/KV", help="Query and KV heads of the layer.")]
@@ -145,6 +147,8 @@ def _heading(report: AttentionReport) -> str:
             f"layer: {shape.num_q_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, "
             f"{report.dtype}, selector {config.selector}, budget {config.budget}, "
             f"backend {report.backend}",
+            f"this machine: dense by {_DENSE[report.dense_kernel]}, pruned from "
+            f"{config.dense_below} tokens on, decode steps from {config.decode_dense_below}",
         )
     )
 
@@ -154,44 +158,63 @@ def _plural(threads: int) -> str:
 
 
 def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
-    timed = points[0].timings
+    ran = sorted({point.timings["hip"].heads_timed for point in points})
     title = (
-        f"prefill of one layer (of {report.shape.num_q_heads} heads, HiP and dense ran "
-        f"{timed['hip'].heads_timed}, SDPA\n{timed['sdpa'].heads_timed}; the times are scaled)"
+        f"prefill of one layer ({' or '.join(map(str, ran))} of {report.shape.num_q_heads} query "
+        "heads ran, with all\ncontenders; the times are scaled)"
     )
-    table = _table(title, "HiP", "dense", "SDPA", "x dense", "x SDPA", "bounds", "select")
+    table = _table(title, "HiP", "ours dense", "SDPA", "x ours", "x SDPA", "bounds", "select")
     for point in points:
         table.add_row(
             format_count(point.length),
-            *(format_seconds(point.seconds(name)) for name in ("hip", "dense", "sdpa")),
+            format_seconds(point.seconds("hip")) + ("*" if point.reads_all else ""),
+            *(format_seconds(point.seconds(name)) for name in ("dense", "sdpa")),
             *(format_ratio(point.ratio(name, "hip")) for name in ("dense", "sdpa")),
-            *(f"{point.share(part):.1%}" for part in ("bounds", "select")),
+            *(
+                "-" if point.reads_all else f"{point.share(part):.1%}"
+                for part in ("bounds", "select")
+            ),
         )
+    table.caption = _footnote(report, points)
     return table
+
+
+def _footnote(report: AttentionReport, points: list[Point]) -> str | None:
+    """What HiP's time is where nothing is pruned."""
+    if not any(point.reads_all for point in points):
+        return None
+    kernel = report.dense_kernel if points[0].phase == "prefill" else "native"
+    return f"* HiP reads everything: a call of the dense path, {_DENSE[kernel]}"
 
 
 def _decode_table(report: AttentionReport, points: list[Point]) -> Table:
     every = report.config.refresh_interval
     title = f"one decode step of one layer, selecting at every step or every {every}; keys cold"
-    heads = ("every", f"every {every}", "dense", "SDPA", "x dense", "x SDPA", "select")
+    heads = ("every", f"every {every}", "ours dense", "SDPA", "x ours", "x SDPA", "select")
+    if every == 1:  # the second column would be the first once more
+        title = "one decode step of one layer, selecting at every step; keys cold"
+        heads = ("HiP", *heads[2:])
     table = _table(title, *heads)
-    ours = ("hip", "hip reused")
+    ours = ("hip", "hip reused") if every > 1 else ("hip",)
     for point in points:
+        mark = "*" if point.reads_all else ""
         table.add_row(
             format_count(point.length),
-            *(format_seconds(point.seconds(name)) for name in (*ours, "dense", "sdpa")),
+            *(format_seconds(point.seconds(name)) + mark for name in ours),
+            *(format_seconds(point.seconds(name)) for name in ("dense", "sdpa")),
             *(
                 "/".join(format_ratio(point.ratio(base, name)) for name in ours)
                 for base in ("dense", "sdpa")
             ),
-            f"{point.share('select'):.1%}",
+            "-" if point.reads_all else f"{point.share('select'):.1%}",
         )
+    table.caption = _footnote(report, points)
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
-    table.title_justify = "left"
+    table.title_justify = table.caption_justify = "left"
     for column in ("tokens", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     return table
