@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,8 @@ class Prefill:
         return self.select()
 
     def hip(self) -> Tensor:
-        out = hip_attention(self.q[None], self.k, self.v, config=self.config, backend=self.backend)
-        return cast("Tensor", out)[0]
+        options: dict[str, Any] = {"config": self.config, "backend": self.backend}
+        return hip_attention(self.q[None], self.k, self.v, **options)[0]
 
     def bounds(self) -> Tensor | None:
         if not self.config.uses_bounds:

@@ -24,7 +24,8 @@ class Check:
 def doctor(json: options.Json = False) -> None:
     """Checks the installation; exit code 1 if something is wrong."""
     with err.status("checking …"):
-        checks = [_native(), _operation("cpu"), _transformers(), _bundled_model(), *_gpu()]
+        parts = [_native(), _crossover(), _operation("cpu"), _transformers(), _bundled_model()]
+        checks = [*parts, *_gpu()]
     if json:
         result_json([asdict(check) for check in checks])
     else:
@@ -45,6 +46,25 @@ def _native() -> Check:
         return Check("native CPU kernels", True, f"{library.tier} on {cpu_name()}")
     advice = "install gcc 12 or newer and reinstall hipserve; until then eager torch is used"
     return Check("native CPU kernels", False, library.reason, advice)
+
+
+def _crossover() -> Check:
+    """Of layers of the 8B shape, in each precision: what runs where nothing is pruned."""
+    import torch
+
+    from hipserve import HiPConfig
+    from hipserve.attention.crossover import dense_kernel, settled_for
+
+    found: list[str] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        kind = (dtype, 128, 4)
+        config = settled_for(HiPConfig(), torch.device("cpu"), *kind)
+        kernel = "torch" if dense_kernel("cpu", *kind) == "sdpa" else "hipserve"
+        found.append(
+            f"{str(dtype).removeprefix('torch.')}: dense by {kernel}, pruned from "
+            f"{config.dense_below} tokens on, decode steps from {config.decode_dense_below}"
+        )
+    return Check("crossover on the CPU", True, "; ".join(found))
 
 
 def _operation(device: str) -> Check:

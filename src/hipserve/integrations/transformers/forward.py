@@ -180,7 +180,7 @@ def _attend(
     """`[num_tokens, num_q_heads, head_dim]` of packed rows over pages, pruned or not."""
     options, window = call.scores, call.sliding_window
     if call.config is not None:
-        options = {**options, "check": False}
+        options: dict[str, Any] = {**options, "check": False}
         return call.finish(attend(q, kv, layout, config=call.config, reuse=reuse, **options))
     return call.finish(attend_chosen(q, kv, layout, None, sliding_window=window, **options))
 
