@@ -72,7 +72,7 @@ docs: .venv/dev  ## docs/reference.md: options, exit codes, configuration and me
 	$(BIN)/python docs/generate.py
 
 bench: .venv/installed  ## speed beside dense attention: about 5 minutes on 2 cores
-	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 1 --csv docs/data/attention-cpu.csv
+	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 3 --csv docs/data/attention-cpu.csv
 	$(BIN)/python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
 
 eval: .venv/installed  ## quality beside dense attention on the bundled model: hours on 2 cores
