@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -9,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from hipserve.cli import main as command
 from hipserve.cli.demo import FACTS
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
+from hipserve.evaluate import text
 
 HIPSERVE = Path(sys.executable).with_name("hipserve")
 FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
@@ -48,16 +52,17 @@ def call(*words: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedPro
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str):
-    """Exit code and message of a call that fails: one line on stderr, nothing on stdout."""
+    """Exit code, error and hint of a call that fails: on stderr, with nothing on stdout."""
     monkeypatch.setattr(sys, "argv", ["hipserve", *words])
     with pytest.raises(SystemExit) as exit_:
         command.main()
     streams = capsys.readouterr()
     assert streams.out == ""
     assert "Traceback" not in streams.err
-    lines = [line for line in streams.err.splitlines() if line.strip()]
-    assert len(lines) == 1, streams.err
-    return exit_.value.code, lines[0]
+    line, *hints = [line for line in streams.err.splitlines() if line.strip()]
+    assert len(hints) <= 1, streams.err
+    assert all(hint.startswith("hint: ") for hint in hints)
+    return exit_.value.code, line, "".join(hints).removeprefix("hint: ")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_counts_as_people_write_them(text: str | int, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "1.3", "32kb", "1e3", "nan"])
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.3", "32kb", "1e3", "nan", "9" * 400 + "k"])
 def test_other_counts_are_wrong_usage(text: str, doc: str) -> None:
     result = invoke("run", QUESTION, "--doc", doc, f"--budget={text}")
     assert result.exit_code == 2
@@ -155,11 +160,31 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no such directory": (["run", "./acron", "q", "--doc", "doc"], 2, "no such directory"),
     "no model in it": (["run", "./sub", "q", "--doc", "doc"], 2, "model: expected"),
     "too long": (["run", "q", "--doc", "long"], 3, "its context is 131,072"),
+    "too long an answer": (
+        ["run", "q", "--doc", "doc", "--max-new-tokens", "128k"],
+        3,
+        "its context is 131,072 / set max_new_tokens to 131,0",
+    ),
+    "an endless file": (["run", "q", "--doc", "/dev/zero"], 3, "/dev/zero does not fit acorn"),
+    "an endless talk": (["chat", "--doc", "/dev/zero"], 3, "/dev/zero does not fit acorn"),
+    "endless text": (["eval", "perplexity", "--text", "/dev/zero"], 3, "more than 1,048,576 bytes"),
+    "half an archive": (["run", "q", "--doc", "half.gz"], 2, "end-of-stream"),
+    "no file name": (["run", "q", "--doc", ""], 2, "the name of a text file, got ''"),
+    "the demo's file without a name": (["demo", "--doc", ""], 2, "the name of a text file, got ''"),
+    "bytes as a question": (["run", "\udcff", "--doc", "doc"], 2, "expected UTF-8 text, got"),
+    "no model's name": (["run", "", "q", "--doc", "doc"], 2, "model: expected"),
     "too long to talk about": (["chat", "--doc", "long"], 3, "its context is 131,072"),
     "no question": (["run", " ", "--doc", "doc"], 2, "question: expected"),
     "a config that is missing": (["run", "q", "--doc", "doc", "--config", "no.toml"], 2, "config:"),
     "a config that is no TOML": (["run", "q", "--doc", "doc", "--config", "doc"], 2, "config:"),
     "an unknown key": (["run", "q", "--doc", "doc", "--config", "key.toml"], 2, "budgte: expected"),
+    "a field that is near": (
+        ["run", "q", "--doc", "doc", "--config", "key.toml"],
+        2,
+        "/ did you mean budget?",
+    ),
+    "a section": (["run", "q", "--doc", "doc", "--config", "section.toml"], 2, "without [hip]"),
+    "YAML": (["run", "q", "--doc", "doc", "--config", "c.yaml"], 2, "a TOML or JSON file"),
     "half a block": (["run", "q", "--doc", "doc", "--budget", "8"], 2, "budget: expected"),
     "a selector": (["run", "q", "--doc", "doc", "--selector", "quest"], 2, "selector: expected"),
     "a preset": (["run", "q", "--doc", "doc", "--preset", "none"], 2, "preset: expected"),
@@ -175,6 +200,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     ),
     "a dtype": (["run", "q", "--doc", "doc", "--dtype", "int4"], 2, "dtype: expected"),
     "a device": (["run", "q", "--doc", "doc", "--device", "tpu"], 2, "device: expected"),
+    "a form": (["eval", "retrieval", "--form", "poem"], 2, "form: expected chat or continuation"),
     "a task": (["eval", "retrieval", "--tasks", "passkey,pi", "--length", "1k"], 2, "task:"),
     "a context": (["eval", "retrieval", "--length", "1M"], 3, "its context is 131,072"),
     "a haystack": (["eval", "retrieval", "--length", "1k", "--text", "doc"], 3, "too short"),
@@ -204,6 +230,7 @@ def test_mistakes_get_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, "MAX_BYTES", 1 << 20)
     for name, content in {
         "doc": b"Rivers run to the sea.",
         "binary": bytes(range(256)),
@@ -212,13 +239,140 @@ def test_mistakes_get_one_sentence(
         "key.toml": b"budgte = 1\n",
         "ok.toml": b"budget = 512\n",
         "bad.jsonl": b'{"title": "no text"}\n',
+        "section.toml": b"[hip]\nbudget = 512\n",
+        "c.yaml": b"budget: 512\n",
+        "half.gz": gzip.compress(b"Rivers run to the sea." * 99)[:40],
     }.items():
         Path(name).write_bytes(content)
     Path("sub").mkdir()
     words, code, part = MISTAKES[mistake]
-    got, line = refused(monkeypatch, capsys, *words)
+    got, line, hint = refused(monkeypatch, capsys, *words)
     assert (got, line[:7]) == (code, "error: ")
-    assert part in line
+    assert part in f"{line} / {hint}"
+
+
+WRONG_USAGE: dict[str, tuple[list[str], str]] = {
+    "two documents": (["run", "q", "--doc", "a", "--doc=b"], "--doc given 2 times"),
+    "two ports": (["serve", "--port", "1", "--port", "2"], "--port given 2 times"),
+    "two lengths": (["eval", "retrieval", "--length=1k", "--length", "2k"], "--length given 2"),
+    "two rounds": (["bench", "attention", "--rounds", "1", "--rounds", "1"], "--rounds given 2"),
+    "yes and no": (
+        ["serve", "--allow-unauthenticated", "--no-allow-unauthenticated"],
+        "--allow-unauthenticated and --no-allow-unauthenticated given 2 times",
+    ),
+    "no tokens": (["run", "q", "--doc", "a", "--max-new-tokens", "0"], "0 is less than 1"),
+    "no number": (["eval", "retrieval", "--samples", "many"], "'many' is no number"),
+    "infinitely hot": (["run", "q", "--doc", "a", "--temperature", "inf"], "neither 0"),
+    "almost greedy": (["run", "q", "--doc", "a", "--temperature", "1e-40"], "neither 0"),
+    "a huge seed": (["chat", "--seed", "9" * 23], "--seed"),
+    "no config's name": (["run", "q", "--doc", "a", "--config", ""], "the file name is empty"),
+    "no text's name": (["eval", "perplexity", "--text", ""], "the file name is empty"),
+    "no table's name": (["bench", "attention", "--csv", ""], "the file name is empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USAGE)
+def test_wrong_usage_is_named(case: str) -> None:
+    words, part = WRONG_USAGE[case]
+    result = invoke(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert part in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_an_option_as_another_ones_value_is_not_a_second_one(doc: str) -> None:
+    """`--doc --json`: the file's name is `--json`; switches and repeatable options may repeat."""
+    result = invoke("run", QUESTION, "--doc", "--doc", "--json", "--json")
+    assert "given" not in result.stderr
+    result = invoke("eval", "perplexity", "--text", doc, "--text", doc, "--length", "8")
+    assert "given" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--budget"])
+def test_counts_may_have_a_suffix(option: str, doc: str) -> None:
+    assert invoke("run", QUESTION, "--doc", doc, option, "1k").stdout == "The pass key is 83724.\n"
+
+
+def test_every_count_takes_a_suffix() -> None:
+    """No option for a whole number is left to int(), which knows no 1k."""
+    seen: list[str] = []
+
+    def check(group: typer.Typer) -> None:
+        for one in group.registered_commands:
+            hints = typing.get_type_hints(one.callback, include_extras=True)
+            for name, hint in hints.items():
+                kind, *extras = typing.get_args(hint) or (hint,)
+                if kind in (int, int | None) and name not in ("port", "seed"):
+                    seen.append(name)
+                    assert extras, name
+                    assert extras[0].parser("1k") == 1024, name
+        for sub in group.registered_groups:
+            assert sub.typer_instance is not None
+            check(sub.typer_instance)
+
+    check(command.app)
+    assert {"max_new_tokens", "budget", "length", "samples", "rounds", "repeats"} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("", "run", "chat", "demo", "serve", "doctor", "version", "bench", "eval"),
+        *("bench attention", "bench serve", "eval retrieval", "eval perplexity"),
+    ],
+)
+def test_h_is_help(words: str) -> None:
+    short, long = invoke(*words.split(), "-h"), invoke(*words.split(), "--help")
+    assert short.exit_code == 0
+    assert "Usage: " in short.stdout
+    assert short.stdout == long.stdout
+
+
+def test_version_as_an_option() -> None:
+    from importlib.metadata import version
+
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hipserve {version('hipserve')}\n")
+
+
+def test_a_packed_document_is_unpacked(tmp_path: Path) -> None:
+    packed = gzip.compress(FACT.encode())
+    path = tmp_path / "doc.txt.gz"
+    path.write_bytes(packed)
+    assert invoke("run", QUESTION, "--doc", str(path)).stdout == "The pass key is 83724.\n"
+    assert call("run", QUESTION, "--doc", "-", stdin=packed).stdout == "The pass key is 83724.\n"
+
+
+def test_an_endless_pipe_is_left_when_nothing_as_long_fits(tmp_path: Path) -> None:
+    """It is read up to the longest text that the context could hold, and no further."""
+    script = 'yes "no end" | "$0" run "What is it?" --doc -'
+    done = subprocess.run(["bash", "-c", script, HIPSERVE], capture_output=True, timeout=240)
+    assert done.returncode == 3
+    assert b"error: stdin does not fit acorn: it has more than" in done.stderr
+
+
+def test_closed_streams_get_a_sentence(doc: str) -> None:
+    for redirect, words in (
+        ("<&-", ("run", QUESTION, "--doc", "-")),
+        ("<&-", ("chat",)),
+        (">&-", ("version",)),
+        (">&-", ("doctor", "--json")),
+    ):
+        script = f'"$0" "$@" {redirect}'
+        done = subprocess.run(
+            ["bash", "-c", script, HIPSERVE, *words], capture_output=True, timeout=240
+        )
+        assert re.match(rb"error: std(in|out)(:| is)", done.stderr), done.stderr
+        assert done.returncode in (1, 2)
+
+
+def test_a_locale_without_utf_8_still_reads_and_writes_it(doc: str) -> None:
+    words = ("run", "Where is the caf\u00e9?", "--doc", doc)
+    done = call(*words, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0
+    assert done.stdout == call(*words, LC_ALL="C.UTF-8").stdout
+    done = call("chat", stdin=b"\xff\n", PYTHONIOENCODING="utf-8:strict")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected UTF-8 text" in done.stderr
 
 
 def test_wrong_usage_and_unknown_commands() -> None:
@@ -231,10 +385,10 @@ def test_wrong_usage_and_unknown_commands() -> None:
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever happens inside, it leaves as a sentence; markup in it is printed, not obeyed."""
-    for error, code, text in (
+    for error, code, line in (
         (FitError("too [red]long[/red]"), 3, "error: too [red]long[/red]"),
         (BackendError("no backend"), 4, "error: no backend"),
-        (ArgumentError("budget", "more", "0", "raise it"), 2, None),
+        (ArgumentError("budget", "more", "0"), 2, "error: budget: expected more, got 0"),
         (HipserveError("the server did not start"), 1, "error: the server did not start"),
         (MemoryError(), 1, "error: MemoryError: no reason given; HIPSERVE_DEBUG=1 shows where"),
         (RuntimeError("a\nb"), 1, "error: RuntimeError: a b; HIPSERVE_DEBUG=1 shows where"),
@@ -244,7 +398,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             raise error
 
         monkeypatch.setattr(command, "app", fail)
-        assert refused(monkeypatch, capsys) == (code, text or f"error: {error}")
+        assert refused(monkeypatch, capsys) == (code, line, "")
         monkeypatch.setenv("HIPSERVE_DEBUG", "1")
         with pytest.raises(type(error)):
             command.main()
@@ -252,9 +406,9 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 def test_eval_tables_and_json(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The heron waits by the river until the salmon come. " * 300)
-    small = ("--text", str(text), "--length", "1k", "--budget", "128")
+    path = tmp_path / "text.txt"
+    path.write_text("The heron waits by the river until the salmon come. " * 300)
+    small = ("--text", str(path), "--length", "1k", "--budget", "128")
     options = (*small, "--vary", "num_sink_tokens=16,64")
     result = invoke("eval", "perplexity", *options, "--json")
     report = json.loads(result.stdout)
@@ -280,7 +434,35 @@ def test_eval_tables_and_json(tmp_path: Path) -> None:
         assert word in result.stdout
     assert re.search(r"niah\s+│ 6 ", result.stdout), "three questions about two documents"
     assert "dense" not in result.stdout
-    assert result.stderr == ""
+    assert result.stderr.startswith("hip: nothing was pruned in 1,024 tokens")
+    assert "paper:" not in result.stderr
+    hip = next(line for line in result.stdout.splitlines() if "passkey" in line)
+    assert hip.count("[") == 2, "Wilson's intervals of a score; none of a difference of two samples"
+
+
+def test_eval_takes_the_models_context_and_says_what_it_did_not_do(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from hipserve.models import bundled_path
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bundled_path()).save_pretrained(tmp_path)
+    result = invoke("eval", "perplexity", str(tmp_path))
+    assert result.exit_code == 0
+    assert "length: 1k tokens" in result.stderr
+    assert "hip: nothing was pruned in 1,024 tokens" in result.stderr
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    assert "needs 4 pieces" in shown
+    assert "has 1" in shown
+    tasks = ("--samples", "1", "--tasks", "passkey", "--form", "continuation", "--json")
+    report = json.loads(invoke("eval", "retrieval", str(tmp_path), *tasks).stdout)
+    assert (report["length"], report["form"]) == (1024, "continuation")
+    assert report["results"][0]["difference"]["hip"]["interval"] is None
 
 
 def test_demo_with_a_document_of_ones_own(tmp_path: Path) -> None:

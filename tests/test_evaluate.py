@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from hipserve import ArgumentError, FitError, HiPConfig
 from hipserve.evaluate import (
@@ -21,6 +23,7 @@ from hipserve.evaluate import (
     evaluate_perplexity,
     evaluate_retrieval,
     make_sample,
+    passes,
     perplexity,
     read_documents,
     retrieval,
@@ -29,7 +32,7 @@ from hipserve.evaluate.intervals import bootstrap, mean, wilson
 from hipserve.evaluate.passes import greedy_hits
 from hipserve.evaluate.tasks import PUZZLES, Question, Sample, plant
 from hipserve.evaluate.text import language_reference
-from hipserve.models import LoadedModel, load
+from hipserve.models import LoadedModel, bundled_path, load
 
 HAY = " ".join(f"word{i}" for i in range(60_000))
 SMALL = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=64, dense_below=0)
@@ -175,7 +178,7 @@ def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(retrieval, "greedy_hits", hits)
     monkeypatch.setattr(retrieval, "_answer_ids", lambda loaded, asked: asked.answer.split())
     monkeypatch.setattr(FakeModel, "encode", lambda self, turns: turns[0]["content"], raising=False)
-    monkeypatch.setattr(retrieval, "_count", lambda loaded, sample: count(sample))
+    monkeypatch.setattr(retrieval, "_count", lambda loaded, form, sample: count(sample))
     progress: list[Any] = []
     report = evaluate_retrieval(
         model,
@@ -184,6 +187,7 @@ def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -
         HAY,
         length=1000,
         samples=6,
+        form="chat",
         progress=lambda *step: progress.append(step),
     )
     exact, partial = report.results
@@ -241,7 +245,7 @@ def test_nll_is_that_of_one_forward_pass(
     """In chunks over a cache, against `log_softmax` of all logits at once."""
     loaded.use(config)
     ids = loaded.tokenizer(language_reference()[:6000], return_tensors="pt")["input_ids"][:, :1200]
-    monkeypatch.setattr(perplexity, "prefill", chunks_of(256))
+    monkeypatch.setattr(passes, "LOGITS_BYTES", 256 * 4 * 8192)
     nll = perplexity.token_nll(loaded, ids)
     with torch.no_grad():
         logits = loaded.model(ids, use_cache=False).logits[0, :-1].double()
@@ -249,13 +253,22 @@ def test_nll_is_that_of_one_forward_pass(
     torch.testing.assert_close(nll.double(), direct, atol=2e-3, rtol=1e-3)
 
 
-def chunks_of(size: int) -> Any:
-    def prefill(loaded: LoadedModel, ids: torch.Tensor, cache: Any) -> Any:
-        for start in range(0, ids.shape[1], size):
-            chunk = ids[:, start : start + size]
-            yield start, loaded.model(chunk, past_key_values=cache, use_cache=True).logits
-
-    return prefill
+def test_logits_are_made_where_they_count_and_keep_to_their_bound(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many rows at once, and none before the first position that counts."""
+    loaded.use(SMALL)
+    ids = torch.randint(3, 8192, (1, 1500))
+    whole = perplexity.token_nll(loaded, ids)
+    monkeypatch.setattr(passes, "LOGITS_BYTES", 300 * 4 * 8192)
+    monkeypatch.setattr(passes, "CHUNK", 512)
+    rows: list[int] = []
+    hook = loaded.model.lm_head.register_forward_hook(lambda *io: rows.append(io[2].shape[1]))
+    late = perplexity.token_nll(loaded, ids, first=1000)
+    hook.remove()
+    torch.testing.assert_close(late, whole[999:], atol=1e-4, rtol=1e-4)
+    assert sum(rows) == 501 + 2, "two chunks of 512 before them, the last row of each"
+    assert max(rows) <= 256
 
 
 def test_perplexity_report(loaded: LoadedModel) -> None:
@@ -264,24 +277,128 @@ def test_perplexity_report(loaded: LoadedModel) -> None:
         Document("one", "docs", text[:9000]),
         Document("two", "docs", text[50_000:59_000]),
         Document("three", "other", text[90_000:99_000]),
+        Document("four", "other", text[130_000:139_000]),
         Document("short", "other", "not enough"),
     ]
     configs = {"dense": None, "hip": SMALL, "again": None}
     report = evaluate_perplexity(loaded, configs, documents, length=1100, first=76)
-    assert report.documents == ["one", "two", "three"]
+    assert report.documents == ["one", "two", "three", "four"]
     assert report.too_short == ["short"]
     dense, hip = report.results["dense"], report.results["hip"]
     assert dense.change == 0
     assert report.results["again"] == dense
     assert dense.mean == pytest.approx(mean(list(dense.by_domain.values())))
     assert hip.change == pytest.approx(hip.mean / dense.mean - 1)
+    assert hip.interval is not None
     assert hip.interval[0] <= hip.change <= hip.interval[1]
+    assert hip.pieces == 4
     assert 0 < abs(hip.change) < 0.2
     assert hip.perplexity == pytest.approx(math.exp(hip.mean))
     loaded.use(None)
-    ids = loaded.tokenizer(documents[2].text, return_tensors="pt")["input_ids"][:, :1100]
-    nll = perplexity.token_nll(loaded, ids)[75:]
-    assert dense.by_domain["other"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    nlls = []
+    for document in documents[2:4]:
+        ids = loaded.tokenizer(document.text, return_tensors="pt")["input_ids"][:, :1100]
+        nlls.append(perplexity.token_nll(loaded, ids)[75:].mean().item())
+    assert dense.by_domain["other"] == pytest.approx(mean(nlls), rel=1e-5)
+
+
+def test_one_piece_makes_no_interval(loaded: LoadedModel) -> None:
+    """Resampling a single value, or three, says nothing about others."""
+    documents = [Document("one", "docs", language_reference()[:4000])]
+    report = evaluate_perplexity(loaded, {"dense": None, "hip": SMALL}, documents, length=500)
+    assert report.results["hip"].change != 0
+    assert (report.results["hip"].interval, report.results["hip"].pieces) == (None, 1)
+    assert bootstrap([1.0, 2.0, 3.0], mean) is None
+    assert bootstrap([1.0, 2.0, 3.0, 4.0], mean) is not None
+
+
+@tasks
+def test_a_continuation_completes_what_the_document_says(task: str) -> None:
+    sample = make_sample(task, HAY, 2000, count, 5, questions=3)
+    for asked in sample.questions:
+        if task == "variables":
+            assert asked.cue + asked.completion == (
+                asked.cue + " " + " ".join(re.findall(r"VAR (\w+) =", sample.document))
+            )
+        else:
+            assert asked.cue + asked.completion in sample.document
+        assert asked.completion.strip().strip('"') in asked.answer
+
+
+def test_running_text_is_cut_between_tokens(loaded: LoadedModel) -> None:
+    sample = make_sample("kv", language_reference(), 900, count, 0)
+    asked = sample.questions[0]
+    prompt, answer = retrieval._encode(loaded, sample.document, asked, "continuation")
+    text = f"{sample.document}\n\n{asked.cue}{asked.completion}"
+    assert torch.equal(
+        torch.cat([prompt[0], answer]), torch.tensor(loaded.tokenizer(text).input_ids)
+    )
+    assert loaded.tokenizer.decode(answer).strip().strip('"') in asked.completion
+    assert len(answer) > 1
+
+
+def test_the_form_follows_the_chat_template(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model is given a text to complete: nobody asks it anything."""
+    seen: list[str] = []
+
+    def hits(_: Any, prompts: list[torch.Tensor], answers: list[torch.Tensor]) -> list[list[bool]]:
+        seen.append(loaded.tokenizer.decode(prompts[0][0], skip_special_tokens=True))
+        return [[True] for _ in prompts]
+
+    monkeypatch.setattr(retrieval, "greedy_hits", hits)
+    run = functools.partial(
+        evaluate_retrieval, loaded, {"hip": SMALL}, ["passkey"], HAY, length=600, samples=1
+    )
+    assert run().form == "chat"
+    assert run(form="continuation").form == "continuation"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", None)
+    assert run().form == "continuation"
+    assert ["What is the pass key?" in text for text in seen] == [True, False, False]
+    assert all(text.endswith("The pass key is") for text in seen[1:])
+
+
+def test_a_model_with_windows_reads_a_document_once_for_all_questions(tmp_path: Path) -> None:
+    """Its windowed layers cannot be cropped, so every question but the last reads in a copy."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**sizes, **heads, sliding_window=16, layer_types=kinds)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bundled_path())
+    gemma = LoadedModel(model, tokenizer, "tiny", 4096)
+    for attention in (HiPConfig(), None):
+        gemma.use(attention)
+        head = torch.randint(3, 8192, (1, 300))
+        prompts = [torch.cat([head, torch.randint(3, 8192, (1, 20))], 1) for _ in range(3)]
+        answers = [torch.randint(3, 8192, (4,)) for _ in range(3)]
+        likely = [model(prompt).logits[0, -1].argmax() for prompt in prompts]
+        for answer, token in zip(answers[:2], likely[:2], strict=True):
+            answer[0] = token
+        apart = [
+            greedy_hits(gemma, [prompt], [answer])[0]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        read: list[int] = []
+        hook = model.model.embed_tokens.register_forward_hook(
+            lambda *io, read=read: read.append(io[1][0].shape[1])
+        )
+        assert greedy_hits(gemma, prompts, answers) == apart
+        hook.remove()
+        assert sum(read) == 300 + 3 * (20 + 4)
+        assert any(any(hits) for hits in apart)
+
+
+def test_where_anything_is_pruned(loaded: LoadedModel) -> None:
+    config = HiPConfig(budget=256, sliding_window=256)
+    assert not passes.may_prune(loaded, None, 100_000)
+    assert not passes.may_prune(loaded, config, 1500), "below dense_below"
+    assert passes.may_prune(loaded, config.replace(dense_below=0), 1500)
+    assert passes.may_prune(loaded, config, 100_000)
+    everywhere = config.replace(dense_layers=loaded.model.config.num_hidden_layers)
+    assert not passes.may_prune(loaded, everywhere, 100_000)
 
 
 def test_perplexity_of_nothing(loaded: LoadedModel) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from hipserve.errors import ConfigError
+from hipserve.errors import ConfigError, did_you_mean
 
 Selector = Literal["tree", "bound", "tree+bound"]
 Representative = Literal["middle", "first", "last", "random"]
@@ -246,7 +246,7 @@ class HiPConfig:
         _check_choice("preset", name, tuple(PRESETS))
         for key in values:
             if key not in _FIELDS:
-                raise ConfigError(key, f"one of {', '.join(_FIELDS)}", "an unknown key", "fix it")
+                raise _unknown(key, values[key])
         return cls(**{**PRESETS[name], **values})
 
     @classmethod
@@ -260,12 +260,12 @@ class HiPConfig:
     def load(cls, path: str | Path) -> HiPConfig:
         """Reads a `.toml` or `.json` file."""
         path = Path(path)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise ConfigError("config", "a TOML or JSON file", str(path))
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                "config", "a readable file", f"{path} ({error})", "check it"
-            ) from error
+            raise ConfigError("config", "a readable file", f"{path} ({error})") from error
         return cls.loads(
             text, "toml" if path.suffix.lower() == ".toml" else "json", source=str(path)
         )
@@ -276,11 +276,9 @@ class HiPConfig:
         try:
             values = tomllib.loads(text) if form == "toml" else json.loads(text)
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(
-                "config", f"valid {form}", f"{source}: {error}", "correct it"
-            ) from error
+            raise ConfigError("config", f"valid {form}", f"{source}: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError("config", "a table of keys", type(values).__name__, "correct it")
+            raise ConfigError("config", "a table of keys", type(values).__name__)
         return cls.from_dict(cast("dict[str, Any]", values))
 
     def dumps(self, form: Form = "toml") -> str:
@@ -327,7 +325,14 @@ _LEAST = {
 _INT32_MAX = 2**31 - 1
 
 
-def _wrong(name: str, expected: str, got: object, hint: str) -> ConfigError:
+def _unknown(key: str, value: object) -> ConfigError:
+    hint = did_you_mean(key, _FIELDS) or f"fields are {', '.join(_FIELDS)}"
+    if isinstance(value, dict):
+        hint = f"write its fields without [{key}], at the top level"
+    return ConfigError(key, "a field of HiPConfig", "an unknown one", hint)
+
+
+def _wrong(name: str, expected: str, got: object, hint: str = "") -> ConfigError:
     return ConfigError(name, expected, repr(got), hint)
 
 
@@ -335,12 +340,12 @@ def _check_int(name: str, value: object, low: int) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or not low <= cast("int", value) <= _INT32_MAX:
         expected = f"a whole number from {low} to {_INT32_MAX}"
-        raise _wrong(name, expected, value, f"set {name} accordingly")
+        raise _wrong(name, expected, value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise _wrong(name, f"one of {', '.join(choices)}", value, "choose one of them")
+        raise _wrong(name, f"one of {', '.join(choices)}", value)
 
 
 def _check_fraction(name: str, value: object, *, closed: bool = False) -> None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HipserveError(Exception):
-    """Base of every error that hipserve raises on purpose."""
+    """Base of every error that hipserve raises on purpose.
+
+    Attributes:
+        message: what is wrong.
+        hint: what to do about it; empty where the message says it all.
+    """
+
+    def __init__(self, message: str = "", hint: str = "") -> None:
+        self.message, self.hint = message, hint
+        super().__init__(f"{message}; {hint}" if hint else message)
 
 
 class ArgumentError(HipserveError, ValueError):
@@ -14,12 +26,12 @@ class ArgumentError(HipserveError, ValueError):
         argument: name of the argument, as the caller wrote it.
         expected: what would have been accepted.
         got: what came.
-        hint: what to do about it.
+        hint: what to do about it; empty where `expected` says it all.
     """
 
-    def __init__(self, argument: str, expected: str, got: str, hint: str) -> None:
-        self.argument, self.expected, self.got, self.hint = argument, expected, got, hint
-        super().__init__(f"{argument}: expected {expected}, got {got}; {hint}")
+    def __init__(self, argument: str, expected: str, got: str, hint: str = "") -> None:
+        self.argument, self.expected, self.got = argument, expected, got
+        super().__init__(f"{argument}: expected {expected}, got {got}", hint)
 
 
 class ConfigError(ArgumentError):
@@ -36,3 +48,9 @@ class FitError(HipserveError):
 
 class NumericsError(HipserveError):
     """A result that is about to be timed is wrong; the message says which and by how much."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: "did you mean budget?", or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""

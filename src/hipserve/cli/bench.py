@@ -10,7 +10,14 @@ from rich import box
 from rich.table import Table
 
 from hipserve.cli import bench_serve, options
-from hipserve.cli.numbers import format_count, format_ratio, format_seconds, parse_counts
+from hipserve.cli.commands import Commands
+from hipserve.cli.numbers import (
+    at_least,
+    format_count,
+    format_ratio,
+    format_seconds,
+    parse_counts,
+)
 from hipserve.cli.output import err, result, result_json, show
 from hipserve.errors import ArgumentError
 
@@ -21,10 +28,13 @@ if TYPE_CHECKING:
 
 _DENSE = {"native": "our kernel", "sdpa": "torch's SDPA"}
 
-app = typer.Typer(help="Speed of HiP attention beside dense attention.", no_args_is_help=True)
+app = Commands(help="Speed of HiP attention beside dense attention.")
 
 Heads = Annotated[str, typer.Option(metavar="Q/KV", help="Query and KV heads of the layer.")]
-Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every time there.")]
+Csv = Annotated[
+    Path | None,
+    typer.Option(parser=options.parse_path, metavar="FILE", help="Also write every time there."),
+]
 
 
 @app.callback()
@@ -39,7 +49,7 @@ def attention(
     lengths: Annotated[str, typer.Option(metavar="TOKENS,…")] = "8k,16k,32k,64k,128k",
     phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "both",
     heads: Heads = "32/8",
-    head_dim: Annotated[int, typer.Option(min=1)] = 128,
+    head_dim: Annotated[int, typer.Option(parser=at_least(1), metavar="N")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     budget: options.Budget = None,
     selector: options.Selector = None,
@@ -47,8 +57,13 @@ def attention(
     config: options.ConfigFile = None,
     backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
-    rounds: Annotated[int, typer.Option(min=1, help="Times each call is timed at most.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="All cores if left out.")] = None,
+    rounds: Annotated[
+        int, typer.Option(parser=at_least(1), metavar="N", help="Times each call is timed at most.")
+    ] = 7,
+    threads: Annotated[
+        int | None,
+        typer.Option(parser=at_least(1), metavar="N", help="All cores if left out."),
+    ] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu with one thread.")] = "wall",
     csv: Csv = None,
     json: options.Json = False,

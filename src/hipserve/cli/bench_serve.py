@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from hipserve.cli import options
-from hipserve.cli.numbers import parse_counts
+from hipserve.cli.numbers import at_least, parse_counts
 from hipserve.cli.output import err, result_json, show
 from hipserve.models.bundled import BUNDLED, bundled_path
 
@@ -24,13 +24,19 @@ def serve(
     model: options.Model = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "512,8k,32k",
     repeats: Annotated[
-        int, typer.Option(min=1, help="Answers a length and server; one beyond 32k.")
+        int,
+        typer.Option(
+            parser=at_least(1), metavar="N", help="Answers a length and server; one beyond 32k."
+        ),
     ] = 3,
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows here.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(parser=options.parse_path, metavar="FILE", help="Write the rows here."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from hipserve.cli import options
 from hipserve.cli.output import err, say
-from hipserve.cli.run import ask, read_document, report
-from hipserve.errors import ArgumentError, FitError
+from hipserve.cli.run import (
+    as_text,
+    ask,
+    open_document,
+    read_document,
+    report,
+    standard_input,
+)
+from hipserve.errors import FitError
 
 
 def chat(
@@ -29,14 +35,15 @@ def chat(
     dtype: options.DType = "auto",
 ) -> None:
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
-    document = read_document(doc) if doc is not None else None
+    standard_input()
+    stream = open_document(doc) if doc is not None else None
     settings = options.make_config(config, preset, budget, selector)
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
 
     talk = Conversation(loaded)
-    if document:
-        talk.say(f"Read the text.\n\n{document}")
+    if doc is not None and stream is not None:
+        talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
         loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)
     generation = options.sampling(temperature, seed)
     while question := _read_line():
@@ -52,10 +59,4 @@ def chat(
 
 def _read_line() -> str:
     err.print("> ", end="", style="bold")
-    line = sys.stdin.readline().strip()
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # stdin keeps what it cannot read as lone surrogates
-        hint = "check the encoding of what is piped in"
-        raise ArgumentError("question", "UTF-8 text", ascii(line), hint) from None
-    return line
+    return as_text("question", standard_input().readline().strip())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import resource
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes, parse_count
 from hipserve.cli.output import result, result_json, say
-from hipserve.cli.run import ask, read_document
+from hipserve.cli.run import ask, open_document
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 
@@ -76,9 +76,10 @@ def demo(
 
     _check_length("length", length)
     _check_length("dense_length", dense_length)
-    text = read_document(doc) if doc else language_reference()
+    stream = open_document(doc) if doc is not None else None
     config = options.make_config(budget=budget)
     loaded = options.load_model(None, config, device, "auto")
+    text = language_reference() if stream is None else _beginning(stream, str(doc), loaded)
     say(f"{loaded.name}, budget {config.budget} keys, attention: {loaded.backend}, {_machine()}")
     reading = _read(loaded, config, text, min(length, loaded.max_context), FACTS, stream=not json)
     measured = _measured(reading)
@@ -95,9 +96,20 @@ def demo(
         raise typer.Exit(1)
 
 
+def _beginning(stream: BinaryIO, source: str, loaded: LoadedModel) -> str:
+    """As much of a document as the model's context can hold."""
+    from hipserve.evaluate.text import decode_text, read_bytes
+
+    content = read_bytes(stream, source, loaded.max_bytes)
+    cut = len(content) == loaded.max_bytes
+    if cut:
+        say(f"looking at the first {loaded.max_bytes:,} bytes of {source}")
+    return decode_text(content, source, cut=cut)
+
+
 def _check_length(argument: str, value: int) -> None:
     if value < 2 * ROOM:
-        raise ArgumentError(argument, f"at least {2 * ROOM} tokens", str(value), "raise it")
+        raise ArgumentError(argument, f"at least {2 * ROOM} tokens", str(value))
 
 
 @dataclass(frozen=True, slots=True)

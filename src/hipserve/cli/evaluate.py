@@ -11,21 +11,31 @@ import typer
 from rich.table import Table
 
 from hipserve.cli import options
-from hipserve.cli.numbers import format_count, parse_count
+from hipserve.cli.commands import Commands
+from hipserve.cli.numbers import at_least, format_count, parse_count
 from hipserve.cli.output import err, result_json, say, show
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.evaluate import PerplexityReport, RetrievalReport
+    from hipserve.evaluate.perplexity import Nll
+    from hipserve.evaluate.retrieval import Form, Score
+    from hipserve.models import LoadedModel
 
-app = typer.Typer(help="Quality of pruned attention beside dense attention.", no_args_is_help=True)
+app = Commands(help="Quality of pruned attention compared with dense attention.")
 
 LONG = 32 * 1024
-Length = Annotated[int, typer.Option(parser=parse_count, metavar="TOKENS", show_default="32k")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count, metavar="TOKENS", help="32k, or the model's context if that is shorter."
+    ),
+]
 Text = Annotated[
     list[Path] | None,
     typer.Option(
+        parser=options.parse_path,
         metavar="FILE",
         help="Text or .jsonl files; the Python language reference if left out. Repeatable.",
     ),
@@ -45,11 +55,24 @@ NoDense = Annotated[
 @app.command()
 def retrieval(
     model: options.Model = None,
-    length: Length = LONG,
-    samples: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 50,
+    length: Length = None,
+    samples: Annotated[
+        int, typer.Option(parser=at_least(1), metavar="N", help="Documents of each task.")
+    ] = 50,
     questions: Annotated[
-        int, typer.Option(min=1, help="About each document, where the task has so many.")
+        int,
+        typer.Option(
+            parser=at_least(1),
+            metavar="N",
+            help="About each document, where the task has so many.",
+        ),
     ] = 1,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="chat or continuation; chat if left out and the model has a chat template."
+        ),
+    ] = None,
     tasks: Annotated[str, typer.Option(help="With commas.")] = "passkey,niah,kv,variables,quote",
     text: Text = None,
     also: Also = None,
@@ -69,8 +92,10 @@ def retrieval(
     configs = _configs(base, also, vary, no_dense)
     from hipserve.evaluate import evaluate_retrieval, read_documents
 
+    chosen = _form(form)
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)
+    length = _length(loaded, length)
     with err.status("measuring …") as status:
         report = evaluate_retrieval(
             loaded,
@@ -80,9 +105,11 @@ def retrieval(
             length=length,
             samples=samples,
             questions=questions,
+            form=chosen,
             seed=seed,
             progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
         )
+    _say_what_is_dense(loaded, configs, length)
     if json:
         result_json(report.to_dict())
     else:
@@ -92,7 +119,7 @@ def retrieval(
 @app.command()
 def perplexity(
     model: options.Model = None,
-    length: Length = LONG,
+    length: Length = None,
     first: Annotated[
         int | None,
         typer.Option(parser=parse_count, help="First position that counts; a quarter of length."),
@@ -116,6 +143,7 @@ def perplexity(
 
     documents = read_documents(text or ())
     loaded = options.load_model(model, base, device, dtype)
+    length = _length(loaded, length)
     with err.status("measuring …") as status:
         report = evaluate_perplexity(
             loaded,
@@ -127,10 +155,41 @@ def perplexity(
         )
     for name in report.too_short:
         say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
+    _say_what_is_dense(loaded, configs, length)
     if json:
         result_json(report.to_dict())
     else:
         show(_perplexity_table(report))
+
+
+def _form(name: str | None) -> Form | None:
+    if name not in (None, "chat", "continuation"):
+        raise ArgumentError("form", "chat or continuation", repr(name))
+    return name
+
+
+def _length(loaded: LoadedModel, length: int | None) -> int:
+    """The length asked for, or the default for this model."""
+    if length is not None:
+        return length
+    length = min(LONG, loaded.max_context)
+    say(f"length: {format_count(length)} tokens")
+    return length
+
+
+def _say_what_is_dense(
+    loaded: LoadedModel, configs: dict[str, HiPConfig | None], length: int
+) -> None:
+    """Two columns of the same attention show no difference, and that means nothing."""
+    from hipserve.evaluate.passes import may_prune
+
+    for name, config in configs.items():
+        if config is not None and not may_prune(loaded, config, length):
+            say(
+                f"{name}: nothing was pruned in {length:,} tokens, it read what dense attention "
+                "reads; give a longer --length, a smaller --budget or a lower dense_below",
+                style="yellow",
+            )
 
 
 def _configs(
@@ -162,16 +221,21 @@ def _value(text: str) -> Any:
 
 
 def _retrieval_table(report: RetrievalReport) -> Table:
-    title = f"{report.model}, {format_count(report.length)} tokens, score and 95 % interval"
+    size = f"{format_count(report.length)} tokens, by {report.form}"
+    title = f"{report.model}, {size}, score and 95 % interval"
     table = Table("task", "samples", *report.configs, title=title)
     for row in report.results:
         cells = [
-            f"{score.mean:.3f} [{score.interval[0]:.2f}, {score.interval[1]:.2f}]"
+            f"{score.mean:.3f}{_interval(score)}"
             + (f" ({row.difference[name].mean:+.3f})" if name in row.difference else "")
             for name, score in row.scores.items()
         ]
         table.add_row(row.task, str(row.samples), *(cell.replace("[", r"\[") for cell in cells))
     return table
+
+
+def _interval(score: Score) -> str:
+    return f" [{score.interval[0]:.2f}, {score.interval[1]:.2f}]" if score.interval else ""
 
 
 def _perplexity_table(report: PerplexityReport) -> Table:
@@ -181,13 +245,21 @@ def _perplexity_table(report: PerplexityReport) -> Table:
     table = Table("attention", "nll", "change", "95 % interval", "perplexity", *domains)
     table.title = title
     for name, nll in report.results.items():
-        low, high = nll.interval
         table.add_row(
             name,
             f"{nll.mean:.4f}",
             f"{nll.change:+.2%}",
-            f"{low:+.2%} to {high:+.2%}",
+            _change(nll),
             f"{nll.perplexity:.3f}",
             *(f"{nll.by_domain[domain]:.4f}" for domain in domains),
         )
     return table
+
+
+def _change(nll: Nll) -> str:
+    from hipserve.evaluate.intervals import MIN_VALUES
+    from hipserve.evaluate.perplexity import PIECE
+
+    if nll.interval is None:
+        return f"needs {MIN_VALUES} pieces of {PIECE:,} tokens, has {nll.pieces}"
+    return f"{nll.interval[0]:+.2%} to {nll.interval[1]:+.2%}"

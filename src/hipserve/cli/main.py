@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from hipserve.cli import bench, chat, demo, doctor, evaluate, run, serve, version
-from hipserve.cli.output import err
+from hipserve.cli.commands import Commands
+from hipserve.cli.output import err, tolerate_any_text
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 does not fit, 4 no backend."
 
-app = typer.Typer(
+app = Commands(
     help="HiP attention: long-context language models faster, without training.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -31,8 +32,20 @@ app.command()(doctor.doctor)
 app.command()(version.version)
 
 
+@app.callback()
+def _hipserve(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=version.show_own, is_eager=True, help="Version of hipserve."
+        ),
+    ] = False,
+) -> None: ...
+
+
 def main() -> None:
-    """Entry point: an error is one sentence and an exit code; HIPSERVE_DEBUG=1 shows where."""
+    """Entry point: an error is a sentence and an exit code; HIPSERVE_DEBUG=1 shows where."""
+    tolerate_any_text()
     try:
         app()
     except BrokenPipeError:
@@ -41,7 +54,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("HIPSERVE_DEBUG"):
             raise
-        err.print(f"[red]error:[/red] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
+        _complain("error", "red", _sentence(error))
+        if hint := getattr(error, "hint", ""):
+            _complain("hint", "cyan", hint)
         sys.exit(exit_code(error))
 
 
@@ -54,9 +69,13 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, ArgumentError) else 1
 
 
+def _complain(kind: str, color: str, text: str) -> None:
+    err.print(f"[{color}]{kind}:[/{color}] {escape(text)}", soft_wrap=True, highlight=False)
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, HipserveError):
-        return str(error)
+        return error.message
     reason = " ".join(str(error).split()) or "no reason given"
     return f"{type(error).__name__}: {reason}; HIPSERVE_DEBUG=1 shows where"
 

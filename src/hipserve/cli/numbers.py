@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from fractions import Fraction
 
 import typer
 
 FACTORS = {"": 1, "k": 1024, "m": 1024**2}
+COLDEST = 0.01
+"""Below it, logits over the temperature overflow; vLLM draws the same line."""
 
 
 def parse_count(text: str | int) -> int:
@@ -15,12 +20,39 @@ def parse_count(text: str | int) -> int:
     Raises:
         typer.BadParameter: it is none of these, or not a whole number.
     """
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kKmM]?)", str(text).strip())
+    match = re.fullmatch(r"([0-9][0-9_]{,30}(?:\.[0-9]{1,30})?)([kKmM]?)", str(text).strip())
     if match:
-        value = float(match[1].replace("_", "")) * FACTORS[match[2].lower()]
-        if value == int(value):
-            return int(value)
+        value = Fraction(match[1].replace("_", "")) * FACTORS[match[2].lower()]
+        if value.denominator == 1:
+            return value.numerator
     raise typer.BadParameter(f"{text!r} is no number; write it as 4096, 32k or 1M")
+
+
+def at_least(low: int) -> Callable[[str | int], int]:
+    """`parse_count` for an option with a minimum."""
+
+    def parse(text: str | int) -> int:
+        value = parse_count(text)
+        if value < low:
+            raise typer.BadParameter(f"{text} is less than {low}")
+        return value
+
+    return parse
+
+
+def parse_temperature(text: str | float) -> float:
+    """0, or a finite number whose quotients with logits are finite, too.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value == 0 or COLDEST <= value < math.inf:
+        return value
+    raise typer.BadParameter(f"{text} is neither 0 (greedy) nor a finite number from {COLDEST} on")
 
 
 def parse_counts(text: str) -> list[int]:

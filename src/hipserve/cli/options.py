@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hipserve.cli.numbers import parse_count
+from hipserve.cli.numbers import at_least, parse_count, parse_temperature
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel
+
+
+def parse_path(text: str | Path) -> Path:
+    """A file name; an empty one, which would be the current directory, is a mistake.
+
+    Raises:
+        typer.BadParameter: it is empty.
+    """
+    if not str(text).strip():
+        raise typer.BadParameter("the file name is empty")
+    return Path(text)
+
 
 Budget = Annotated[
     int | None,
@@ -23,18 +35,30 @@ Budget = Annotated[
 Selector = Annotated[str | None, typer.Option(help="tree, bound or tree+bound.")]
 Preset = Annotated[str, typer.Option(help="default, fast or paper.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="HiPConfig as TOML or JSON.")
+    Path | None,
+    typer.Option("--config", parser=parse_path, metavar="FILE", help="HiPConfig as TOML or JSON."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda; the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16, float32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Directory or hub name; the bundled model if left out."),
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Directory, GGUF file or hub name; the bundled model if left out.",
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it samples.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of samples and of what is generated.")]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(parser=at_least(1), metavar="TOKENS", help="Maximum new tokens of an answer."),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(parser=parse_temperature, metavar="NUMBER", help="0 is greedy; above it samples."),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of what is generated.")
+]
 
 
 def make_config(
@@ -45,7 +69,7 @@ def make_config(
 ) -> HiPConfig:
     """The file or the preset, with the options on top."""
     if config and preset != "default":
-        hint = f'leave it out, or write preset = "{preset}" into {config}'
+        hint = f'leave --preset out, or write preset = "{preset}" into {config}'
         raise ArgumentError("preset", "a preset or a configuration file", "both", hint)
     base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
     given = {"budget": budget, "selector": selector}
@@ -61,7 +85,7 @@ def refuse_beside_dense(
     names += ["--preset"] if preset != "default" else []
     if names:
         got = ", ".join(names)
-        raise ArgumentError("dense", "no option of pruning beside it", got, "leave one of them out")
+        raise ArgumentError("dense", "no option of pruning beside it", got)
 
 
 def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: str) -> LoadedModel:
@@ -70,7 +94,7 @@ def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: s
 
     dtypes = ("auto", "bfloat16", "float16", "float32")
     if dtype not in dtypes:
-        raise ArgumentError("dtype", f"one of {', '.join(dtypes)}", repr(dtype), "choose one")
+        raise ArgumentError("dtype", f"one of {', '.join(dtypes)}", repr(dtype))
     _silence()
     with err.status(f"loading {name or BUNDLED} …"):
         return load(name, config=config, dtype=dtype, device=device)

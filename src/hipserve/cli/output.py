@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hipserve.errors import HipserveError
+
 err = Console(stderr=True)
+
+
+def tolerate_any_text() -> None:
+    """What stdout's encoding lacks is written as an escape, as Python does it on stderr; what stdin
+    holds and cannot be read is kept, as Python does it with arguments."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def result(text: str, end: str = "\n") -> None:
     """A result, as plain text, at once."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    stream = _stdout()
+    stream.write(text + end)
+    stream.flush()
 
 
 def result_json(value: Any) -> None:
@@ -24,7 +37,13 @@ def result_json(value: Any) -> None:
 
 def show(renderable: Any) -> None:
     """A table or another rich object, on stdout."""
-    Console().print(renderable)
+    Console(file=_stdout()).print(renderable)
+
+
+def _stdout() -> TextIO:
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]  # `>&-` in a shell
+        raise HipserveError("stdout is closed: there is nowhere to write the result")
+    return sys.stdout
 
 
 def progress_bar() -> Progress:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import progress_bar, result, result_json, say
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, FitError
 
 if TYPE_CHECKING:
-    from hipserve.models import Conversation
+    from hipserve.models import Conversation, LoadedModel
 
 
 def run(
     words: Annotated[list[str], typer.Argument(metavar="[MODEL] QUESTION")],
-    doc: Annotated[str, typer.Option(metavar="FILE", help="A text file, or - for stdin.")],
+    doc: Annotated[
+        str, typer.Option(metavar="FILE", help="A text file (or gzip), or - for stdin.")
+    ],
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
@@ -36,10 +39,11 @@ def run(
     if len(words) > 2:
         raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
     if not words[-1].strip():
-        raise ArgumentError("question", "some words", repr(words[-1]), "put it in quotes")
+        raise ArgumentError("question", "some words", repr(words[-1]))
     if dense:
         options.refuse_beside_dense(config, preset, budget, selector)
-    document = read_document(doc)
+    question = as_text("question", words[-1])
+    stream = open_document(doc)
     settings = options.make_config(config, preset, budget, selector)
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
     if dense:
@@ -47,10 +51,10 @@ def run(
     from hipserve.models import Conversation
 
     talk = Conversation(loaded)
-    talk.say(f"Read the text.\n\n{document}")
+    talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
     answer = ask(
         talk,
-        words[-1],
+        question,
         stream=not json,
         max_new_tokens=max_new_tokens,
         **options.sampling(temperature, seed),
@@ -65,11 +69,48 @@ def run(
         report(talk)
 
 
-def read_document(path: str) -> str:
-    """The text of a file, or of stdin for `-`."""
-    from hipserve.evaluate.text import decode_text, read_text
+def as_text(argument: str, words: str) -> str:
+    """What was typed, as text: Python keeps bytes that its locale cannot read as surrogates.
 
-    return decode_text(sys.stdin.buffer.read(), "stdin") if path == "-" else read_text(path)
+    Raises:
+        ArgumentError: the bytes are not UTF-8.
+    """
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(words).decode()
+        except UnicodeError:
+            raise ArgumentError(argument, "UTF-8 text", ascii(words)) from None
+    return words
+
+
+def open_document(path: str) -> BinaryIO:
+    """A file, or stdin for `-`, opened before anything that takes long."""
+    from hipserve.evaluate.text import open_text
+
+    return standard_input().buffer if path == "-" else open_text(path)
+
+
+def standard_input() -> TextIO:
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]  # `<&-` in a shell
+        raise ArgumentError("stdin", "something to read", "a closed one")
+    return sys.stdin
+
+
+def read_document(stream: BinaryIO, path: str, loaded: LoadedModel) -> str:
+    """The text of what `open_document` opened, unless it is longer than the model could read."""
+    from hipserve.evaluate.text import decode_text, read_bytes
+
+    source, limit = "stdin" if path == "-" else path, loaded.max_bytes
+    content = read_bytes(stream, source, limit + 1)
+    if len(content) > limit:
+        raise FitError(
+            f"{source} does not fit {loaded.name}: it has more than {limit:,} bytes, and no text "
+            f"as long has room in its context of {loaded.max_context:,} tokens",
+            "shorten the document or choose another model",
+        )
+    return decode_text(content, source)
 
 
 def ask(talk: Conversation, question: str, *, stream: bool = True, **generation: Any) -> str:

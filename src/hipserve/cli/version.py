@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version as version_of
 
+import typer
+
 from hipserve.cli import options
 from hipserve.cli.output import result, result_json
 
@@ -17,3 +19,10 @@ def version(json: options.Json = False) -> None:
         result_json(versions)
     else:
         result("\n".join(f"{name} {number}" for name, number in versions.items()))
+
+
+def show_own(wanted: bool) -> None:
+    """`hipserve --version`: without torch's, which would have to be looked up."""
+    if wanted:
+        result(f"hipserve {version_of('hipserve')}")
+        raise typer.Exit

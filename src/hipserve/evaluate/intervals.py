@@ -10,6 +10,9 @@ from typing import TypeVar
 
 Z = 1.959964
 ROUNDS = 2000
+MIN_VALUES = 4
+"""Fewest values that a bootstrap interval is made of: with 3, one in 27 resamples holds nothing but
+the smallest of them, so that an end of the interval would be a single value."""
 
 T = TypeVar("T")
 Interval = tuple[float, float]
@@ -27,8 +30,10 @@ def wilson(successes: int, trials: int) -> Interval:
 
 def bootstrap(
     values: Sequence[T], statistic: Callable[[Sequence[T]], float], seed: int = 0
-) -> Interval:
-    """Percentile interval of a statistic under resampling of `values`."""
+) -> Interval | None:
+    """Percentile interval of a statistic under resampling; None for under `MIN_VALUES` values."""
+    if len(values) < MIN_VALUES:
+        return None
     rng = random.Random(seed)
     draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(ROUNDS))
     return draws[int(0.025 * ROUNDS)], draws[int(0.975 * ROUNDS) - 1]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from hipserve.config import HiPConfig
+from hipserve.errors import FitError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.models import LoadedModel
 
 CHUNK = 4096
+LOGITS_BYTES = 256 << 20
+"""Bound on the float32 logits of one forward pass: 4,096 rows of 262,144 words would be 4 GiB."""
 
 
 def make_cache(loaded: LoadedModel) -> Cache:
@@ -21,11 +26,50 @@ def make_cache(loaded: LoadedModel) -> Cache:
     return HiPCache(config) if pruned else DynamicCache(config=config)
 
 
-def prefill(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Iterator[tuple[int, Tensor]]:
-    """Reads `ids` `[1, tokens]`; yields the first position and the logits of every chunk."""
-    for start in range(0, ids.shape[1], CHUNK):
-        chunk = ids[:, start : start + CHUNK]
-        yield start, loaded.model(chunk, past_key_values=cache, use_cache=True).logits
+def prefill(
+    loaded: LoadedModel, ids: Tensor, cache: Cache, first: int = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """Reads `ids` `[1, tokens]`; yields positions from `first` on with the logits behind them."""
+    step = _logit_rows(loaded)
+    start = first - first % step
+    _read(loaded, ids[:, :start], cache)
+    for begin in range(start, ids.shape[1], step):
+        chunk, position = ids[:, begin : begin + step], max(begin, first)
+        options = {"logits_to_keep": begin + chunk.shape[1] - position}
+        yield position, loaded.model(chunk, past_key_values=cache, use_cache=True, **options).logits
+
+
+def _logit_rows(loaded: LoadedModel) -> int:
+    """Rows of a chunk whose logits keep to `LOGITS_BYTES`: a power of two, from 64 to `CHUNK`."""
+    words = loaded.model.config.get_text_config().vocab_size
+    rows = max(LOGITS_BYTES // (4 * words), 64)
+    return min(1 << (rows.bit_length() - 1), CHUNK)
+
+
+def check_length(loaded: LoadedModel, length: int) -> None:
+    """Raises FitError where a measurement of `length` tokens exceeds the model's context."""
+    if length > loaded.max_context:
+        raise FitError(
+            f"a length of {length:,} tokens does not fit {loaded.name}: its context is "
+            f"{loaded.max_context:,}",
+            "lower the length",
+        )
+
+
+def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> bool:
+    """Does any layer leave keys out at the end of `length` tokens?"""
+    if config is None:
+        return False
+    text = loaded.model.config.get_text_config()
+    count, window = text.num_hidden_layers, getattr(text, "sliding_window", None) or length
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * count
+    settled = config.on(loaded.device.type)
+    visible = [length if kind == "full_attention" else min(length, window) for kind in kinds]
+    return any(
+        settled.may_prune(keys, config.query_block_size)
+        for layer, keys in enumerate(visible)
+        if layer not in config.dense_layers
+    )
 
 
 @torch.no_grad()
@@ -42,19 +86,23 @@ def greedy_hits(
     cache, hits = make_cache(loaded), list[list[bool]]()
     shared = _common_prefix(prompts) if len(prompts) > 1 else 0
     _read(loaded, prompts[0][:, :shared], cache)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if hits:
-            try:
-                cache.crop(shared - cache.get_seq_length())
-            except RuntimeError:  # layers with a sliding window of their own forget what they left
-                cache = make_cache(loaded)
-                _read(loaded, prompt[:, :shared], cache)
-        logits, found = _read(loaded, prompt[:, shared:], cache), list[bool]()
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
+        branch = cache if i == len(prompts) else _branch(cache)
+        logits, found = _read(loaded, prompt[:, shared:], branch), list[bool]()
         for token in answer:
             found.append(bool(logits[0, -1].argmax() == token))
-            logits = _read(loaded, token.view(1, 1), cache)
+            logits = _read(loaded, token.view(1, 1), branch)
         hits.append(found)
+        if branch is cache and i < len(prompts):
+            cache.crop(shared - cache.get_seq_length())
     return hits
+
+
+def _branch(cache: Cache) -> Cache:
+    """The cache itself where it can be cropped to what it holds now, else a copy: layers with a
+    window of their own forget what they left."""
+    windowed = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    return copy.deepcopy(cache) if windowed else cache
 
 
 def _read(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
 from hipserve.evaluate.intervals import Interval, bootstrap, mean
-from hipserve.evaluate.passes import make_cache, prefill
+from hipserve.evaluate.passes import check_length, make_cache, prefill
 from hipserve.evaluate.text import Document
 from hipserve.models import LoadedModel
 
@@ -30,13 +30,15 @@ class Nll:
         mean: nats, mean over domains of the mean over their tokens.
         by_domain: nats.
         change: mean relative to dense minus 1; 0 for dense itself.
-        interval: 95 % paired bootstrap interval of `change`.
+        interval: 95 % paired bootstrap interval of `change`; None from too few pieces.
+        pieces: how many pieces of `PIECE` tokens were compared.
     """
 
     mean: float
     by_domain: dict[str, float]
     change: float
-    interval: Interval
+    interval: Interval | None
+    pieces: int
 
     @property
     def perplexity(self) -> float:
@@ -82,19 +84,19 @@ def evaluate_perplexity(
         FitError: `length` exceeds the context, or no document is long enough.
     """
     if length < 2:
-        raise ArgumentError("length", "2 tokens or more", str(length), "give a longer one")
-    loaded.check_fit(length, 0)
+        raise ArgumentError("length", "2 tokens or more", str(length))
+    check_length(loaded, length)
     first = length // 4 if first is None else first
     if not 0 < first < length:
-        hint = "count positions from the start of the text"
-        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first), hint)
+        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first))
     encoded = {doc: _encode(loaded, doc, length) for doc in documents}
     kept = {doc: ids for doc, ids in encoded.items() if ids.shape[1] == length}
     if not kept:
         longest = max((ids.shape[1] for ids in encoded.values()), default=0)
         raise FitError(
             f"nothing to measure at positions {first:,} to {length:,}: the longest document has "
-            f"{longest:,} tokens; lower the length or give longer texts"
+            f"{longest:,} tokens",
+            "lower the length or give longer texts",
         )
     pieces: dict[str, dict[str, list[float]]] = {}
     for name, config in configs.items():
@@ -103,7 +105,7 @@ def evaluate_perplexity(
         for doc, ids in kept.items():
             if progress:
                 progress(doc.name, name)
-            nll = token_nll(loaded, ids)[first - 1 :]
+            nll = token_nll(loaded, ids, first)
             means = [float(piece.mean()) for piece in nll.split(PIECE)]
             pieces[name].setdefault(doc.domain, []).extend(means)
     return PerplexityReport(
@@ -118,10 +120,10 @@ def evaluate_perplexity(
 
 
 @torch.no_grad()
-def token_nll(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """`[tokens - 1]` float32 nats: of each token of `ids` `[1, tokens]` after the first."""
+def token_nll(loaded: LoadedModel, ids: Tensor, first: int = 1) -> Tensor:
+    """`[tokens - first]` float32 nats: of each token of `ids` `[1, tokens]` from `first` on."""
     parts: list[Tensor] = []
-    for start, logits in prefill(loaded, ids, make_cache(loaded)):
+    for start, logits in prefill(loaded, ids, make_cache(loaded), first - 1):
         targets = ids[0, start + 1 : start + 1 + logits.shape[1]]
         parts.append(F.cross_entropy(logits[0, : len(targets)].float(), targets, reduction="none"))
     return torch.cat(parts).cpu()
@@ -138,7 +140,8 @@ def _compare(base: dict[str, list[float]], other: dict[str, list[float]]) -> Nll
         (domain, a, b) for domain in base for a, b in zip(base[domain], other[domain], strict=True)
     ]
     change = mean(list(by_domain.values())) / mean([mean(v) for v in base.values()]) - 1
-    return Nll(mean(list(by_domain.values())), by_domain, change, bootstrap(pairs, _change))
+    interval = bootstrap(pairs, _change)
+    return Nll(mean(list(by_domain.values())), by_domain, change, interval, len(pairs))
 
 
 def _change(pairs: Sequence[tuple[str, float, float]]) -> float:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hipserve.errors import ArgumentError, FitError
+from hipserve.errors import ArgumentError, FitError, did_you_mean
 
 WORDS = [
     "anchor",
@@ -128,10 +128,17 @@ MEMORIZE = "Some special values are hidden in the following text. Memorize them.
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, and what the model should say."""
+    """What is asked, and what the model should say; or what it is given to complete, and how.
+
+    Attributes:
+        question, answer: of a conversation.
+        cue, completion: of a running text, for models that know no conversation.
+    """
 
     question: str
     answer: str
+    cue: str
+    completion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,9 @@ class Puzzle:
 def passkey(rng: random.Random) -> Puzzle:
     value = _digits(rng, 5)
     fact = f"The pass key is {value}. Remember it. {value} is the pass key."
-    return Puzzle(READ, [fact], [Question("What is the pass key?", f"The pass key is {value}")])
+    is_key = "The pass key is"
+    asked = Question("What is the pass key?", f"{is_key} {value}", is_key, f" {value}")
+    return Puzzle(READ, [fact], [asked])
 
 
 def niah(rng: random.Random) -> Puzzle:
@@ -175,6 +184,8 @@ def niah(rng: random.Random) -> Puzzle:
         Question(
             f"What is the special magic number for {key} mentioned in the provided text?",
             form.format(key, values[key]),
+            f"One of the special magic numbers for {key} is:",
+            f" {values[key]}",
         )
         for key in _one_first(rng, keys)
     ]
@@ -186,7 +197,12 @@ def kv(rng: random.Random) -> Puzzle:
     pairs = {_hex(rng): _hex(rng) for _ in range(32)}
     facts = [f'"{key}": "{value}",' for key, value in pairs.items()]
     questions = [
-        Question(f'Which value is stored under the key "{key}"?', f'"{key}": "{pairs[key]}')
+        Question(
+            f'Which value is stored under the key "{key}"?',
+            f'"{key}": "{pairs[key]}',
+            f'"{key}":',
+            f' "{pairs[key]}',
+        )
         for key in _one_first(rng, list(pairs))
     ]
     return Puzzle(READ, facts, questions)
@@ -205,7 +221,9 @@ def variables(rng: random.Random) -> Puzzle:
     facts = [f"VAR {names[0]} = {value}"]
     facts += [f"VAR {name} = VAR {source}" for source, name in itertools.pairwise(names)]
     question = f"Find all variables that are assigned the value {value} in the text above."
-    return Puzzle(READ, facts, [Question(question, " ".join(names))], exact=False)
+    cue = f"The variables that are assigned the value {value} in the text above are:"
+    answer = " ".join(names)
+    return Puzzle(READ, facts, [Question(question, answer, cue, f" {answer}")], exact=False)
 
 
 PUZZLES: dict[str, Callable[[random.Random], Puzzle]] = {
@@ -247,7 +265,8 @@ def make_sample(
         if size > len(text):
             raise FitError(
                 f"the haystack is too short for {length:,} tokens: it has {len(text):,} characters "
-                f"and {size:,} are needed; give more text"
+                f"and {size:,} are needed",
+                "give more text",
             )
         sample = _hide(task, text, size, random.Random(f"{task} {seed}"), questions)
         tokens = count(sample)
@@ -261,7 +280,9 @@ def make_sample(
 
 def check_task(task: str) -> None:
     if task not in TASKS:
-        raise ArgumentError("task", f"one of {', '.join(TASKS)}", repr(task), "choose one of them")
+        raise ArgumentError(
+            "task", f"one of {', '.join(TASKS)}", repr(task), did_you_mean(task, TASKS)
+        )
 
 
 def _hide(task: str, text: str, size: int, rng: random.Random, questions: int) -> Sample:
@@ -295,8 +316,10 @@ def _quote(stretch: str, rng: random.Random) -> Sample:
     first = rng.randrange(len(words) // 20, len(words) * 9 // 10 - GIVEN - ASKED)
     begin, middle = words[first].start(), words[first + GIVEN].start()
     end = words[first + GIVEN + ASKED - 1].end()
-    question = f"Continue the passage: {stretch[begin:middle].rstrip()}"
-    return Sample(f"{READ}\n\n{stretch}", (Question(question, stretch[middle:end]),), False)
+    given = stretch[begin:middle].rstrip()
+    rest = stretch[middle:end]
+    asked = Question(f"Continue the passage: {given}", rest, given, f" {rest}")
+    return Sample(f"{READ}\n\n{stretch}", (asked,), False)
 
 
 def _digits(rng: random.Random, count: int) -> str:

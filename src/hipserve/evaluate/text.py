@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import importlib
+import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, FitError
+
+MAX_BYTES = 1 << 30
+"""Bytes of a text to measure on: an endless file is not read for ever."""
+GZIP = b"\x1f\x8b"
+PART = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +50,72 @@ def language_reference() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of one file.
+    """The text of one file, of at most `MAX_BYTES`; gzip is unpacked.
 
     Raises:
         ArgumentError: it cannot be read, is not UTF-8, or is empty.
+        FitError: it is longer.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise _unreadable(str(path), error.strerror or str(error)) from error
+    with open_text(path) as stream:
+        content = read_bytes(stream, str(path), MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise FitError(f"{path} has more than {MAX_BYTES:,} bytes", "give a shorter text")
     return decode_text(content, str(path))
 
 
-def decode_text(content: bytes, source: str) -> str:
-    """Bytes as text; `source` names them in errors, which are those of `read_text`."""
+def open_text(path: str | Path) -> BinaryIO:
+    """The file, opened.
+
+    Raises:
+        ArgumentError: there is none, or it cannot be read.
+    """
+    if not str(path).strip():
+        raise ArgumentError("file", "the name of a text file", repr(str(path)))
     try:
-        text = content.decode("utf-8-sig")
+        return Path(path).open("rb")
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), getattr(error, "strerror", None) or str(error)) from error
+
+
+def read_bytes(stream: BinaryIO, source: str, count: int) -> bytes:
+    """The first `count` bytes of a stream, unpacked if it is gzip's; the rest stays unread."""
+    parts, size = list[bytes](), 0
+    buffered = io.BufferedReader(cast("io.RawIOBase", stream))
+    try:
+        packed = buffered.peek(len(GZIP)).startswith(GZIP)
+        unpacked = gzip.GzipFile(fileobj=buffered) if packed else buffered
+        while size < count and (part := unpacked.read(min(PART, count - size))):
+            parts.append(part)
+            size += len(part)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(source, getattr(error, "strerror", None) or str(error)) from error
+    finally:
+        buffered.detach()  # or it would close the stream
+    return b"".join(parts)
+
+
+def decode_text(content: bytes, source: str, *, cut: bool = False) -> str:
+    """Bytes as text; `source` names them in errors, which are those of `read_text`.
+
+    `cut`: the bytes may end inside of a character, which is left out.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=not cut)
     except UnicodeDecodeError as error:
         raise _unreadable(source, "not UTF-8 text") from error
     if not text.strip():
-        raise ArgumentError("file", "some text", f"{source} (empty)", "choose another file")
+        raise ArgumentError("file", "some text", f"{source} (empty)")
     return text
 
 
 def _unreadable(source: str, reason: str) -> ArgumentError:
-    return ArgumentError(
-        "file", "a readable UTF-8 text file", f"{source} ({reason})", "check the path"
-    )
+    return ArgumentError("file", "a readable UTF-8 text file", f"{source} ({reason})")
 
 
 def _read(path: Path) -> list[Document]:
     text = read_text(path)
+    if path.suffix == ".gz":
+        path = path.with_suffix("")
     if path.suffix != ".jsonl":
         return [Document(path.name, path.suffix.lstrip(".") or "text", text)]
     return [
@@ -91,7 +135,6 @@ def _parse(line: str, path: Path, number: int) -> Document:
             "file",
             'one JSON object with a "text" on each line',
             f"{path} line {number}",
-            "correct the line",
         )
     fields = cast("dict[str, str]", values)
     name = str(fields.get("title") or fields.get("id") or f"{path.name}:{number}")

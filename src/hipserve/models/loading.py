@@ -63,7 +63,12 @@ class LoadedModel:
         """`[1, tokens]` int64 of a conversation whose last turn is the user's, ready to answer.
 
         A tokenizer without a chat template gets the contents one after the other.
+
+        Raises:
+            ArgumentError: a turn holds half of a surrogate pair, which no tokenizer reads.
         """
+        for turn in turns:
+            _check_text(turn["content"])
         if self.tokenizer.chat_template:
             ids = self.tokenizer.apply_chat_template(
                 _joined(turns) if self.name != BUNDLED else turns,
@@ -79,12 +84,24 @@ class LoadedModel:
     def check_fit(self, num_tokens: int, max_new_tokens: int) -> None:
         """Raises FitError, with the sum, where prompt and answer exceed the context."""
         total = num_tokens + max_new_tokens
-        if total > self.max_context:
-            raise FitError(
-                f"the prompt does not fit {self.name}: {num_tokens:,} tokens + {max_new_tokens:,} "
-                f"for the answer = {total:,}, and its context is {self.max_context:,}; shorten the "
-                f"document by {total - self.max_context:,} tokens or choose another model"
-            )
+        if total <= self.max_context:
+            return
+        room, surplus = self.max_context - num_tokens, total - self.max_context
+        shorten = f"shorten the document by {surplus:,} tokens"
+        lower = f"set max_new_tokens to {room:,} or less"
+        answer = room > 0 and max_new_tokens > num_tokens
+        raise FitError(
+            f"the {'answer' if answer else 'prompt'} does not fit {self.name}: {num_tokens:,} "
+            f"tokens + {max_new_tokens:,} for the answer = {total:,}, and its context is "
+            f"{self.max_context:,}",
+            lower if answer else f"{shorten} or {lower if room > 0 else 'choose another model'}",
+        )
+
+    @property
+    def max_bytes(self) -> int:
+        """UTF-8 bytes that no text has that fits the context: its longest tokens, one by one."""
+        longest = max(len(token.encode()) for token in self.tokenizer.get_vocab())
+        return self.max_context * max(longest, 16)
 
 
 def load(
@@ -107,7 +124,7 @@ def load(
         ArgumentError: there is no such model or device, or it cannot run with HiP attention.
     """
     place = check_device(device or default_device())
-    name = name_or_path or BUNDLED
+    name = BUNDLED if name_or_path is None else name_or_path
     path = bundled_path() if name == BUNDLED else name
     if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise _unknown(name, "no such directory")
@@ -131,6 +148,14 @@ def load(
     if config is not None:
         loaded.use(config)
     return loaded
+
+
+def _check_text(content: str) -> None:
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        got = f"{content[error.start : error.end]!a} at character {error.start:,}"
+        raise ArgumentError("content", "text that UTF-8 can encode", got) from None
 
 
 def _joined(turns: list[Turn]) -> list[Turn]:

@@ -1,0 +1,56 @@
+"""How commands are registered: `-h` everywhere, and no option that silently replaces another."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(typer.Typer):
+    """A group of commands that refuse repeated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(context_settings=CONTEXT, no_args_is_help=True, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        return super().command(name, cls=Command, **options)
+
+
+class Command(TyperCommand):
+    """A command whose single-valued options may be given once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        params = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
+        for param, words in _given(params, args).items():
+            switch = getattr(param, "is_flag", False) and len(set(words)) == 1
+            if len(words) > 1 and not switch and not getattr(param, "multiple", False):
+                names = " and ".join(dict.fromkeys(words))
+                ctx.fail(f"{names} given {len(words)} times: it takes one value; keep one of them")
+        return super().parse_args(ctx, args)
+
+
+def _given(params: Sequence[Any], args: list[str]) -> dict[Any, list[str]]:
+    """The words by which each option was named, in order."""
+    by_name = {word: p for p in params for word in (*p.opts, *p.secondary_opts)}
+    given: dict[Any, list[str]] = defaultdict(list)
+    for word in _options(by_name, iter(args)):
+        given[by_name[word]].append(word)
+    return given
+
+
+def _options(by_name: dict[str, Any], words: Iterator[str]) -> Iterator[str]:
+    """The words that name a known option, without what follows them as a value."""
+    for word in words:
+        if word == "--":
+            return
+        name, equals, _ = word.partition("=")
+        if name in by_name:
+            yield name
+            if not equals and not getattr(by_name[name], "is_flag", False):
+                next(words, None)
