@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -97,6 +98,32 @@ def test_a_prompt_over_the_limit_is_refused_with_the_sum(server: Running) -> Non
     status, answer = server.chat("Hello", max_tokens=9000)
     assert status == 400
     assert "9000" in answer["error"]["message"]
+
+
+def test_a_prompt_of_exactly_the_limit_is_refused_with_the_numbers(server: Running) -> None:
+    body = {"model": "acorn", "prompt": [300] * 8192, "max_tokens": 1}
+    status, answer = post(f"{server.url}/v1/completions", body)
+    assert status == 400
+    assert "8192 tokens, which is all of the maximum context" in answer["error"]["message"]
+
+
+def test_an_answer_has_the_form_of_its_schema(server: Running) -> None:
+    properties = {"key": {"type": "integer", "maximum": 99999}}
+    schema = {"type": "object", "properties": properties, "required": ["key"]}
+    form = {"type": "json_schema", "json_schema": {"name": "key", "schema": schema}}
+    status, answer = server.chat(KEY, "What is the key?", response_format=form, max_tokens=64)
+    assert status == 200, answer
+    assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["key"], int)
+
+
+def test_a_long_prompt_with_a_seed_leaves_the_server_running(server: Running) -> None:
+    """Read in several chunks; vLLM's engine ended after the first."""
+    body = {"model": "acorn", "prompt": list(range(300, 5300)), "max_tokens": 8}
+    url, sampled = f"{server.url}/v1/completions", {"seed": 7, "temperature": 1}
+    answers = [post(url, {**body, **sampled}) for _ in range(2)]
+    assert [status for status, _ in answers] == [200, 200]
+    first, again = (answer["choices"][0]["text"] for _, answer in answers)
+    assert first == again
 
 
 def test_the_documented_client_finds_the_pass_key(server: Running, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err, result
 from hipserve.config import HiPConfig
-from hipserve.errors import BackendError, HipserveError
+from hipserve.errors import HipserveError
+from hipserve.integrations.vllm import flags as vllm_flags
 from hipserve.integrations.vllm import server as vllm_server
 from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Facts, Server
@@ -54,10 +55,13 @@ def serve(
     """Serves [MODEL], the bundled one if left out, through vLLM; all its other flags work, too."""
     words = context.args
     named = bool(words) and not words[0].startswith("-")
-    flags = tuple(words[1:] if named else words)
+    flags, held = tuple(words[1:] if named else words), tuple[str, ...]()
     model = words[0] if named else BUNDLED
     find_version()
-    vllm_server.check_flags(flags)
+    if config is not None and vllm_flags.is_engine_file(config):
+        flags, held = ("--config", str(config), *flags), vllm_flags.read_engine_file(config)
+        config = None
+    check(model, (*flags, *held))
     vllm_server.check_access(host, api_key, allow_unauthenticated)
     vllm_server.check_port(host, port)
     if dense:
@@ -66,7 +70,14 @@ def serve(
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*vllm_server.quick_start(flags), *flags)
-    run(Server(path, model, settings, host, port, api_key, flags), verbose)
+    run(Server(path, model, settings, host, port, api_key, flags, held), verbose)
+
+
+def check(model: str, flags: tuple[str, ...]) -> None:
+    """Refuses, before anything starts, a path that leads nowhere and flags that cannot be meant."""
+    vllm_flags.check_model(model)
+    vllm_flags.check_flags(flags)
+    vllm_flags.check_known(flags)
 
 
 def run(server: Server, verbose: bool = False) -> None:
@@ -179,7 +190,8 @@ def _wait_until_ready(server: Server, child: Child, log: Log, verbose: bool) -> 
     elif not child.stopping:
         while log.next(timeout=0.5) is not None:
             pass
-        raise BackendError(f"the server did not start: {vllm_server.complaint(log.last)}")
+        sentence = vllm_server.complaint(log.last)
+        raise vllm_flags.refusal(sentence, log.last, vllm_server.on_cpu())
 
 
 class Teller:

@@ -39,9 +39,17 @@ def name_the_wheel() -> None:
         )
 
 
+def prepare() -> None:
+    """What has to be in place before vLLM's command, or an API server that it spawns, is loaded."""
+    name_the_wheel()
+    from hipserve.integrations.vllm import compat
+
+    compat.explain_full_contexts()
+
+
 def main() -> None:
     """`hipserve-vllm`: `vllm`, whichever wheel it came from."""
-    name_the_wheel()
+    prepare()
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as vllm_main
 
@@ -50,3 +58,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # how Python calls this file in processes that it spawns
+    prepare()

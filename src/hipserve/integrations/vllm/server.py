@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from hipserve.config import HiPConfig
-from hipserve.errors import ArgumentError, ConfigError
+from hipserve.errors import ConfigError
 from hipserve.integrations.vllm import OPTIONS_KEY
+from hipserve.integrations.vllm.flags import normal
 
 COMMAND = "hipserve.integrations.vllm.command"
 DRAIN_SECONDS = 30
@@ -56,6 +57,7 @@ class Server:
         host, port: the address.
         api_key: what clients have to send; None lets everybody in.
         flags: vLLM's own flags, passed on as they are.
+        file_flags: those that vLLM reads by itself, from its own file of flags.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Server:
     port: int = 8000
     api_key: str | None = None
     flags: tuple[str, ...] = field(default=())
+    file_flags: tuple[str, ...] = field(default=())
 
     def command(self) -> list[str]:
         """The command line of the child process."""
@@ -74,7 +77,7 @@ class Server:
         words += self._defaults({"--shutdown-timeout": str(DRAIN_SECONDS)})
         if not {"--gpu-memory-utilization", "--num-gpu-blocks-override"} & self._given():
             memory = str(_quarter_of_memory())
-            words += self._defaults({"--kv-cache-memory-bytes": memory}) if _on_cpu() else []
+            words += self._defaults({"--kv-cache-memory-bytes": memory}) if on_cpu() else []
         if self.config is not None:
             options = json.dumps({OPTIONS_KEY: self.config.to_dict()})
             words += ["--attention-backend", "CUSTOM", "--additional-config", options]
@@ -85,7 +88,7 @@ class Server:
         own = dict(os.environ)
         if self.api_key:
             own["VLLM_API_KEY"] = self.api_key  # not on the command line, where others read it
-        if _on_cpu():
+        if on_cpu():
             cores = share_cores(sorted(_cores()), self.num_workers)
             own.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
             if "OMP_WAIT_POLICY" not in own:
@@ -114,7 +117,7 @@ class Server:
         return "--headless" not in self._given()
 
     def _given(self) -> set[str]:
-        return {normal(flag) for flag in self.flags if flag.startswith("-")}
+        return {normal(word) for word in (*self.flags, *self.file_flags) if word.startswith("-")}
 
     def _defaults(self, flags: Mapping[str, str]) -> list[str]:
         given = self._given()
@@ -123,16 +126,11 @@ class Server:
         ]
 
     def _number(self, *names: str, otherwise: int = 1) -> int:
-        for flag, value in itertools.pairwise((*self.flags, "")):
+        for flag, value in itertools.pairwise((*self.flags, *self.file_flags, "")):
             if normal(flag) in names:
                 text = flag.partition("=")[2] or value
                 return int(text) if text.isdigit() else otherwise
         return otherwise
-
-
-def normal(flag: str) -> str:
-    """`--some_flag=3` as `--some-flag`: vLLM takes both."""
-    return flag.partition("=")[0].replace("_", "-")
 
 
 def is_loopback(host: str) -> bool:
@@ -141,21 +139,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def check_flags(flags: Sequence[str]) -> None:
-    """Refuses flags that would undo what `hipserve serve` promises.
-
-    Raises:
-        ArgumentError: naming the flag.
-    """
-    for flag in map(normal, flags):
-        if flag.startswith("--trust"):
-            hint = "convert the checkpoint to a supported architecture"
-            raise ArgumentError(flag, "no code from checkpoints", "the flag", hint)
-        if flag in ("--attention-backend", "--additional-config", "--attention-config"):
-            hint = "use --budget, --selector, --preset, --config or --dense"
-            raise ArgumentError(flag, "HiP attention, which this command sets up", "a flag", hint)
 
 
 def check_access(host: str, api_key: str | None, allow_unauthenticated: bool) -> None:
@@ -204,7 +187,7 @@ def _cores() -> set[int]:
     return os.sched_getaffinity(0)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """No GPU driver: the KV cache shares the memory of everything else."""
     return not Path("/proc/driver/nvidia").exists()
 

@@ -1,0 +1,134 @@
+"""vLLM's own flags behind `hipserve serve`, before and after vLLM reads them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+pytest.importorskip("vllm")
+
+from hipserve.bench.serve import free_port
+from hipserve.cli import serve
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
+from hipserve.integrations.vllm import compat, flags
+from hipserve.integrations.vllm.server import Server, complaint
+
+REFUSED = {
+    "--additional-config.hip.budget 64": "--additional-config: expected HiP attention",
+    "--additional-conf={}": "--additional-conf: expected HiP attention",
+    "-ac.backend=CUSTOM": "-ac: expected HiP attention",
+    "--attention-config.backend X": "--attention-config: expected HiP attention",
+    "--hos 0.0.0.0": "--hos: expected --host as this command reads it",
+    "--max-modl-len 9": "did you mean --max-model-len",
+    "/no/such/directory": "/no/such/directory: no such directory",
+    "a/b/c": "a/b/c: no such directory",
+    "pyproject.toml": "got a file (pyproject.toml)",
+}
+REFUSED_IN_A_FILE = {
+    "attention-backend: TRITON_ATTN": "--attention-backend: expected HiP attention",
+    "additional_config: {hip: {budget: 64}}": "--additional-config: expected HiP attention",
+    "trust-remote-code: true": "--trust-remote-code: expected no code",
+    "host: 0.0.0.0": "--host: expected --host as this command reads it",
+    "model: acorn": "no model in vLLM's file",
+    "max-modl-len: 8192": "did you mean --max-model-len",
+    "- 3": "no table",
+    "a: [": "expected vLLM's flags as YAML",
+}
+LAST_WORDS = [
+    (
+        "ValueError: To serve at least one request with the model's max seq len (8192), (0.5 GiB "
+        "KV cache is needed, which is larger than the available KV cache memory (0.1 GiB). Try "
+        "increasing `gpu_memory_utilization` or decreasing `max_model_len`.",
+        FitError,
+        "cache memory (0.1 GiB); raise --kv-cache-memory-bytes or lower --max-model-len",
+    ),
+    (
+        "vllm serve: error: argument --max-model-len: invalid value: 'abc'",
+        ArgumentError,
+        "argument --max-model-len",
+    ),
+    ("  Value error, User-specified max_model_len (9) is greater", ArgumentError, "(9) is greater"),
+    (
+        "hipserve.errors.ConfigError: block_size: expected 256, got 48; use 256",
+        ArgumentError,
+        "block_size: expected 256",
+    ),
+    ("RuntimeError: no kernel", BackendError, "the server did not start: no kernel"),
+]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Stands for the server that a command line would start."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    started: list[Server] = []
+    monkeypatch.setattr(serve, "run", lambda server, verbose: started.append(server))
+    app = typer.Typer()
+    app.command(context_settings=serve.PASS_ON)(serve.serve)
+
+    def run(*words: str) -> Server:
+        words = (*words, "--port", str(free_port()))
+        typer.main.get_command(app).main(list(words), standalone_mode=False)
+        return started[-1]
+
+    return run  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.items())
+def test_flags_that_cannot_be_meant_are_refused_at_once(words: str, said: str, start) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        start(*words.split())
+
+
+@pytest.mark.parametrize(("text", "said"), REFUSED_IN_A_FILE.items())
+def test_so_is_what_stands_in_a_file_of_flags(text: str, said: str, tmp_path: Path, start) -> None:
+    path = tmp_path / "vllm.yaml"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        start("--config", str(path))
+
+
+def test_vllm_reads_its_own_file_of_flags(tmp_path: Path, start) -> None:
+    path = tmp_path / "vllm.yaml"
+    path.write_text("max-model-len: 4096\nserved_model_name: mine\ntensor-parallel-size: 2\n")
+    server = start("--config", str(path), "--preset", "paper")
+    words = server.command()
+    assert words[words.index("--config") + 1] == str(path)
+    assert "--served-model-name" not in words
+    assert server.num_workers == 2
+    assert server.config == HiPConfig.preset("paper")
+
+
+def test_no_flag_of_vllm_is_unknown() -> None:
+    from vllm.entrypoints.openai.api_server import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    names = [name for action in parser._actions for name in action.option_strings]
+    assert len(names) > 300
+    flags.check_known(names)
+
+
+@pytest.mark.parametrize(("line", "kind", "said"), LAST_WORDS)
+def test_the_last_words_of_a_server_become_an_error(
+    line: str, kind: type[HipserveError], said: str
+) -> None:
+    lines = ["INFO fine", line]
+    error = flags.refusal(complaint(lines), lines, on_cpu=True)
+    assert type(error) is kind
+    assert said in str(error)
+    assert "gpu_memory_utilization" not in str(error)
+
+
+def test_a_prompt_as_long_as_the_context_is_refused_with_the_numbers() -> None:
+    def count(max_model_len: int, max_tokens: int | None, input_length: int) -> int:
+        return min(max_model_len - input_length, max_tokens or max_model_len)
+
+    room = compat.leaving_room(count)
+    assert room(100, 8, input_length=99) == 1
+    with pytest.raises(ValueError, match=r"has 100 tokens, which is all of .* of 100"):
+        room(100, 1, input_length=100)
