@@ -368,24 +368,24 @@ static inline void pad(TileRows& tile) {
   for (int j = tile.count; j < (tile.count + 15) / 16 * 16; ++j) tile.row[j] = kZeros;
 }
 
-constexpr int64_t kCoarseRatio = 16;  // as COARSE_RATIO in types.py
-
+constexpr int64_t kCoarseRatio = 16, kWholeSequence = 8192;  // as in types.py
 // Bound levels, fine runs first, as bound_levels in hipserve/types.py lays them out in a page.
 struct BoundLevels {
   int64_t count = 0, length[2], offset[3] = {0};
   BoundLevels(int64_t page_size, int64_t bound_block_size) {
-    int64_t ratio = kCoarseRatio;
-    while (ratio > 1 && ratio * bound_block_size > page_size) ratio /= 2;
-    add(bound_block_size, page_size);
-    if (ratio * 4 >= kCoarseRatio) add(ratio * bound_block_size, page_size);
+    int64_t ratio = kCoarseRatio, fine = bound_block_size;
+    const bool whole = page_size >= kWholeSequence || page_size % fine > 0;
+    auto holds = [=](int64_t run) { return run <= page_size && (whole || page_size % run == 0); };
+    while (ratio > 1 && !holds(ratio * fine)) ratio /= 2;
+    add(fine, page_size);
+    if (ratio * 4 >= kCoarseRatio) add(ratio * fine, page_size);
   }
   int64_t ratio() const { return length[count - 1] / length[0]; }
 
  private:
   void add(int64_t size, int64_t page_size) {
-    length[count] = size;
-    offset[count + 1] = offset[count] + (page_size + size - 1) / size;
-    ++count;
+    length[count++] = size;
+    offset[count] = offset[count - 1] + (page_size + size - 1) / size;
   }
 };
 

@@ -52,6 +52,8 @@ def test_coarse_runs_hold_whole_fine_ones_and_enough_keys(
     for count, length in zip(kept_runs(keys, levels), levels, strict=True):
         assert length == size or (length <= page_size and length % size == 0)
         assert count * length >= keys
+    if page_size < 8192 and page_size % size == 0:  # pages of a sequence that may have several
+        assert all(page_size % length == 0 for length in levels)
 
 
 @given(

@@ -12,6 +12,7 @@ from hipserve.attention import (
     RequestSelections,
     SequenceStep,
     StepPlan,
+    split_batch,
 )
 from hipserve.config import HiPConfig
 from hipserve.ops import compute_bounds, select_blocks
@@ -175,3 +176,56 @@ def test_padding_rows_of_captured_plans_have_no_query_and_nobodys_slot() -> None
         [2, 2, 0, 0],
         [3, 2, 0, 0],
     ]
+
+
+def test_steps_of_several_rows_are_one_query_block_each() -> None:
+    """Rows that verify drafts; without decisions nothing is kept, and no decision is copied."""
+    buffers = DecodeBuffers(4, torch.device("cpu"))
+    buffers.slots.fill_(-7)
+    table = torch.zeros(3, 2, dtype=torch.int32)
+    lens = torch.tensor([70, 33, 0], dtype=torch.int32)
+    starts = torch.tensor([0, 3, 6, 6], dtype=torch.int32)
+    plan = buffers.plan(BatchLayout(table, lens, starts), 16)
+    assert plan.layout.query_blocks(16).tolist() == [[0, 0, 3, 67], [1, 3, 3, 30], [2, 6, 0, 0]]
+    assert buffers.slots.tolist() == [-7] * 4
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 200), st.booleans()), min_size=1),
+    st.data(),
+)
+def test_rows_that_verify_drafts_lie_where_the_device_says(
+    sequences: list[tuple[int, int, bool]], data: st.DataObject
+) -> None:
+    """The host's lengths count drafts that were rejected; those of a prompt are right."""
+    rows = [n for n, _, _ in sequences]
+    ends = [n + before for n, before, _ in sequences]
+    whole = [drafts for _, _, drafts in sequences]
+    known = [end + data.draw(st.integers(0, 4)) * drafts for end, (_, _, drafts) in zip(
+        ends, sequences, strict=True
+    )]  # fmt: skip
+    starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+    table = torch.zeros(len(rows), 1, dtype=torch.int32)
+    lens, cu = (torch.tensor(x, dtype=torch.int32) for x in (ends, starts))
+    layout, host = split_batch(BatchLayout(table, lens, cu, lengths=(known, starts)), 16, whole)
+    exact = BatchLayout(table, lens, cu).query_blocks(16).tolist()
+    blocks = layout.query_blocks(16).tolist()
+    for i, drafts in enumerate(whole):
+        mine = [block for block in blocks if block[0] == i]
+        if drafts:
+            assert mine == [[i, starts[i], rows[i], ends[i] - rows[i]]]
+        else:
+            assert mine == [block for block in exact if block[0] == i]
+    shift = [known[i] - ends[i] for i, *_ in blocks]
+    seen = [[*b[:3], b[3] + more] for b, more in zip(blocks, shift, strict=True)]
+    assert host.tolist() == seen
+
+
+def test_plans_without_decisions_select_everywhere() -> None:
+    engine = Engine(2)
+    q, layout, _ = engine.step([0, 1])
+    plan = StepPlan.make(layout, CONFIG.query_block_size)
+    selection = engine.selections.select(q, engine.kv, plan, CONFIG, "reference")
+    now = select_blocks(q, engine.kv, layout, config=CONFIG, backend="reference")
+    assert torch.equal(selection.indices, now.indices)
+    assert not engine.selections.indices.numel()

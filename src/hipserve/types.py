@@ -21,13 +21,26 @@ COARSE_KEEP = 6
 """Of the fine level a search scores this many times what it keeps."""
 
 
+WHOLE_SEQUENCE = 8192
+"""Pages from this many keys on, and those with a partial fine run, are whole sequences."""
+
+
 def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
-    """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries."""
+    """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries.
+
+    Coarse runs do not straddle the pages of a sequence: they divide the page, or there are none.
+    Where one page is the whole sequence, the last run may be partial.
+    """
+    whole = page_size >= WHOLE_SEQUENCE or page_size % bound_block_size > 0
     ratio = COARSE_RATIO
-    while ratio > 1 and ratio * bound_block_size > page_size:
+    while ratio > 1 and not _holds(page_size, ratio * bound_block_size, whole):
         ratio //= 2
     coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO else ()
     return (bound_block_size, *coarse)
+
+
+def _holds(page_size: int, run: int, whole: bool) -> bool:
+    return run <= page_size and (whole or page_size % run == 0)
 
 
 def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:

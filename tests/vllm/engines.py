@@ -43,7 +43,7 @@ def prompts(lengths: tuple[int, ...] = PRUNED_LENGTHS) -> list[list[int]]:
     return [ids[i * 1500 : i * 1500 + length] for i, length in enumerate(lengths)]
 
 
-def engine(backend: str, hip: dict[str, Any] | None = None, **options: Any) -> Any:
+def engine(backend: str, hip: dict[str, Any] | None = None, model: str = "", **options: Any) -> Any:
     from vllm import LLM
 
     from hipserve.models import bundled_path
@@ -59,7 +59,7 @@ def engine(backend: str, hip: dict[str, Any] | None = None, **options: Any) -> A
         "disable_log_stats": True,
     }
     return LLM(
-        str(bundled_path()),
+        model or str(bundled_path()),
         attention_config={"backend": backend},
         additional_config={} if hip is None else {"hip": hip},
         **{**settings, **options},
@@ -116,13 +116,16 @@ def preemptions(llm: Any) -> list[int]:
 
 def wrong_bounds(llm: Any) -> dict[str, int]:
     """Blocks that hold whole cached prefixes, and those whose bounds are not their keys' bounds."""
+    from hipserve.integrations.vllm.kv_block import page_views
     from hipserve.ops import compute_bounds
 
     pool = core(llm).scheduler.kv_cache_manager.block_pool
     cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
     wrong = 0
     for layer in runner(llm).compilation_config.static_forward_context.values():
-        pages = layer.impl.pages(layer.kv_cache)
+        if not layer.impl.keeps_bounds(layer):
+            continue
+        pages = page_views(layer.kv_cache, 16)
         expected = compute_bounds(pages.k_cache[cached].contiguous(), backend="reference")
         wrong += int((pages.k_bounds[cached] != expected).flatten(1).any(1).sum())
     return {"cached": len(cached), "wrong": wrong}
@@ -202,8 +205,9 @@ def refused(report: dict[str, Any]) -> None:
         "unknown key": {"hip": {"budgte": 1}},
         "bad value": {"hip": {"refresh_interval": 0}},
         "no table": {"hip": 3},  # type: ignore[dict-item]
-        "block size": {"hip": {}, "block_size": 320},
+        "block size": {"hip": {"bound_block_size": 32}, "block_size": 48},
         "kv dtype": {"hip": {}, "kv_cache_dtype": "fp8"},
+        "other kv dtype": {"hip": {}, "kv_cache_dtype": "bfloat16"},
     }
     for name, case in cases.items():
         hip = case.pop("hip")
@@ -260,6 +264,10 @@ SCENARIOS: dict[str, Callable[[dict[str, Any]], None]] = {
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.modules["engines"] = sys.modules["__main__"]
+    import families
+
+    SCENARIOS |= families.SCENARIOS
     results: dict[str, Any] = {}
     SCENARIOS[sys.argv[1]](results)
     Path(sys.argv[2]).write_text(json.dumps(results))

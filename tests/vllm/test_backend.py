@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ import torch
 pytest.importorskip("vllm")
 
 from hipserve import BackendError, HiPConfig
-from hipserve.integrations.vllm import backend, compat, metrics, server, settings
+from hipserve.integrations.vllm import compat, kv_block, layer, metrics, server
+from hipserve.integrations.vllm.compat import StepRequests
+from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import compute_bounds, write_kv
 
 PRUNES_EARLY = HiPConfig(
@@ -30,7 +32,7 @@ BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 def kv_blocks(blocks: int, size: int, heads: int, dim: int) -> torch.Tensor:
     """`[blocks, heads, size, 2 * dim]` as vLLM hands it out, in pages that are poisoned around."""
-    layout = settings.BlockLayout(size, heads, dim, torch.float32, 16)
+    layout = kv_block.BlockLayout(size, heads, dim, torch.float32, 16)
     stride = layout.padded_bytes // 4
     raw = torch.full((blocks * stride,), float("nan"))
     return raw.as_strided((blocks, heads, size, 2 * dim), (stride, 2 * dim, heads * 2 * dim, 1))
@@ -40,7 +42,7 @@ def kv_blocks(blocks: int, size: int, heads: int, dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
     cache = kv_blocks(4, size, 2, dim)
-    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    pages = kv_block.page_views(cache, 16)
     k, v = torch.randn(2, size, 2, dim)
     slots = 2 * size + torch.arange(size)  # block 2, whole
     write_kv(k, v, pages, slots)
@@ -54,7 +56,7 @@ def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
 
 def test_padding_slots_write_nothing() -> None:
     cache = kv_blocks(2, 64, 2, 64)
-    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    pages = kv_block.page_views(cache, 16)
     k, v = torch.randn(2, 3, 2, 64)
     write_kv(k, v, pages, torch.tensor([-1, 64, -1]))
     assert torch.equal(cache[1, :, 0, :64], k[1])
@@ -64,7 +66,7 @@ def test_padding_slots_write_nothing() -> None:
 
 def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
     cache = kv_blocks(2, 64, 2, 64)
-    pages = backend.page_views(cache, HiPConfig(), prunable=True)
+    pages = kv_block.page_views(cache, 16)
     k, v = 100 * torch.randn(2, 64, 2, 64)
     write_kv(k, v, pages, 64 + torch.arange(64))
     fresh, v = torch.randn(2, 5, 2, 64)
@@ -76,7 +78,7 @@ def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
 
 
 def test_a_layer_without_bounds_pads_nothing() -> None:
-    layout = settings.BlockLayout(128, 2, 64, torch.bfloat16, None)
+    layout = kv_block.BlockLayout(128, 2, 64, torch.bfloat16, None)
     assert layout.num_runs == 0
     assert layout.padded_bytes == 128 * 2 * 128 * 2
 
@@ -99,7 +101,7 @@ def common(lens: list[int], seq_lens: list[int], prefilling: list[bool], **more:
 
 def test_the_end_of_a_prompt_is_no_decode_step() -> None:
     step = common([1, 1, 7, 1], [10, 20, 30, 40], [False, True, True, False])
-    rows = backend.sequences(step, ("a", "b", "c", "d"), PRUNES_EARLY)
+    rows = sequences(step, StepRequests(("a", "b", "c", "d")), PRUNES_EARLY)
     assert [row.decoding for row in rows] == [True, False, False, True]
     assert [row.request for row in rows] == ["a", "b", "c", "d"]
     assert [row.seq_len for row in rows] == [10, 20, 30, 40]
@@ -107,7 +109,7 @@ def test_the_end_of_a_prompt_is_no_decode_step() -> None:
 
 def test_a_row_that_reads_everything_keeps_nothing() -> None:
     step = common([1, 1], [3, 4], [False, False])
-    rows = backend.sequences(step, ("a", "b"), PRUNES_EARLY)
+    rows = sequences(step, StepRequests(("a", "b")), PRUNES_EARLY)
     assert [row.decoding for row in rows] == [False, True]
 
 
@@ -115,13 +117,8 @@ def test_rows_that_pad_a_graph_are_left_out() -> None:
     step = common(
         [1, 1, 0, 0], [10, 20, 0, 0], [False, False], req_idx=torch.tensor([7, 3]).numpy()
     )
-    rows = backend.sequences(step, compat.step_requests(step).rows, PRUNES_EARLY)
+    rows = sequences(step, compat.step_requests(step), PRUNES_EARLY)
     assert [(row.request, row.decoding) for row in rows] == [(7, True), (3, True)]
-
-
-def test_decode_steps_may_be_captured_whole() -> None:
-    support = backend.HiPBuilder.get_cudagraph_support
-    assert support(cast("Any", None), cast("Any", None)).name == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
 def test_requests_of_the_second_model_runner() -> None:
@@ -149,8 +146,9 @@ def test_a_runner_tells_rows_and_who_has_ended() -> None:
     ))  # fmt: skip
     compat.telling_the_rows(build)(runner)
     compat.telling_the_rows(build)(runner)
-    assert seen[0] == compat.StepRequests(("x", "y"), frozenset({"f", "y", "r"}))
-    assert seen[1] == compat.StepRequests(("x", "y"), frozenset())
+    started = frozenset({"y", "r"})
+    assert seen[0] == StepRequests(("x", "y"), started, started | {"f"})
+    assert seen[1] == StepRequests(("x", "y"))
 
 
 def test_a_stage_makes_room_once_for_what_it_receives() -> None:
@@ -170,16 +168,16 @@ def test_a_stage_makes_room_once_for_what_it_receives() -> None:
 
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "triton_refusal", lambda *_: "Triton is not installed")
-    backend.refuse_without_kernels(torch.device("cpu"), torch.bfloat16, 128)
+    monkeypatch.setattr(layer, "triton_refusal", lambda *_: "Triton is not installed")
+    layer.refuse_without_kernels(torch.device("cpu"), torch.bfloat16, 128)
     with pytest.raises(BackendError, match="cannot serve on cuda: Triton is not installed"):
-        backend.refuse_without_kernels(torch.device("cuda"), torch.bfloat16, 128)
+        layer.refuse_without_kernels(torch.device("cuda"), torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize(("device", "head_dim"), [("cpu", 100), ("cpu", 528), ("cuda", 264)])
 def test_a_head_dim_without_kernels_is_refused(device: str, head_dim: int) -> None:
     with pytest.raises(BackendError, match=f"cannot serve on {device}: .*, not {head_dim}; leave"):
-        backend.refuse_without_kernels(torch.device(device), torch.bfloat16, head_dim)
+        layer.refuse_without_kernels(torch.device(device), torch.bfloat16, head_dim)
 
 
 def test_workers_are_added_up(tmp_path: Path) -> None:

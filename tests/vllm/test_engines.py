@@ -86,8 +86,9 @@ def test_what_cannot_be_meant_is_refused_at_start(folder: Path) -> None:
     assert "budgte: expected one of budget" in said["unknown key"]
     assert "refresh_interval: expected a whole number from 1 to" in said["bad value"]
     assert "additional_config: expected a table" in said["no table"]
-    assert "block_size: expected a multiple of 256" in said["block size"]
-    assert "kv_cache_dtype: expected keys and values" in said["kv dtype"]
+    assert "block_size: expected a multiple of 32" in said["block size"]
+    assert "kv_cache_dtype: expected float32" in said["kv dtype"]
+    assert "kv_cache_dtype: expected float32" in said["other kv dtype"]
 
 
 def test_tensor_parallel_gives_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:

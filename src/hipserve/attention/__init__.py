@@ -9,6 +9,7 @@ from hipserve.attention.requests import (
     RequestSelections,
     SequenceStep,
     StepPlan,
+    split_batch,
 )
 from hipserve.attention.sinks import absorb_sinks
 
@@ -23,4 +24,5 @@ __all__ = [
     "absorb_sinks",
     "attend",
     "hip_attention",
+    "split_batch",
 ]

@@ -6,8 +6,9 @@ the host, once a step for all layers, which rows select afresh; a `StepPlan` car
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.ops import refresh_blocks, select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.types import BatchLayout, BlockSelection, PagedKV, split_rows
 
 
 @dataclass(slots=True)
@@ -35,11 +36,13 @@ class SequenceStep:
         request: what identifies its request for as long as that lives; None keeps nothing.
         seq_len: keys including those of this step.
         decoding: this step is one decode row, and not the end of a prompt.
+        prefilling: its rows are of a prompt.
     """
 
     request: Hashable | None
     seq_len: int
     decoding: bool
+    prefilling: bool = False
 
 
 class RefreshSchedule:
@@ -118,11 +121,14 @@ class StepPlan:
         cls,
         layout: BatchLayout,
         query_block_size: int,
-        decisions: Sequence[tuple[int, bool]],
+        decisions: Sequence[tuple[int, bool]] | None = None,
     ) -> StepPlan:
-        """The plan for `RefreshSchedule.step`'s decisions, one for every sequence of `layout`."""
+        """The plan for `RefreshSchedule.step`'s decisions, one for every sequence of `layout`.
+
+        Without decisions every query block selects, and nothing is kept.
+        """
         device = layout.seq_lens.device
-        if all(decision == (-1, True) for decision in decisions):
+        if decisions is None or all(decision == (-1, True) for decision in decisions):
             none = torch.empty(0, dtype=torch.int64, device=device)
             return cls(layout, None, none, none, none, none)
         sequences: list[int] = layout.query_blocks(query_block_size)[:, 0].tolist()
@@ -144,8 +150,40 @@ class StepPlan:
         )
 
 
+def split_batch(
+    layout: BatchLayout, query_block_size: int, whole: Sequence[bool] | None = None
+) -> tuple[BatchLayout, Tensor]:
+    """Query blocks of a batch whose lengths the host knows, without waiting for the device.
+
+    With speculative decoding the host knows how many rows verify drafts, but where they lie only
+    the device knows.
+
+    Args:
+        layout: with `lengths`; those of sequences in `whole` may be too long.
+        whole: sequences that are split from their first row on, wherever that lies, and whose
+            positions are read on the device.
+
+    Returns:
+        the layout with its blocks, and these on the host, at the positions that the host knows.
+    """
+    assert layout.lengths is not None
+    seq_lens, starts = layout.lengths
+    rows = [end - begin for begin, end in itertools.pairwise(starts)]
+    whole = whole or [False] * len(rows)
+    ends = [n if alone else end for n, end, alone in zip(rows, seq_lens, whole, strict=True)]
+    host = split_rows(ends, starts, query_block_size)
+    blocks = host.to(layout.seq_lens.device, non_blocking=True)
+    if any(whole):
+        sequence = host[:, 0].long()
+        host[:, 3] += (torch.tensor(seq_lens) - torch.tensor(ends)).int()[sequence]
+        sequence = sequence.to(blocks.device, non_blocking=True)
+        blocks = blocks.clone()
+        blocks[:, 3] = layout.seq_lens[sequence] - layout.cu_seqlens_q[sequence + 1] + blocks[:, 1]
+    return replace(layout, _query_blocks={query_block_size: blocks}), host
+
+
 class DecodeBuffers:
-    """Plans of pure decode steps at fixed addresses, for CUDA graphs.
+    """Plans of decode steps at fixed addresses, for CUDA graphs.
 
     At replay no Python runs between the layers: kernels read what was written here beforehand, and
     whether a row selects afresh is a number on the device. Rows beyond the batch are padding; they
@@ -167,26 +205,34 @@ class DecodeBuffers:
         self,
         layout: BatchLayout,
         query_block_size: int,
-        decisions: Sequence[tuple[int, bool]],
+        decisions: Sequence[tuple[int, bool]] | None = None,
     ) -> CapturedPlan:
-        """Writes a step of one row a sequence; nothing is allocated on the device, nothing waits.
+        """Writes a step of as many rows for every sequence, which are one query block of it.
 
-        Lengths are read on the device, where they are exact; `decisions` covers the real rows.
+        Nothing is allocated on the device, nothing waits. Lengths are read on the device, where
+        they are exact. `decisions` covers the real sequences; without them all select.
         """
-        rows, real = layout.num_seqs, len(decisions)
+        rows = layout.num_seqs
         blocks, slots, refresh = (x[:rows] for x in (self.query_blocks, self.slots, self.refresh))
         starts = layout.cu_seqlens_q
         blocks[:, 1] = starts[:-1]
         blocks[:, 2] = starts[1:] - starts[:-1]
         blocks[:, 3] = layout.seq_lens - blocks[:, 2]
+        if decisions is not None:
+            self._decide(slots, refresh, decisions)
+        parts = (layout.block_table, layout.seq_lens, starts)
+        return CapturedPlan(BatchLayout(*parts, {query_block_size: blocks}), slots, refresh)
+
+    def _decide(
+        self, slots: Tensor, refresh: Tensor, decisions: Sequence[tuple[int, bool]]
+    ) -> None:
+        real = len(decisions)
         own = [slot if slot >= 0 else self.num_slots for slot, _ in decisions]
         slots[:real].copy_(torch.tensor(own), non_blocking=True)
         slots[real:] = self.num_slots
         fresh = torch.tensor([is_fresh for _, is_fresh in decisions], dtype=torch.int32)
         refresh[:real].copy_(fresh, non_blocking=True)
         refresh[real:] = 0
-        parts = (layout.block_table, layout.seq_lens, starts)
-        return CapturedPlan(BatchLayout(*parts, {query_block_size: blocks}), slots, refresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +256,8 @@ class RequestSelections:
 
     Attributes:
         num_slots: most requests that are alive at a time.
-        indices: `[num_slots + 1, heads, max_selected]` int32, allocated with the first selection;
-            the last slot is nobody's.
+        indices: `[num_slots + 1, heads, max_selected]` int32, made by `allocate` or with the first
+            selection; the last slot is nobody's.
         window_start: `[num_slots + 1]` int32.
     """
 
@@ -256,14 +302,15 @@ class RequestSelections:
         if config.refresh_interval == 1:
             return select_blocks(q, kv, plan.layout, check=False, **options)
         heads = kv.num_kv_heads if config.share_group else q.shape[1]
-        self._allocate(q.device, heads, config.max_selected)
+        self.allocate(q.device, heads, config.max_selected)
         selection = self._kept(plan.slots)
         refresh_blocks(q, kv, plan.layout, selection, plan.refresh, **options)
         self.indices[plan.slots] = selection.indices
         self.window_start[plan.slots] = selection.window_start
         return selection
 
-    def _allocate(self, device: torch.device, heads: int, max_selected: int) -> None:
+    def allocate(self, device: torch.device, heads: int, max_selected: int) -> None:
+        """Makes room for all slots, if there is none yet."""
         if not self.indices.numel():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
             shape = (self.num_slots + 1, heads, max_selected)
@@ -283,6 +330,6 @@ class RequestSelections:
         return BlockSelection(indices, window_start)
 
     def _store(self, selection: BlockSelection, plan: StepPlan) -> None:
-        self._allocate(selection.indices.device, *selection.indices.shape[1:])
+        self.allocate(selection.indices.device, *selection.indices.shape[1:])
         self.indices[plan.stored_slots] = selection.indices[plan.stored]
         self.window_start[plan.stored_slots] = selection.window_start[plan.stored]

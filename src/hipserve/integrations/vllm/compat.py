@@ -36,6 +36,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -172,23 +173,32 @@ def check_layer(backend: type[AttentionBackend], wanted: AttentionSelectorConfig
 
 @dataclass(frozen=True, slots=True)
 class StepRequests:
-    """Who is in a step: the request of every row, and the requests whose state ends before it."""
+    """Who is in a step.
+
+    Attributes:
+        rows: the request of every row, or None where it is not known.
+        started: requests whose first step this is, resumed ones included.
+        ended: requests whose state ends before it, those that started included.
+    """
 
     rows: tuple[Hashable, ...] | None
+    started: frozenset[Hashable] = frozenset()
     ended: frozenset[Hashable] = frozenset()
 
 
 _current: StepRequests | None = None
+_started: frozenset[Hashable] = frozenset()
 
 
 def step_requests(common: CommonAttentionMetadata) -> StepRequests:
     """The requests of the step that is being built.
 
-    vLLM's second model runner (GPU) says so itself: the index of the request in its table, stable
-    for the request's life. Its first runner (CPU) does not; `follow_requests` listens there.
+    vLLM's second model runner (GPU) gives the index of the request in its table, stable for the
+    request's life. Its first runner (CPU) does not. `follow_requests` listens to both.
     """
     if common.req_idx is not None:
-        return StepRequests(tuple(int(i) for i in common.req_idx[: common.num_reqs]))
+        rows = tuple(int(i) for i in common.req_idx[: common.num_reqs])
+        return StepRequests(rows, _started, _started)
     if _current is not None and _current.rows and len(_current.rows) <= common.num_reqs:
         return _current
     return StepRequests(None)
@@ -196,19 +206,39 @@ def step_requests(common: CommonAttentionMetadata) -> StepRequests:
 
 @functools.cache
 def follow_requests() -> None:
-    """Lets the first model runner tell which request is in which row, and which have ended."""
+    """Lets the model runners tell who starts, and the first one who is in which row and who ends.
+
+    Rows whose request is not known keep no selection, and find the bounds of all earlier keys made
+    again: where vLLM has other methods, steps are slower, not wrong.
+    """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "_update_states", noting_the_ended)
     wrap(GPUModelRunner, "_build_attention_metadata", telling_the_rows)
+    second: Any = sys.modules.get("vllm.v1.worker.gpu.model_runner")  # loaded where it runs
+    if second is not None:
+        wrap(second.GPUModelRunner, "add_requests", noting_the_started)
+
+
+def noting_the_started(add: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(add)
+    def add_requests(runner: Any, scheduled: Any) -> Any:
+        global _started
+        done = add(runner, scheduled)
+        index = runner.req_states.req_id_to_index
+        _started = frozenset(index[request.req_id] for request in scheduled.scheduled_new_reqs)
+        return done
+
+    return add_requests
 
 
 def noting_the_ended(update: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(update)
     def update_states(runner: Any, scheduled: Any) -> Any:
-        ended = set(scheduled.finished_req_ids) | set(scheduled.preempted_req_ids or ())
-        ended |= scheduled.scheduled_cached_reqs.resumed_req_ids
-        ended |= {request.req_id for request in scheduled.scheduled_new_reqs}
+        started = set(scheduled.scheduled_cached_reqs.resumed_req_ids)
+        started |= {request.req_id for request in scheduled.scheduled_new_reqs}
+        ended = set(scheduled.finished_req_ids) | set(scheduled.preempted_req_ids or ()) | started
+        runner.hipserve_started = getattr(runner, "hipserve_started", set()) | started
         runner.hipserve_ended = getattr(runner, "hipserve_ended", set()) | ended
         return update(runner, scheduled)
 
@@ -219,9 +249,11 @@ def telling_the_rows(build: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(build)
     def build_attention_metadata(runner: Any, *positional: Any, **named: Any) -> Any:
         global _current
-        ended = getattr(runner, "hipserve_ended", set())
-        _current = StepRequests(tuple(runner.input_batch.req_ids), frozenset(ended))
-        runner.hipserve_ended = set()
+        started, ended = (
+            frozenset(getattr(runner, name, ())) for name in ("hipserve_started", "hipserve_ended")
+        )
+        _current = StepRequests(tuple(runner.input_batch.req_ids), started, ended)
+        runner.hipserve_started, runner.hipserve_ended = set(), set()
         try:
             return build(runner, *positional, **named)
         finally:

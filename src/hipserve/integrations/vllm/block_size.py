@@ -1,0 +1,55 @@
+"""How many tokens a KV block holds on a GPU, unless the user says.
+
+Large blocks make the search faster: 256 tokens carry runs of 256 keys, 128 and 64 tokens shorter
+ones, fewer tokens none but the finest. But vLLM measures CUDA graphs with a cache of one block for
+every sequence that it captures, next to the weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hipserve.integrations.vllm.settings import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SIZES = (BLOCK_SIZE, 128, 64, 32, 16)
+
+PROFILE_SHARE = 8
+"""The cache that graphs are measured with takes at most this part of the card, one in so many."""
+
+BOUND_BYTES = 1.09
+"""Bytes of a block with bounds, of those without: at most, which is with 64 tokens."""
+
+
+def of_engine(vllm_config: VllmConfig, memory: int) -> int:
+    """The block size for a card of `memory` bytes."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
+    token = 2 * heads * dim * model.dtype.itemsize * model.get_num_layers(parallel)
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    if vllm_config.cache_config.kv_cache_memory_bytes:  # then vLLM measures nothing
+        captured = 0
+    return largest(token, min(vllm_config.scheduler_config.max_num_seqs, captured), memory)
+
+
+def largest(token_bytes: int, captured: int, memory: int) -> int:
+    """The largest block size whose measuring cache fits.
+
+    Args:
+        token_bytes: keys and values of a token, of all layers of a GPU.
+        captured: sequences of the largest graph.
+        memory: bytes of the card.
+    """
+    fits = (
+        size
+        for size in SIZES
+        if measuring_bytes(token_bytes, captured, size) <= memory / PROFILE_SHARE
+    )
+    return next(fits, SIZES[-1])
+
+
+def measuring_bytes(token_bytes: int, captured: int, block_size: int) -> float:
+    """Bytes of the cache that vLLM measures graphs with."""
+    return token_bytes * captured * block_size * BOUND_BYTES

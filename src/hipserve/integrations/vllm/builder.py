@@ -1,0 +1,215 @@
+"""Builds the step that the layers of one KV cache group share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from hipserve.attention import CapturedPlan, DecodeBuffers, StepPlan, split_batch
+from hipserve.attention.crossover import settled_for
+from hipserve.errors import BackendError
+from hipserve.integrations.vllm import compat, settings
+from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, remake_bounds
+from hipserve.integrations.vllm.metrics import tally
+from hipserve.integrations.vllm.step import (
+    HiPStep,
+    found_keys,
+    found_pages,
+    host_seq_lens,
+    sequences,
+)
+from hipserve.types import BatchLayout
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+    from hipserve.config import HiPConfig
+
+READ = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+"""KV cache specs that are read as what they are; what derives from them means something else."""
+
+LOADS_FIRST = frozenset(
+    {"OffloadingConnector", "SimpleCPUOffloadConnector", "NixlConnector", "MooncakeConnector"}
+)
+"""KV connectors that bring keys before their request is scheduled, not while its step runs."""
+
+
+class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
+    """Builds the step for the layers of one KV cache group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        compat.follow_requests()
+        compat.receive_from_stages()
+        self.config = self._settled(vllm_config, kv_cache_spec, device)
+        self.verified_rows = verified_rows(vllm_config)
+        # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self.buffers = DecodeBuffers(slots, device) if device.type == "cuda" else None
+        self.tally = tally(vllm_config.instance_id)
+        layers: Any = vllm_config.compilation_config.static_forward_context
+        self.layers: dict[str, Any] = {name: layers[name] for name in layer_names}
+        for layer in self.layers.values():
+            layer.impl.config = self.config
+        local = [name for name, layer in self.layers.items() if layer.impl.is_local(layer)]
+        pruned = [name for name, layer in self.layers.items() if not layer.impl.is_dense(layer)]
+        self.num_local, self.num_pruned = len(local), len(pruned)
+        self.counted_layer = pruned[0] if pruned else ""
+        # Of one layer, since all builders of a group have to share it (vLLM makes several).
+        self.schedule = layers[layer_names[0]].impl.schedule
+        self.longest = vllm_config.model_config.max_model_len
+        self.bounded = any(layer.impl.keeps_bounds(layer) for layer in self.layers.values())
+        self._check_spec(kv_cache_spec)
+        blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
+        bounds = BlockLayout.of(kv_cache_spec, self.config).bound_bytes * blocks
+        self.tally.add("hipserve_page_bound_bytes", bounds)
+
+    @staticmethod
+    def _settled(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> HiPConfig:
+        """The configuration of all layers, with the crossovers of this machine."""
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        group = model.get_num_attention_heads(parallel) // spec.num_kv_heads
+        kind = (device, spec.dtype, spec.head_size, max(group, 1))
+        return settled_for(settings.hip_config(vllm_config), *kind)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls,
+        vllm_config: VllmConfig,
+        kv_cache_spec: KVCacheSpec,  # noqa: ARG003
+    ) -> AttentionCGSupport:
+        """Steps of equally many rows a request are replayed whole: `DecodeBuffers` keeps addresses.
+
+        A KV connector that loads while the step runs needs layers that are called in every step.
+        """
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector not in LOADS_FIRST:
+            return AttentionCGSupport.NEVER
+        size = settings.hip_config(vllm_config).query_block_size
+        if 1 < verified_rows(vllm_config) <= size:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def _check_spec(self, spec: AttentionSpec) -> None:
+        """Raises BackendError where blocks are not what this backend reads."""
+        name = type(spec).__name__
+        if type(spec) not in READ or spec.head_size_v != spec.head_size:
+            raise BackendError(
+                f"HiP attention cannot read the KV cache of {self.layer_names[0]} ({name}, heads "
+                f"of {spec.head_size} and {spec.head_size_v}); "
+                "leave out --attention-backend CUSTOM"
+            )
+        needed = BlockLayout.of(spec, self.config).padded_bytes
+        if self.bounded and spec.page_size_bytes < needed:
+            raise BackendError(
+                f"a KV block of {self.layer_names[0]} ({name}) has {spec.page_size_bytes} bytes, "
+                f"but with the bounds of its keys it needs {needed}; choose another --block-size, "
+                'or set {"hip": {"selector": "tree"}}'
+            )
+
+    def build(
+        self,
+        common_prefix_len: int,  # noqa: ARG002
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,  # noqa: ARG002
+    ) -> HiPStep:
+        common = common_attn_metadata
+        requests = compat.step_requests(common)
+        self.schedule.forget(requests.ended)
+        plan, selects = self._plan(common, requests)
+        pages = self._found_pages(common, requests, replayed=isinstance(plan, CapturedPlan))
+        count = int(common.query_start_loc_cpu[-1])
+        slots = common.slot_mapping[:count]
+        return HiPStep(count, slots, plan, selects, self.counted_layer, pages)
+
+    def _found_pages(
+        self, common: CommonAttentionMetadata, requests: compat.StepRequests, replayed: bool
+    ) -> Tensor | None:
+        """Pages whose bounds the layers make; a step that graphs may replay gets them made here."""
+        found = found_keys(common, requests) if self.bounded else []
+        self.tally.add("hipserve_found_keys", sum(keys for _, keys in found))
+        pages = found_pages(common.block_table_tensor, self.kv_cache_spec.block_size, found)
+        if pages is None or not replayed:
+            return pages
+        for layer in self.layers.values():
+            if layer.impl.keeps_bounds(layer):
+                kv = pages_of(layer.kv_cache, self.config.bound_block_size)
+                remake_bounds(kv, pages, self.config.bound_block_size)
+        return None
+
+    def _plan(
+        self, common: CommonAttentionMetadata, requests: compat.StepRequests
+    ) -> tuple[StepPlan | CapturedPlan, bool]:
+        layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        size, keeps = self.config.query_block_size, self.config.refresh_interval > 1
+        if self.buffers is not None and (rows := self._replayed_rows(common)):
+            decisions = self._decide(common, requests) if keeps else None
+            prunes = self.num_pruned > 0 and self.config.may_prune(self.longest, rows)
+            return self.buffers.plan(layout, size, decisions), prunes
+        lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
+        steps = sequences(common, requests, self.config)
+        drafts = self.verified_rows > 1 and self.device.type != "cpu"
+        whole = [drafts and not step.prefilling for step in steps]
+        whole += [False] * (common.num_reqs - len(steps))
+        layout, blocks = split_batch(replace(layout, lengths=lengths), size, whole)
+        plan = StepPlan.make(layout, size, self.schedule.step(steps) if keeps else None)
+        return plan, self._selects(plan, blocks, sum(step.decoding for step in steps))
+
+    def _decide(
+        self, common: CommonAttentionMetadata, requests: compat.StepRequests
+    ) -> list[tuple[int, bool]]:
+        return self.schedule.step(sequences(common, requests, self.config))
+
+    def _replayed_rows(self, common: CommonAttentionMetadata) -> int:
+        """Rows a request of a step that vLLM may replay as one graph, 0 for other steps."""
+        rows = common.max_query_len
+        if rows == 1 or rows != self.verified_rows or rows > self.config.query_block_size:
+            return rows if rows == 1 else 0
+        lens = common.query_start_loc_cpu.diff()
+        return rows if bool(((lens == rows) | (lens == 0)).all()) else 0
+
+    def _selects(self, plan: StepPlan, query_blocks: Tensor, num_decoding: int) -> bool:
+        """Counts a step's query blocks; whether its layers have anything to select."""
+        blocks = query_blocks[:, 2:].tolist()
+        sinks, pruned = self.config.num_sink_tokens, self.num_pruned
+        short = sum(self.config.window_start(first, rows) <= sinks for rows, first in blocks)
+        dense = len(self.layer_names) - pruned - self.num_local
+        name = "hipserve_dense_query_blocks"
+        self.tally.add("hipserve_query_blocks", len(blocks) * len(self.layer_names))
+        self.tally.add(name, short * pruned, "short")
+        self.tally.add(name, len(blocks) * dense, "dense_layer")
+        self.tally.add(name, len(blocks) * self.num_local, "model_window")
+        if short == len(blocks):
+            visible = plan.layout.keys_visible or 0
+            for keys in ("hipserve_keys_read", "hipserve_keys_visible"):
+                self.tally.add(keys, visible if pruned else 0)
+            return False
+        self.tally.add("hipserve_refreshes", (num_decoding - len(plan.kept)) * pruned)
+        self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
+        return pruned > 0
+
+
+def verified_rows(vllm_config: VllmConfig) -> int:
+    """Rows of a request in a decode step: its last token and the drafts behind it."""
+    speculative = vllm_config.speculative_config
+    return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)

@@ -1,0 +1,108 @@
+"""One step of vLLM in hipserve's words: what all layers of a KV cache group share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+
+from hipserve.attention import CapturedPlan, SequenceStep, StepPlan
+
+if TYPE_CHECKING:
+    from hipserve.config import HiPConfig
+    from hipserve.integrations.vllm.compat import StepRequests
+
+
+@dataclass
+class HiPStep(AttentionMetadata):
+    """What the layers of one step need, built once for all of them.
+
+    vLLM copies its fields into classes of its own and adds attributes, hence no slots.
+
+    Attributes:
+        num_tokens: rows of q that count; the rest is padding.
+        slot_mapping: `[num_tokens]` int64, where their keys and values go.
+        plan: the batch, and which query blocks select again.
+        selects: some query block is pruned, or its selection kept; else every layer is dense.
+        counted_layer: the layer whose reads are counted for all pruned ones.
+        found_pages: `[n]` int64, pages of keys that a request of this step found computed when it
+            started, or None: their bounds are made before anybody reads them.
+    """
+
+    num_tokens: int
+    slot_mapping: Tensor
+    plan: StepPlan | CapturedPlan
+    selects: bool
+    counted_layer: str
+    found_pages: Tensor | None = None
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
+    """`[num_reqs]` int32 on the host, without waiting for a device.
+
+    With speculative decoding a device's lengths may be shorter than these, by the drafts that were
+    rejected; a prompt's are the same.
+    """
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None or common.seq_lens.device.type == "cpu":
+        return common.seq_lens.cpu()
+    return bound[: common.num_reqs]
+
+
+def sequences(
+    common: CommonAttentionMetadata, requests: StepRequests, config: HiPConfig
+) -> list[SequenceStep]:
+    """What every row does; one that reads every key keeps nothing and counts as no decode row.
+
+    Where requests are known, rows beyond them pad a graph's batch and are left out.
+    """
+    lens = common.query_start_loc_cpu.diff().tolist()
+    prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
+    seq_lens = host_seq_lens(common).tolist()
+    pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
+    steps: list[SequenceStep] = []
+    for i, request in enumerate(requests.rows or (None,) * common.num_reqs):
+        reads_prompt = i < len(prefilling) and prefilling[i]
+        decoding = lens[i] == 1 and pruned[i] and not reads_prompt
+        steps.append(SequenceStep(request, seq_lens[i], decoding, reads_prompt))
+    return steps
+
+
+def found_keys(common: CommonAttentionMetadata, requests: StepRequests) -> list[tuple[int, int]]:
+    """Row and number of keys of every request that starts in this step behind computed keys.
+
+    Where it is not known who starts, everybody does whose prompt is being read.
+    """
+    if requests.rows is not None and not requests.started:
+        return []
+    prefilling = common.is_prefilling
+    if requests.rows is None and (prefilling is None or not bool(prefilling.any())):
+        return []
+    starts = (host_seq_lens(common) - common.query_start_loc_cpu.diff()).tolist()
+    if requests.rows is None:
+        assert prefilling is not None
+        rows = [i for i, reading in enumerate(prefilling.tolist()) if reading]
+    else:
+        rows = [i for i, request in enumerate(requests.rows) if request in requests.started]
+    return [(row, starts[row]) for row in rows if starts[row] > 0]
+
+
+def found_pages(block_table: Tensor, page_size: int, found: list[tuple[int, int]]) -> Tensor | None:
+    """`[n]` int64, the pages of found keys, each once; None where there are none.
+
+    Args:
+        block_table: `[num_reqs, max_pages]` int32.
+        found: row and number of keys, as `found_keys` gives them.
+    """
+    if not found:
+        return None
+    pages = [block_table[row, : -(-keys // page_size)] for row, keys in found]
+    return torch.cat(pages).long().unique() if len(pages) > 1 else pages[0].long()
+
+
+def first_rows(x: Tensor, count: int) -> Tensor:
+    """The rows that are no padding; most steps have none, and a slice costs more than asking."""
+    return x if x.shape[0] == count else x[:count]

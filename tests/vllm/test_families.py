@@ -1,0 +1,62 @@
+"""Families of models inside vLLM's engine, and keys that reach a request by other ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import scenario
+
+pytest.importorskip("vllm")
+
+DENSE_AND_FULL = ("dense cache", "full cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def ran(name: str, folder: Path) -> dict[str, Any]:
+    return scenario(name, folder, HIPSERVE_TEST_MODELS=str(folder / "models"))
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return ran("found", folder)
+
+
+def test_families_answer_as_with_dense_attention(folder: Path) -> None:
+    """`sinks=None`, chunks, pages of other layers with fast prefill, learned sinks."""
+    families = ran("families", folder)
+    assert set(families) == {"granite", "llama4", "gemma3n", "gptoss"}
+    for name, seen in families.items():
+        assert seen["full"] == seen["dense"], name
+
+
+def test_hybrids_keep_their_cache(folder: Path) -> None:
+    """Blocks as large as a recurrent state: bounds take their 7 %, rounding some more, no half."""
+    for name, seen in ran("hybrids", folder).items():
+        dense, full = (seen[key]["block"] * seen[key]["blocks"] for key in DENSE_AND_FULL)
+        assert full >= 0.8 * dense, name
+
+
+def test_bounds_of_copied_blocks_are_those_of_their_keys(found: dict[str, Any]) -> None:
+    hits = found["partial hits"]
+    assert hits["copies"] > 0
+    assert hits["found"] >= 1024
+    assert hits["runs"] > 0
+    assert hits["wrong"] == 0
+
+
+def test_keys_that_a_connector_brings_serve_as_well(found: dict[str, Any]) -> None:
+    seen = found["connector"]
+    assert found["first"] == found["again"] == found["without connector"]
+    assert seen["found"] >= 2 * 1024
+    assert seen["runs"] > 0
+    assert seen["wrong"] == 0
+
+
+def test_vllm_frees_the_cache_that_it_measured_graphs_with(found: dict[str, Any]) -> None:
+    assert found["freed"]
