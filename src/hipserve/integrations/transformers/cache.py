@@ -214,7 +214,9 @@ class HiPCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes the new keys and values of a layer.
+        """Takes the new keys and values of a layer; returns what its attention reads.
+
+        key_states, value_states: `[batch, num_kv_heads, new, head_dim]`.
 
         Raises:
             ArgumentError: an earlier step ended between layers, which hold different tokens now.
