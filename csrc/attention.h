@@ -1,88 +1,38 @@
 // Exact attention over SINK + chosen blocks + WINDOW, or over everything. One work item is a KV
 // head and some rows of one query block, the query heads of the group stacked into its rows; keys
-// come in tiles of 64, in position order, gathered by row pointer, so that pages cost nothing.
+// come in tiles, in position order, gathered by row pointer, so that pages cost nothing.
 #pragma once
+#include "amx.h"
 #include "few_rows.h"
+#include "plan.h"
 #include "tile.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int64_t kMaxRows = 384;     // stacked rows of one item
-constexpr int64_t kSplitRows = 64;    // items this small split a long key list ...
-constexpr int64_t kSplitKeys = 2048;  // ... into parts of this many keys
 constexpr int64_t kSharedWork = 1 << 17;  // products from which waking other threads pays
 constexpr float kSlack = 8.f;  // a row's reference moves when a score is 2^8 times above it
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-struct Item {
-  int32_t block, head, first_row, num_rows;
-  int64_t begin, end;  // its part of the key list
-  int32_t part, parts;
-  int64_t place;  // its first row among those of all parts
-};
-
-// The keys that one query block reads, as ascending segments of positions.
-class KeyList {
- public:
-  KeyList(const AttentionCall& call, const QueryBlock& block, int64_t block_id, int64_t head)
-      : call_(call) {
-    int64_t last = block.position + block.num_rows;
-    if (!call.indices) {
-      int64_t first = call.sliding_window ? block.position - call.sliding_window + 1 : 0;
-      window_ = first > 0 ? first : 0;
-      sink_ = 0;
-    } else {
-      sink_ = least(call.num_sink_tokens, last);
-      window_ = least((int64_t)call.window_start[block_id], last);
-      indices_ = call.indices + (block_id * call.index_heads + head) * call.max_selected;
-      while (chosen_ < call.max_selected && indices_[chosen_] >= 0) ++chosen_;
-    }
-    if (window_ < sink_) window_ = sink_;
-    last_ = last;
-  }
-  int64_t size() const { return sink_ + chosen_ * call_.key_block_size + (last_ - window_); }
-
-  // Position of the n-th key, and how many keys follow it without a gap (itself included).
-  int64_t at(int64_t n, int64_t* run) const {
-    if (n < sink_) {
-      *run = sink_ - n;
-      return n;
-    }
-    n -= sink_;
-    int64_t size = call_.key_block_size;
-    if (n < chosen_ * size) {
-      *run = size - n % size;
-      return indices_[n / size] * size + n % size;
-    }
-    n -= chosen_ * size;
-    *run = last_ - window_ - n;
-    return window_ + n;
-  }
-
- private:
-  const AttentionCall& call_;
-  const int32_t* indices_ = nullptr;
-  int64_t sink_ = 0, chosen_ = 0, window_ = 0, last_ = 0;
-};
 
 struct Scratch {
   float *q, *out, *best, *sum, *keys, *values, *convert, *scores, *weights;
   int32_t* high;  // lanes of the tile that a group of rows reads, at its first row
   static size_t bytes(int64_t dim) {
-    return room(kMaxRows * dim, 4) * 2 + room(kMaxRows, 4) * 2 + room(kMaxRows * kLanes, 4) +
-           room(kKeys * dim, 4) * 3 + room(kFewRows * kKeys, 4) + room(kMaxRows * kKeys, 4);
+    const int64_t wide = dim + kStep;
+    return room(kMaxRows * wide, 4) * 2 + room(kMaxRows, 4) * 2 + room(kMaxRows * kLanes, 4) +
+           room(kKeys * wide, 4) * 3 + room(kBlockRows * kKeys, 4) + room(kMaxRows * kKeys, 4);
   }
   Scratch(Arena& arena, int64_t dim) {
-    q = arena.take<float>(kMaxRows * dim);
+    const int64_t wide = dim + kStep;
+    q = arena.take<float>(kMaxRows * wide);
     out = arena.take<float>(kMaxRows * dim);
     best = arena.take<float>(kMaxRows);
     high = arena.take<int32_t>(kMaxRows);
     sum = arena.take<float>(kMaxRows * kLanes);
-    keys = arena.take<float>(kKeys * dim);
+    keys = arena.take<float>(kKeys * wide);
     values = arena.take<float>(kKeys * dim);
     convert = arena.take<float>(kKeys * dim);
-    scores = arena.take<float>(kFewRows * kKeys);
+    scores = arena.take<float>(kBlockRows * kKeys);
     weights = arena.take<float>(kMaxRows * kKeys);
   }
 };
@@ -100,7 +50,13 @@ struct Visible {
 template <class Unit, class T> class Attention {
  public:
   Attention(const AttentionCall& call, Scratch& scratch)
-      : call_(call), s_(scratch), dim_(call.batch.head_dim), depth_(dim_ / Unit::kValues) {}
+      : call_(call),
+        s_(scratch),
+        dim_(call.batch.head_dim),
+        depth_(padded<Unit>(dim_) / Unit::kValues) {
+    const int64_t used = dim_ / Unit::kValues;
+    memset(s_.keys + used * kKeys, 0, (depth_ - used) * kKeys * 4);
+  }
 
   void run(const Item& item, float* part) {
     begin(item);
@@ -163,6 +119,7 @@ template <class Unit, class T> class Attention {
     position_ = block.position + item.first_row;
     for (int64_t r = 0; r < rows_; ++r) {
       pack_row<Unit, T>(q_row(r), dim_, s_.q + r * depth_);
+      for (int64_t k = dim_ / Unit::kValues; k < depth_; ++k) s_.q[r * depth_ + k] = 0.f;
       s_.best[r] = -INFINITY;
     }
     memset(s_.sum, 0, rows_ * kLanes * 4);
@@ -194,11 +151,13 @@ template <class Unit, class T> class Attention {
     tile.k.count = tile.v.count = count;
     pad(tile.k);
     pad(tile.v);
-    tile.v.count = least((count + 1) / 2 * 2, (int)kKeys);
+    const int together = kTiled<Unit> ? kStep : 2;  // keys that an instruction sums over
+    tile.v.count = (count + together - 1) / together * together;
   }
 
   // All rows over one tile: first the weights, while its keys are in the cache, then the values.
   void take(const Tile& tile) {
+    if constexpr (kTiled<Unit>) return take_in_blocks(tile);
     const bool whole = all_see(tile);
     KeyTile<Unit, T>::pack(tile.k, dim_, s_.keys, s_.convert);
     for (int64_t row = 0; row < rows_; row += kRows) {
@@ -207,6 +166,28 @@ template <class Unit, class T> class Attention {
     }
     ValueTile<Unit, T>::pack(tile.v, dim_, s_.values);
     for (int64_t row = 0; row < rows_; row += kRows) add(row);
+  }
+
+  // The same on tile registers: a block of rows from its scores to its output, so that scores and
+  // weights stay in the first cache.
+  void take_in_blocks(const Tile& tile) {
+    const bool whole = all_see(tile);
+    KeyTile<Unit, T>::pack(tile.k, dim_, s_.keys, s_.convert);
+    ValueTile<Unit, T>::pack(tile.v, dim_, s_.values);
+    for (int64_t row = 0; row < rows_; row += kBlockRows) {
+      const int64_t count = least(rows_ - row, (int64_t)kBlockRows);
+      weigh(row, count, tile, whole, [&](int padded) {
+        multiply_block<false>(s_.q + row * depth_, depth_, count, s_.keys, kKeys, padded,
+                              depth_ / kLanes, s_.scores, kKeys);
+      });
+      const int steps = (s_.high[row] + kStep - 1) / kStep;
+      if (!steps) continue;
+      multiply_block<true>(weights(row), kKeys / Unit::kValues, count, s_.values, dim_, dim_, steps,
+                           s_.out + row * dim_, dim_);
+    }
+  }
+  float* weights(int64_t row) const {
+    return s_.weights + (kTiled<Unit> ? row % kBlockRows : row) * (kKeys / Unit::kValues);
   }
 
   // Every row reads every key of the tile.
@@ -226,7 +207,7 @@ template <class Unit, class T> class Attention {
 
   template <class Score>
   void weigh(int64_t row, int64_t count, const Tile& tile, bool whole, const Score& score) {
-    Visible seen[kFewRows] = {};
+    Visible seen[kBlockRows] = {};
     int high = whole ? kKeys : 0;
     for (int64_t r = 0; r < count && !whole; ++r) {
       seen[r] = visible(row + r, tile);
@@ -292,7 +273,7 @@ template <class Unit, class T> class Attention {
       x[i] = shown(i, exp2v<Unit::kDegree>(x[i]), 0.f);
       sum += x[i];
     }
-    pack_weights<Unit>(x, kVectors, s_.weights + row * (kKeys / Unit::kValues));
+    pack_weights<Unit>(x, kVectors, weights(row));
     store(s_.sum + row * kLanes, load(s_.sum + row * kLanes) + sum);
   }
 
@@ -387,66 +368,6 @@ template <class Unit, class T> class Attention {
   int64_t group_ = 1, kv_head_ = 0, rows_ = 0, token_ = 0, position_ = 0;
 };
 
-// Cuts the call into items; the split of a key list depends on its length alone, never on threads.
-// Parts come before heads, so that all heads of a page are read at about the same time.
-class Plan {
- public:
-  explicit Plan(const AttentionCall& call) : call_(call) {
-    const Batch& batch = call.batch;
-    heads_ = most(call.index_heads, batch.num_kv_heads);
-    group_ = batch.num_q_heads / heads_;
-    lists_ = (List*)malloc(sizeof(List) * heads_);
-    const int64_t most_rows = most(kMaxRows / group_, (int64_t)1);
-    for (int pass = 0; pass < 2; ++pass) {
-      count = part_rows = pairs = 0;
-      for (int64_t b = batch.num_query_blocks - 1; b >= 0; --b)
-        for (int64_t row = 0; row < batch.query_blocks[b].num_rows; row += most_rows)
-          add(b, row, least(most_rows, batch.query_blocks[b].num_rows - row), pass);
-      if (!pass) items = (Item*)malloc(sizeof(Item) * most(count, (int64_t)1));
-    }
-  }
-  ~Plan() {
-    free(items);
-    free(lists_);
-  }
-  Item* items = nullptr;
-  int64_t count = 0, part_rows = 0;  // rows of all parts that must be merged
-  int64_t pairs = 0;                 // of a row and a key
-
- private:
-  struct List {
-    int64_t keys, parts, place;
-  };
-  void add(int64_t b, int64_t first, int64_t rows, bool write) {
-    int64_t most_parts = 1;
-    for (int64_t head = 0; head < heads_; ++head) {
-      const int64_t keys = KeyList(call_, call_.batch.query_blocks[b], b, head).size();
-      const bool split = rows * group_ <= kSplitRows && keys > 2 * kSplitKeys;
-      const int64_t parts = split ? (keys + kSplitKeys - 1) / kSplitKeys : 1;
-      lists_[head] = {keys, parts, part_rows};
-      pairs += keys * rows * group_;
-      if (split) part_rows += parts * rows * group_;
-      most_parts = most(most_parts, parts);
-    }
-    for (int64_t p = 0; p < most_parts; ++p)
-      for (int64_t head = 0; head < heads_; ++head) {
-        const List& list = lists_[head];
-        if (p >= list.parts) continue;
-        if (write) {
-          const int64_t size = list.parts > 1 ? kSplitKeys : list.keys;
-          items[count] = {(int32_t)b, (int32_t)head, (int32_t)first, (int32_t)rows, p * size,
-                          least(list.keys, (p + 1) * size), (int32_t)p, (int32_t)list.parts,
-                          list.place + p * rows * group_};
-        }
-        ++count;
-      }
-  }
-
-  const AttentionCall& call_;
-  int64_t heads_ = 1, group_ = 1;
-  List* lists_;
-};
-
 template <class Unit, class T> static void attention_as(const AttentionCall& call) {
   Plan plan(call);
   const int64_t dim = call.batch.head_dim, heads = most(call.index_heads, call.batch.num_kv_heads);
@@ -454,6 +375,7 @@ template <class Unit, class T> static void attention_as(const AttentionCall& cal
   float* parts = plan.part_rows ? (float*)malloc(plan.part_rows * row * 4) : nullptr;
 #pragma omp parallel if (plan.count > 1 && plan.pairs * dim >= kSharedWork)
   {
+    const TileRegisters registers;
     Arena arena(Scratch::bytes(dim));
     Scratch scratch(arena, dim);
     Attention<Unit, T> attention(call, scratch);
@@ -476,14 +398,13 @@ template <class Unit, class T> static void attention_as(const AttentionCall& cal
 
 static void attention(const AttentionCall& call) {
   switch (call.batch.dtype) {
-    case Dtype::bf16:
-#if defined(__AVX512BF16__)
-      return attention_as<Pair, bf16>(call);
+    case Dtype::bf16: return attention_as<BfUnit, bf16>(call);
+#if defined(__AMX_BF16__)
+    default: return kernels_avx512_bf16.attention(call);
 #else
-      return attention_as<Single, bf16>(call);
-#endif
     case Dtype::f16: return attention_as<Single, f16>(call);
     default: return attention_as<Single, float>(call);
+#endif
   }
 }
 

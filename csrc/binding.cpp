@@ -1,5 +1,6 @@
 // The operators of the namespace hipserve_cpu, through torch's stable ABI: one build serves every
 // torch from 2.10 on. Python has checked all arguments; head_dim is a multiple of 16, at most 512.
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -10,6 +11,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "kernels.h"
+
+#if defined(HIPSERVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -26,7 +33,32 @@ struct Tier {
   bool (*supported)();
 };
 
+constexpr int64_t kTilesGranted = 0, kNoTiles = -1, kNotBuilt = -2;
+
+// Whether the tile registers of AMX may be used here: one of the above, or the errno with which
+// Linux refused them. It saves their 8 KiB only for processes that ask.
+int64_t tile_refusal() {
+#if defined(HIPSERVE_AMX)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; of XSAVE
+  static const int64_t refusal = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    if (!(d & kBf16) || !(d & kTile)) return kNoTiles;
+    if (!syscall(SYS_arch_prctl, kRequestPermission, kTileData)) return kTilesGranted;
+    return (int64_t)errno;
+  }();
+  return refusal;
+#else
+  return kNotBuilt;
+#endif
+}
+
 #if defined(HIPSERVE_X86)
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 const Tier kTiers[] = {
     {"baseline", &hipserve::kernels_baseline, [] { return true; }},
     {"avx2", &hipserve::kernels_avx2,
@@ -39,11 +71,11 @@ const Tier kTiers[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
-    {"avx512_bf16", &hipserve::kernels_avx512_bf16,
-     [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
+    {"avx512_bf16", &hipserve::kernels_avx512_bf16, has_avx512_bf16},
+#if defined(HIPSERVE_AMX)
+    {"amx", &hipserve::kernels_amx,
+     [] { return has_avx512_bf16() && tile_refusal() == kTilesGranted; }},
+#endif
 };
 #else
 const Tier kTiers[] = {{"baseline", &hipserve::kernels_baseline, [] { return true; }}};
@@ -180,6 +212,7 @@ void compute_bounds(Tensor k, Tensor bounds, int64_t bound_block_size) {
 STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
   m.def("isa() -> int");
   m.def("set_isa(int tier) -> ()");
+  m.def("tile_refusal() -> int");
   m.def(
       "block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "Tensor query_blocks, Tensor? indices, Tensor? window_start, int num_sink_tokens, "
@@ -202,6 +235,7 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("tile_refusal", TORCH_BOX(&tile_refusal));
 }
 STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CPU, m) {
   m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));

@@ -78,6 +78,7 @@ struct Kernels {
   void (*compute_bounds)(const BoundsCall&);
 };
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16,
+    kernels_amx;
 
 }  // namespace hipserve

@@ -2,7 +2,9 @@
 // head at a time. Sampled rows are columns and keys are scored where they lie, reduced to the
 // greatest score of each as they come; only sets are kept, never orders.
 #pragma once
+#include "amx.h"
 #include "few_rows.h"
+#include "score.h"
 #include "tile.h"
 
 namespace hipserve {
@@ -50,83 +52,6 @@ static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
   return (x ^ (x >> 15)) & 0x7FFFFFFF;
 }
 
-constexpr int kBatch = 48;             // keys scored at a time, asked for a batch ahead
-constexpr int kTall = 2 * kRows;       // keys of a product where there are few rows
-constexpr int kChunk = kKeys;          // sampled rows side by side
-
-// Sampled rows of a query block as columns, so that a key is scored where it lies: chunks of 64
-// rows, units[k][row]. Lanes beyond the last row have a base of infinity and never count.
-// Few rows (few_rows.h) are one behind the other instead.
-struct Columns {
-  float* units;
-  int depth;
-};
-
-// Calls use(first key, first lane, products) for all products of keys and the lanes of one chunk.
-template <class Unit, class Use>
-static inline void multiply(const unit* const* keys, int count, const float* chunk, int64_t lanes,
-                            int depth, const Use& use) {
-  constexpr int kWide = kColumns * kLanes;
-  int64_t c = 0;
-  for (; c + kWide <= lanes; c += kWide)
-    for (int i = 0; i < count; i += kRows) {
-      vf acc[kRows][kColumns] = {};
-      product<Unit, kRows, kColumns>(keys + i, chunk + c, kChunk, depth, acc);
-      use(i, c, acc);
-    }
-  for (; c < lanes; c += kLanes)
-    for (int i = 0; i < count; i += kTall) {
-      vf acc[kTall][1] = {};
-      product<Unit, kTall, 1>(keys + i, chunk + c, kChunk, depth, acc);
-      use(i, c, acc);
-    }
-}
-
-// best[key] = each lane's greatest score with the key, less its base; a vector for each key.
-template <class Unit>
-static void greatest(const unit* const* keys, int count, const Columns& columns, int64_t rows,
-                     const float* base, float* best) {
-  for (int i = 0; i < kBatch * kLanes; i += kLanes) store(best + i, splat(-INFINITY));
-  for (int64_t r = 0; r < rows; r += kChunk)
-    multiply<Unit>(keys, count, columns.units + r * columns.depth, least(rows - r, (int64_t)kChunk),
-                   columns.depth, [&]<int kM, int kN>(int key, int64_t lane, vf (&acc)[kM][kN]) {
-                     for (int m = 0; m < kM; ++m) {
-                       vf top = load(best + (key + m) * kLanes);
-                       for (int n = 0; n < kN; ++n)
-                         top = maximum(acc[m][n] - load(base + r + lane + n * kLanes), top);
-                       store(best + (key + m) * kLanes, top);
-                     }
-                   });
-}
-
-// Raises each lane's base to its greatest score with the keys.
-template <class Unit>
-static void raise(const unit* const* keys, int count, const Columns& columns, int64_t rows,
-                  float* base) {
-  for (int64_t r = 0; r < rows; r += kChunk)
-    multiply<Unit>(keys, count, columns.units + r * columns.depth, least(rows - r, (int64_t)kChunk),
-                   columns.depth, [&]<int kM, int kN>(int, int64_t lane, vf (&acc)[kM][kN]) {
-                     for (int n = 0; n < kN; ++n) {
-                       float* at = base + r + lane + n * kLanes;
-                       vf top = load(at);
-                       for (int m = 0; m < kM; ++m) top = maximum(acc[m][n], top);
-                       store(at, top);
-                     }
-                   });
-}
-
-// Against [minimum, maximum] of a run: at its corner (reach 1) [min(q, 0), max(q, 0)], at its centre
-// (0) [q / 2, q / 2].
-template <class T>
-static inline void weigh_sides(const T* q, int64_t n, float reach, T* out) {
-  const float near = (1 + reach) / 2, far = (1 - reach) / 2;
-  for (int64_t c = 0; c < n; ++c) {
-    const float x = to_float(q[c]), up = x > 0 ? x : 0, down = x > 0 ? 0 : x;
-    from_float(far * up + near * down, out + c);
-    from_float(near * up + far * down, out + n + c);
-  }
-}
-
 // Sizes of one thread's scratch: candidates of any level, sampled rows, key blocks.
 struct SearchSize {
   int64_t rows, candidates;
@@ -148,10 +73,11 @@ template <class Unit, class T> class Search {
  public:
   Search(const SelectCall& call, const BoundLevels& levels, const SearchSize& size, Arena& arena)
       : call_(call), levels_(levels), dim_(call.batch.head_dim) {
-    rows_ = {arena.take<float>(size.rows * dim_), (int)dim_ / Unit::kValues};
+    const int64_t wide = padded<Unit>(dim_);
+    rows_ = {arena.take<float>(size.rows * wide), (int)wide / Unit::kValues};
     boxes_ = {arena.take<float>(size.rows * 2 * dim_), 2 * (int)dim_ / Unit::kValues};
     base_ = arena.take<float>(size.rows);
-    best_ = arena.take<float>(kBatch * kLanes);
+    best_ = arena.take<float>(kBestSize);
     convert_ = arena.take<float>(kKeys * 2 * dim_);
     split_ = arena.take<T>(kChunk * 2 * dim_);
     scores_ = arena.take<float>(size.candidates);
@@ -160,7 +86,7 @@ template <class Unit, class T> class Search {
     for (int32_t** list : lists) *list = arena.take<int32_t>(size.candidates);
   }
   static size_t bytes(int64_t dim, const SearchSize& size) {
-    return room(size.rows * dim, 4) * 3 + room(size.rows, 4) + room(kBatch * kLanes, 4) +
+    return room(size.rows * (dim + kStep), 4) * 3 + room(size.rows, 4) + room(kBestSize, 4) +
            room(kKeys * dim, 4) * 4 + room(size.candidates + kLanes, 4) * 8;
   }
 
@@ -217,7 +143,10 @@ template <class Unit, class T> class Search {
         pack_row<Unit, T>((const T*)rows.row[j], width, columns.units + j * columns.depth);
     } else {
       pad(rows);
-      KeyTile<Unit, T>::pack(rows, width, columns.units + first * columns.depth, convert_);
+      float* units = columns.units + first * columns.depth;
+      KeyTile<Unit, T>::pack(rows, width, units, convert_);
+      const int64_t used = width / Unit::kValues;
+      memset(units + used * kChunk, 0, (columns.depth - used) * kChunk * 4);
     }
   }
 
@@ -255,6 +184,7 @@ template <class Unit, class T> class Search {
       unit_rows<Unit, T>(rows[turn], count, width, convert_, units);
       const int padded = (count + kTall - 1) / kTall * kTall;
       for (int j = count; j < kBatch; ++j) units[j] = units[count - 1];
+      if (kTiled<Unit> && !few_) even_rows(units, padded, width, convert_);
       use(i, count, padded, units);
       i += count;
       count = next;
@@ -457,6 +387,7 @@ template <class Unit, class T> static void select_as(const SelectCall& call) {
   const int64_t items = call.batch.num_query_blocks * call.heads;
 #pragma omp parallel if (items > 1)
   {
+    const TileRegisters registers;
     Arena arena(Search<Unit, T>::bytes(call.batch.head_dim, size));
     Search<Unit, T> search(call, levels, size, arena);
 #pragma omp for schedule(dynamic)
@@ -466,14 +397,13 @@ template <class Unit, class T> static void select_as(const SelectCall& call) {
 
 static void select_blocks(const SelectCall& call) {
   switch (call.batch.dtype) {
-    case Dtype::bf16:
-#if defined(__AVX512BF16__)
-      return select_as<Pair, bf16>(call);
+    case Dtype::bf16: return select_as<BfUnit, bf16>(call);
+#if defined(__AMX_BF16__)
+    default: return kernels_avx512_bf16.select_blocks(call);
 #else
-      return select_as<Single, bf16>(call);
-#endif
     case Dtype::f16: return select_as<Single, f16>(call);
     default: return select_as<Single, float>(call);
+#endif
   }
 }
 

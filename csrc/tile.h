@@ -1,4 +1,4 @@
-// Tiles of 64 keys and the small matrix products over them, in vector extensions. Everything here
+// Tiles of keys and the small matrix products over them, in vector extensions. Everything here
 // is static: each tier compiles its own copy, and no symbol of one ISA can replace another's.
 #pragma once
 #include <math.h>
@@ -22,15 +22,19 @@ constexpr int kLanes = 8, kColumns = 2;
 constexpr int kLanes = 4, kColumns = 2;
 #endif
 constexpr int kRows = 6;        // rows of a register tile
-constexpr int kKeys = 64;       // keys of a tile
+#if defined(__AMX_BF16__)
+constexpr int kKeys = 128;      // keys of a tile
+#else
+constexpr int kKeys = 64;
+#endif
 constexpr int kMaxDim = 512;
 
 typedef float unit __attribute__((aligned(2), may_alias));  // 32 bits of a row in memory
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-template <class A> static inline A least(A a, A b) { return a < b ? a : b; }
-template <class A> static inline A most(A a, A b) { return a > b ? a : b; }
+template <class A> static constexpr A least(A a, A b) { return a < b ? a : b; }
+template <class A> static constexpr A most(A a, A b) { return a > b ? a : b; }
 
 static inline vf splat(float x) { return vf{} + x; }
 static inline vf load(const float* p) { return *(const vf*)p; }
@@ -147,6 +151,9 @@ struct Pair {
     return (vf)_mm512_dpbf16_ps((__m512)acc, pair, (__m512bh)b);
   }
 };
+using BfUnit = Pair;
+#else
+using BfUnit = Single;
 #endif
 
 // acc[r][c] += sum_k a_r[k] * b[k][c], with rows a_r wherever they lie and kN vectors of columns.
@@ -181,7 +188,14 @@ template <> inline void pack_row<Pair, bf16>(const bf16* x, int n, float* units)
 }
 #endif
 
-// Keys: 64 rows become columns, units[k][key].
+// Products of these units are on tile registers (amx.h), unless query rows are few.
+#if defined(__AMX_BF16__)
+template <class Unit> constexpr bool kTiled = Unit::kValues == 2;
+#else
+template <class Unit> constexpr bool kTiled = false;
+#endif
+
+// Keys: rows become columns, units[k][key].
 
 #if defined(__AVX512F__)
 static inline void transpose16(const float* const* rows, int offset, float* out) {
@@ -224,7 +238,7 @@ static inline void transpose(const float* const* rows, int count, int depth, flo
 }
 #endif
 
-// Rows of a tile: `row[j]` for j < count; the rest of the last 16 points at zeros.
+// Rows of a tile: `row[j]` for j < count; the rest of the last 32 points at zeros.
 struct TileRows {
   const void* row[kKeys];
   int count;
@@ -365,7 +379,7 @@ static inline void prefetch_row(const void* row, size_t bytes) {
 alignas(64) static const float kZeros[2 * kMaxDim] = {};
 
 static inline void pad(TileRows& tile) {
-  for (int j = tile.count; j < (tile.count + 15) / 16 * 16; ++j) tile.row[j] = kZeros;
+  for (int j = tile.count; j < (tile.count + 31) / 32 * 32; ++j) tile.row[j] = kZeros;
 }
 
 constexpr int64_t kCoarseRatio = 16, kWholeSequence = 8192;  // as in types.py

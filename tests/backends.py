@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ TIERS = (
 )
 NAMES = ("reference", *(f"cpu:{tier}" for tier in TIERS))
 
-every_backend = pytest.mark.parametrize("backend", NAMES)
+
+def without_amx(name: str) -> list[Any]:
+    """A parameter that is skipped, saying why, where everything but AMX runs; none elsewhere."""
+    refusal = native_library().amx_refusal
+    return [pytest.param(name, marks=pytest.mark.skip(reason=refusal))] if refusal else []
+
+
+every_backend = pytest.mark.parametrize("backend", [*NAMES, *without_amx("cpu:amx")])
+every_tier = pytest.mark.parametrize("tier", [*TIERS, *without_amx("amx")])
 native = pytest.mark.skipif(not NATIVE, reason=f"no native kernels: {native_library().reason}")
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger("hipserve")
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16")
+NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 MAX_HEAD_DIM = {"cpu": 512, "triton": 512}
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
@@ -33,11 +33,15 @@ WIDE_FLOAT32_BYTES = 4 * 16 * 512 * 4
 
 @dataclass(frozen=True, slots=True)
 class NativeLibrary:
-    """State of the native CPU kernels: the ISA tier they run, or why they do not run."""
+    """State of the native CPU kernels: the ISA tier they run, or why they do not run.
+
+    `amx_refusal` says why the tier is not "amx"; empty where AMX can run.
+    """
 
     tier: str | None
     reason: str = ""
     built: int = 0  # seconds, when the file was written
+    amx_refusal: str = ""
 
 
 @functools.cache
@@ -54,7 +58,16 @@ def native_library() -> NativeLibrary:
         tier = NATIVE_TIERS[torch.ops.hipserve_cpu.isa()]
     except (OSError, RuntimeError) as error:
         return NativeLibrary(None, f"the native kernels do not load: {str(error).splitlines()[0]}")
-    return NativeLibrary(tier, built=int(paths[0].stat().st_mtime))
+    return NativeLibrary(tier, built=int(paths[0].stat().st_mtime), amx_refusal=_amx_refusal())
+
+
+def _amx_refusal() -> str:
+    """Why the kernels do not run on AMX; empty where they can."""
+    if not hasattr(torch.ops.hipserve_cpu, "tile_refusal"):
+        return "the native kernels are older than this code; reinstall hipserve"
+    code = torch.ops.hipserve_cpu.tile_refusal()  # as csrc/binding.cpp defines it
+    known = {0: "", -1: "this CPU has no AMX", -2: "built without AMX (gcc 11 or newer has it)"}
+    return known[code] if code in known else f"Linux refuses AMX tile data: {os.strerror(code)}"
 
 
 def cpu_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends import TIERS, every_backend, native, using
+from backends import every_backend, every_tier, native, using
 from cases import Shape, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
@@ -33,7 +33,7 @@ def test_selections_are_lawful(backend: str, seed: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @given(seed=SEEDS)
 def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     """Index for index: values on a coarse grid make every dot product exact in any order."""
@@ -49,7 +49,7 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("rows", [1, 130])
 @pytest.mark.parametrize("head_dim", [272, 512])
 def test_native_search_of_wide_heads_equals_the_definition(

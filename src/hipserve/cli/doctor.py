@@ -43,7 +43,8 @@ def _native() -> Check:
 
     library = native_library()
     if library.tier:
-        return Check("native CPU kernels", True, f"{library.tier} on {cpu_name()}")
+        missing = f"; no amx: {library.amx_refusal}" if library.amx_refusal else ""
+        return Check("native CPU kernels", True, f"{library.tier} on {cpu_name()}{missing}")
     advice = "install gcc 12 or newer and reinstall hipserve; until then eager torch is used"
     return Check("native CPU kernels", False, library.reason, advice)
 
