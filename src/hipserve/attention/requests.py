@@ -164,7 +164,8 @@ def split_batch(
             positions are read on the device.
 
     Returns:
-        the layout with its blocks, and these on the host, at the positions that the host knows.
+        the layout with its blocks `[num_query_blocks, 4]`, and these on the host, at the positions
+        that the host knows.
     """
     assert layout.lengths is not None
     seq_lens, starts = layout.lengths
