@@ -125,11 +125,21 @@ def test_what_does_not_fit_leaves_the_conversation_as_it_was(loaded: LoadedModel
     before = (list(talk.turns), talk.statistics, talk._ids.clone(), talk._cache.get_seq_length())
     with pytest.raises(FitError, match=r"200,\d\d\d tokens \+ 64 for the answer = .* shorten"):
         talk.ask(" ".join(["key"] * 200_000))
-    with pytest.raises(FitError, match="its context is 131,072"):
+    with pytest.raises(FitError, match="its context is 131,072") as error:
         talk.ask(QUESTION, max_new_tokens=131_072)
+    assert error.value.message.startswith("the answer does not fit")
+    assert "shorten" not in str(error.value)
+    assert "set max_new_tokens to 13" in error.value.hint
     assert before[:2] == (talk.turns, talk.statistics)
     assert torch.equal(before[2], talk._ids)
     assert before[3] == talk._cache.get_seq_length()
+    assert talk.ask(QUESTION) == "The pass key is 83724."
+
+
+def test_half_a_surrogate_pair_is_refused(loaded: LoadedModel) -> None:
+    talk = about(loaded)
+    with pytest.raises(ArgumentError, match=r"content: expected text .* got '.ud800' at char"):
+        talk.ask("What is \ud800?")
     assert talk.ask(QUESTION) == "The pass key is 83724."
 
 
@@ -195,6 +205,7 @@ def test_chunks_of_a_follow_up_end_where_those_of_one_pass_would(
         ("/missing/acorn", "no such directory"),
         ("acron", '"acron"'),
         ("a b c", '"a b c"'),
+        ("", "no name"),
     ],
 )
 def test_unknown_models(name: str, reason: str) -> None:
@@ -202,6 +213,14 @@ def test_unknown_models(name: str, reason: str) -> None:
         load(name)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"no gguf and no accelerate; .*hipserve\[gguf\]"):
+        load(str(path))
 
 
 def test_unknown_devices() -> None:

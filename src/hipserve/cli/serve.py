@@ -21,12 +21,13 @@ from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err, result
 from hipserve.config import HiPConfig
-from hipserve.errors import HipserveError
+from hipserve.errors import ArgumentError, HipserveError
 from hipserve.integrations.vllm import flags as vllm_flags
 from hipserve.integrations.vllm import server as vllm_server
 from hipserve.integrations.vllm.command import find_version
 from hipserve.integrations.vllm.server import Client, Facts, Server
 from hipserve.models.bundled import BUNDLED, bundled_path
+from hipserve.models.gguf_files import find_gguf
 
 SILENCE = 2.0
 """Seconds without a word that a start may last."""
@@ -75,9 +76,16 @@ def serve(
 
 def check(model: str, flags: tuple[str, ...]) -> None:
     """Refuses, before anything starts, a path that leads nowhere and flags that cannot be meant."""
+    _refuse_gguf(model)
     vllm_flags.check_model(model)
     vllm_flags.check_flags(flags)
     vllm_flags.check_known(flags)
+
+
+def _refuse_gguf(model: str) -> None:
+    if model != BUNDLED and find_gguf(model):
+        hint = "hipserve run, chat and eval read GGUF; serve the model's safetensors checkpoint"
+        raise ArgumentError("model", "a directory or hub name, as vLLM reads no GGUF", model, hint)
 
 
 def run(server: Server, verbose: bool = False) -> None:

@@ -14,6 +14,8 @@ from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
 from hipserve.integrations.transformers import register
 from hipserve.models.bundled import BUNDLED, bundled_path
+from hipserve.models.gguf import load_gguf
+from hipserve.models.gguf_files import find_gguf
 from hipserve.platform import check_device, default_device, describe_backend
 
 Turn = dict[str, str]
@@ -114,8 +116,8 @@ def load(
     """Loads a model for HiP attention.
 
     Args:
-        name_or_path: a directory or a hub name of a Llama, Qwen2, Qwen3, Mistral or Gemma
-            checkpoint; the bundled model if None.
+        name_or_path: a directory, a GGUF file or a hub name of a Llama, Qwen2, Qwen3, Mistral or
+            Gemma checkpoint; the bundled model if None.
         config: what is pruned; the checkpoint's own settings or the defaults if None.
         dtype: of the weights; the checkpoint's own with `auto`.
         device: a torch device; a CUDA device if there is one, else the CPU.
@@ -126,17 +128,16 @@ def load(
     place = check_device(device or default_device())
     name = BUNDLED if name_or_path is None else name_or_path
     path = bundled_path() if name == BUNDLED else name
-    if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise _unknown(name, "no such directory")
+    file = None if name == BUNDLED else find_gguf(name)
+    if file is None:
+        _check_exists(name)
     register()
     transformers_logging.disable_progress_bar()  # pyright: ignore
     try:
-        settings = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=settings, dtype=dtype, attn_implementation="hip"
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        settings, tokenizer, model = load_gguf(file, dtype) if file else _load(path, dtype)
+    except ArgumentError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, IndexError) as error:
         raise _unknown(name, _first_line(error)) from error
     loaded = LoadedModel(
         model.to(place).eval(),
@@ -148,6 +149,24 @@ def load(
     if config is not None:
         loaded.use(config)
     return loaded
+
+
+def _check_exists(name: str) -> None:
+    """A path that is none would be looked for on the hub."""
+    if not name.strip():
+        raise _unknown(name, "no name")
+    if name.endswith(".gguf"):
+        raise _unknown(name, "no such file")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise _unknown(name, "no such directory")
+
+
+def _load(path: Path | str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
+    """Configuration, tokenizer and model of a checkpoint."""
+    settings = AutoConfig.from_pretrained(path)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "hip"}
+    model = AutoModelForCausalLM.from_pretrained(path, config=settings, **options)
+    return settings, AutoTokenizer.from_pretrained(path), model
 
 
 def _check_text(content: str) -> None:
