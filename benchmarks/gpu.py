@@ -39,7 +39,8 @@ from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks import triton as selection
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.types import BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
@@ -264,9 +265,9 @@ def decode(
     if room:
         wide = F.pad(layout.block_table, (0, room // PAGE - columns))
         layout = BatchLayout(wide, layout.seq_lens, layout.cu_seqlens_q)
-    prunes = config.on("cuda").may_prune(layout.block_table.shape[1] * PAGE, 1)
+    prunes = pruning_rule(config, "cuda").prunes(layout.block_table.shape[1] * PAGE - 1, 1)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
-    layout.query_blocks(config.query_block_size)  # kept: a graph cannot wait for the host
+    layout.window_starts(pruning_rule(config, "cuda"))  # kept: a graph cannot wait for the host
     refresh = torch.ones(batch, **ints)
     chosen = [
         BlockSelection(

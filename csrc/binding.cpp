@@ -105,6 +105,9 @@ int64_t& current() {
 }
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
+// Raised with every change of a call, so that Python never runs kernels of another version.
+constexpr int64_t kCalls = 2;
+int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {
   if (tier < 0 || tier >= kNumTiers || !kTiers[tier].supported())
@@ -162,12 +165,10 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 }
 
 void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
-                   Tensor query_blocks, int64_t budget, int64_t bound_budget,
+                   Tensor query_blocks, Tensor window_starts, int64_t budget, int64_t bound_budget,
                    int64_t key_block_size, int64_t bound_block_size, double bound_reach,
-                   int64_t granularity, int64_t query_stride, int64_t rerank, bool relative_scores,
-                   int64_t representative, int64_t seed,
-                   int64_t num_sink_tokens, int64_t sliding_window, int64_t dense_below,
-                   int64_t lone_row, Tensor indices, Tensor window_start) {
+                   int64_t query_stride, int64_t rerank, bool relative_scores,
+                   int64_t representative, int64_t seed, int64_t num_sink_tokens, Tensor indices) {
   hipserve::SelectCall call{};
   call.batch = batch_of(q, k_cache, block_table, query_blocks);
   call.q = rows_of(q);
@@ -180,18 +181,14 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.key_block_size = key_block_size;
   call.bound_block_size = bound_block_size;
   call.bound_reach = (float)bound_reach;
-  call.granularity = granularity;
   call.query_stride = query_stride;
   call.rerank = rerank;
   call.relative_scores = relative_scores;
   call.representative = representative;
   call.seed = seed;
   call.num_sink_tokens = num_sink_tokens;
-  call.sliding_window = sliding_window;
-  call.dense_below = dense_below;
-  call.lone_row = lone_row;
+  call.window_starts = ints<const int32_t>(window_starts);
   call.indices = ints<int32_t>(indices);
-  call.window_start = ints<int32_t>(window_start);
   kernels().select_blocks(call);
 }
 
@@ -210,6 +207,7 @@ void compute_bounds(Tensor k, Tensor bounds, int64_t bound_block_size) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
+  m.def("calls() -> int");
   m.def("isa() -> int");
   m.def("set_isa(int tier) -> ()");
   m.def("tile_refusal() -> int");
@@ -220,12 +218,10 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
       "Tensor(b!) lse) -> ()");
   m.def(
       "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
-      "Tensor query_blocks, int budget, int bound_budget, int key_block_size, "
-      "int bound_block_size, float bound_reach, int granularity, int query_stride, int rerank, "
-      "bool relative_scores, "
-      "int representative, int seed, int num_sink_tokens, int sliding_window, int dense_below, "
-      "int lone_row, Tensor(a!) indices, "
-      "Tensor(b!) window_start) -> ()");
+      "Tensor query_blocks, Tensor window_starts, int budget, int bound_budget, "
+      "int key_block_size, int bound_block_size, float bound_reach, int query_stride, int rerank, "
+      "bool relative_scores, int representative, int seed, int num_sink_tokens, "
+      "Tensor(a!) indices) -> ()");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "
       "Tensor slot_mapping, int bound_block_size) -> ()");
@@ -233,6 +229,7 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CompositeExplicitAutograd, m) {
+  m.impl("calls", TORCH_BOX(&calls));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("tile_refusal", TORCH_BOX(&tile_refusal));

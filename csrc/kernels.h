@@ -48,12 +48,12 @@ struct SelectCall {
   Rows q;
   Pages k, bounds;  // bounds.data is null for the tree alone
   int64_t heads, max_selected;
-  int64_t budget, bound_budget, key_block_size, bound_block_size, granularity, query_stride;
-  int64_t rerank, representative, seed, num_sink_tokens, sliding_window, dense_below, lone_row;
+  int64_t budget, bound_budget, key_block_size, bound_block_size, query_stride;
+  int64_t rerank, representative, seed, num_sink_tokens;
   float bound_reach;
   bool relative_scores;
-  int32_t* indices;
-  int32_t* window_start;
+  const int32_t* window_starts;  // [query blocks]: the end of the searched middle
+  int32_t* indices;              // [query blocks, heads, max_selected]
 };
 
 struct WriteCall {

@@ -95,8 +95,7 @@ template <class Unit, class T> class Search {
     int32_t* out = call_.indices + (block_id * call_.heads + head) * call_.max_selected;
     for (int64_t i = 0; i < call_.max_selected; ++i) out[i] = -1;
     begin_ = call_.num_sink_tokens;
-    end_ = window_start(block);
-    if (head == 0) call_.window_start[block_id] = (int32_t)end_;
+    end_ = call_.window_starts[block_id];
     if (end_ == begin_) return;
     Sequence seq(call_.batch, block.seq);
     seq_ = &seq;
@@ -109,14 +108,6 @@ template <class Unit, class T> class Search {
   }
 
  private:
-  int64_t window_start(const QueryBlock& block) const {
-    int64_t start = block.position - call_.sliding_window + 1;
-    bool sparse = start > 0 && start - start % call_.granularity - begin_ > call_.budget;
-    int64_t below = call_.dense_below * (block.num_rows == 1 ? call_.lone_row : 1);
-    bool longer = block.position + block.num_rows > below;
-    return sparse && longer ? start - start % call_.granularity : begin_;
-  }
-
   void sample(const QueryBlock& block, int64_t head) {
     const int64_t group = call_.batch.num_q_heads / call_.heads;
     num_rows_ = ((block.num_rows - 1) / call_.query_stride + 1) * group;

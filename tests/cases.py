@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hipserve import HiPConfig
 from hipserve.ops import write_kv
-from hipserve.types import BatchLayout, PagedKV, bound_offsets
+from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.types import PagedKV
 
 
 @dataclass(frozen=True)

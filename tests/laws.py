@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cases import Case
 from hipserve import HiPConfig
+from hipserve.plan import pruning_rule
 from hipserve.types import BlockSelection
 
 
@@ -13,7 +14,7 @@ def assert_lawful(selection: BlockSelection, case: Case, config: HiPConfig) -> N
     blocks = case.layout.query_blocks(config.query_block_size).tolist()
     for i, (_, _, rows, position) in enumerate(blocks):
         start = int(selection.window_start[i])
-        assert start == config.window_start(position, rows)
+        assert start == pruning_rule(config, "cpu").window_start(position, rows)
         assert start <= max(config.num_sink_tokens, position - config.sliding_window + 1)
         for row in selection.indices[i].tolist():
             chosen = [b for b in row if b >= 0]

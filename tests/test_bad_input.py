@@ -13,7 +13,8 @@ import torch
 import hipserve
 from hipserve import ArgumentError, BackendError, ConfigError, HiPConfig
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 
 Q, K = torch.zeros(1, 4, 4, 64), torch.zeros(1, 8, 2, 64)
 HIP: dict[str, Any] = {"q": Q, "k": K, "v": K}

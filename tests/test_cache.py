@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hipserve.cache import PagedLayer
-from hipserve.types import bound_levels
+from hipserve.plan import bound_levels
 
 
 def held(layer: PagedLayer, seq: int) -> torch.Tensor:

@@ -13,7 +13,9 @@ from hipserve import HiPConfig, hip_attention
 from hipserve.ops import select_blocks
 from hipserve.ops.block_sparse_attention import operator as attention
 from hipserve.ops.select_blocks import operator as selection
+from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import api as writing
+from hipserve.plan import pruning_rule
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 BACKENDS = ["reference", "cpu"] if NATIVE else ["reference"]
@@ -61,8 +63,10 @@ def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
     blocks = c.layout.query_blocks(CONFIG.query_block_size)
     for config in (CONFIG, CONFIG.replace(share_group=False), CONFIG.replace(selector="tree")):
         bounds = c.kv.k_bounds if config.uses_bounds else None
-        tensors = (c.q, c.kv.k_cache, bounds, c.layout.block_table, blocks)
-        torch.library.opcheck(selection._operator, (*tensors, config.dumps("json"), backend))
+        starts = c.layout.window_starts(pruning_rule(config, "cpu"))
+        tensors = (c.q, c.kv.k_cache, bounds, c.layout.block_table, blocks, starts)
+        search = search_spec(config).dumps()
+        torch.library.opcheck(selection._operator, (*tensors, search, backend))
 
 
 @every

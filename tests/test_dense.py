@@ -19,10 +19,11 @@ from backends import native
 from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention, platform
 from hipserve.attention import crossover, dense, torch_dense
-from hipserve.attention.crossover import CONTEXTS, STEP, dense_kernel, settled_for
-from hipserve.config import BREAK_EVEN, LONE_ROW
+from hipserve.attention.crossover import CONTEXTS, STEP, dense_kernel, rule_for
 from hipserve.ops import compute_bounds, select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.plan.rule import BREAK_EVEN, SINGLE_ROW
+from hipserve.types import BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +101,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def forget() -> None:
-    crossover._settled.cache_clear()
+    crossover.rule_for.cache_clear()
     crossover._dense_kernel.cache_clear()
 
 
@@ -139,16 +140,16 @@ def test_the_fastest_kernel_decides_where_pruning_pays(
     """A pruned row that reads 3,000 keys pays from there on, or from 12,000 on beside a kernel
     that reads four times as fast."""
     lengths = timed(monkeypatch, sdpa, 3000.0)
-    config = settled_for(HiPConfig(), *KIND)
+    rule = rule_for(HiPConfig(), *KIND)
     assert dense_kernel(*("cpu", *KIND[1:])) == kernel
-    assert config.dense_below == dense_below
-    assert config.decode_dense_below == BREAK_EVEN["cpu"] * LONE_ROW
+    assert rule.dense_below == dense_below
+    assert rule.decode_dense_below == BREAK_EVEN["cpu"] * SINGLE_ROW
     measured, kept = len(lengths), json.loads(home.read_text())
     assert sorted(map(str, kept.values())) == sorted([kernel, str(dense_below)])
     forget()
-    assert settled_for(HiPConfig(), *KIND) == config
+    assert rule_for(HiPConfig(), *KIND) == rule
     assert len(lengths) == measured, "found in the file"
-    settled_for(HiPConfig(budget=2048), *KIND)
+    rule_for(HiPConfig(budget=2048), *KIND)
     assert len(lengths) > measured, "another budget pays elsewhere"
 
 
@@ -157,7 +158,7 @@ def test_where_pruning_never_pays_it_begins_beyond_what_was_measured(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed(monkeypatch, 1.0, 1e6)
-    below = settled_for(HiPConfig(), *KIND).dense_below
+    below = rule_for(HiPConfig(), *KIND).dense_below
     assert below is not None
     assert CONTEXTS[-1] < 1e6 - STEP <= below <= 1e6 + STEP
 
@@ -170,12 +171,12 @@ def test_a_damaged_file_is_measured_again(
     timed(monkeypatch, 0.25, 3000.0)
     home.parent.mkdir()
     home.write_text(content)
-    assert settled_for(HiPConfig(), *KIND).dense_below == 12 * 1024
+    assert rule_for(HiPConfig(), *KIND).dense_below == 12 * 1024
     kept = json.loads(home.read_text())
     for wrong in ("fast", -1, None, True, 2.5):
         home.write_text(json.dumps(dict.fromkeys(kept, wrong)))
         forget()
-        assert settled_for(HiPConfig(), *KIND).dense_below == 12 * 1024
+        assert rule_for(HiPConfig(), *KIND).dense_below == 12 * 1024
         assert {**json.loads(home.read_text()), "a": 1} == {**kept, "a": 1}
 
 
@@ -186,7 +187,7 @@ def test_no_cache_directory_is_needed(
     timed(monkeypatch, 0.25, 3000.0)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert settled_for(HiPConfig(), *KIND).dense_below == 12 * 1024
+    assert rule_for(HiPConfig(), *KIND).dense_below == 12 * 1024
 
 
 @native
@@ -195,12 +196,12 @@ def test_nothing_is_measured_where_it_is_switched_off_or_said(
 ) -> None:
     monkeypatch.setattr(crossover, "_quickest", pytest.fail)
     for dense_below in (0, 5000):
-        config = settled_for(HiPConfig(dense_below=dense_below), *KIND)
-        below = (config.dense_below, config.decode_dense_below)
-        assert below == (dense_below, LONE_ROW * dense_below)
-    meta = settled_for(HiPConfig(), torch.device("meta"), *KIND[1:])
+        rule = rule_for(HiPConfig(dense_below=dense_below), *KIND)
+        below = (rule.dense_below, rule.decode_dense_below)
+        assert below == (dense_below, SINGLE_ROW * dense_below)
+    meta = rule_for(HiPConfig(), torch.device("meta"), *KIND[1:])
     monkeypatch.setenv("HIPSERVE_MEASURE", "0")
-    assert settled_for(HiPConfig(), *KIND) == meta
+    assert rule_for(HiPConfig(), *KIND) == meta
     assert meta.dense_below == BREAK_EVEN["cpu"]
     assert dense_kernel("cpu", *KIND[1:]) == "native"
     assert not home.exists()
@@ -216,9 +217,9 @@ calls = []
 quickest = crossover._quickest
 crossover._quickest = lambda *x: (calls.append(1), quickest(*x))[1]
 config = hipserve.HiPConfig(budget=256, sliding_window=128)
-config = crossover.settled_for(config, torch.device("cpu"), torch.float32, 16, 1)
+rule = crossover.rule_for(config, torch.device("cpu"), torch.float32, 16, 1)
 kernel = crossover.dense_kernel("cpu", torch.float32, 16, 1)
-print(config.dense_below, kernel, len(calls))
+print(rule.dense_below, kernel, len(calls))
 """
     command = [sys.executable, "-c", program]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -239,9 +240,9 @@ def test_a_real_measurement_finds_a_crossover(home: Path) -> None:
     slow, fast = crossover._quickest(lambda: sum(range(200_000)), lambda: sum(range(1000)))
     assert slow > 5 * fast
     assert torch.get_num_threads() >= 1
-    config = settled_for(HiPConfig(budget=256, sliding_window=128), *KIND)
-    assert config.dense_below is not None
-    assert config.dense_below % STEP == 0 or config.dense_below in CONTEXTS
+    rule = rule_for(HiPConfig(budget=256, sliding_window=128), *KIND)
+    assert rule.dense_below is not None
+    assert rule.dense_below % STEP == 0 or rule.dense_below in CONTEXTS
     assert platform.measurements_file() == home
 
 
@@ -269,4 +270,4 @@ def test_single_rows_have_a_crossover_of_their_own(data: st.DataObject) -> None:
     )
     assert torch.equal(found.window_start, defined.window_start)
     assert torch.equal(found.indices, defined.indices)
-    assert bool((found.indices >= 0).any()) <= layout.may_prune(config)
+    assert bool((found.indices >= 0).any()) <= layout.may_prune(pruning_rule(config, "cpu"))

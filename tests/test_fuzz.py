@@ -17,7 +17,8 @@ from backends import NAMES, using
 from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 from laws import assert_lawful
 from oracle import assert_as_exact, readable
 

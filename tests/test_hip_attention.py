@@ -14,9 +14,10 @@ import hipserve
 from backends import every_backend, using
 from hipserve import HiPConfig
 from hipserve.attention import SelectionReuse, attend
-from hipserve.config import BREAK_EVEN
 from hipserve.ops import write_kv
-from hipserve.types import BatchLayout, PagedKV, bound_offsets
+from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.plan.rule import BREAK_EVEN
+from hipserve.types import PagedKV
 
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"budget": 64, "num_sink_tokens": 16, "sliding_window": 32, "dense_below": 0}

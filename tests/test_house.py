@@ -22,7 +22,14 @@ TO_BE_CUT = {
     "src/hipserve/ops/block_sparse_attention/triton.py",
     "src/hipserve/ops/select_blocks/triton.py",
 }
-PACKAGES = ("hipserve", "hipserve.ops", "hipserve.attention", "hipserve.cache", "hipserve.types")
+PACKAGES = (
+    "hipserve",
+    "hipserve.ops",
+    "hipserve.attention",
+    "hipserve.cache",
+    "hipserve.plan",
+    "hipserve.types",
+)
 
 
 def test_files_stay_short() -> None:
@@ -30,6 +37,18 @@ def test_files_stay_short() -> None:
     lengths = {str(f.relative_to(ROOT)): len(f.read_text("utf-8").splitlines()) for f in files}
     assert len(lengths) > 80
     assert {file for file, length in lengths.items() if length > LONGEST} == TO_BE_CUT
+
+
+def test_the_pruning_rule_has_one_home() -> None:
+    """`plan/rule.py` computes window starts; operations and kernels take them as a column."""
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "csrc").iterdir()]
+    text = {str(f.relative_to(ROOT)): f.read_text("utf-8") for f in sources}
+    defined = [f for f in text if re.search(r"\b(def|int|int32_t|int64_t) window_start\(", text[f])]
+    assert defined == ["src/hipserve/plan/rule.py"]
+    operations = [f for f in text if f.startswith(("csrc/", "src/hipserve/ops/"))]
+    assert len(operations) > 20
+    for name in ("dense_below", "granularity", "SINGLE_ROW"):
+        assert [f for f in operations if name in text[f]] == []
 
 
 def public() -> Iterator[Any]:

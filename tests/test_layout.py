@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from backends import every_backend, using
 from hipserve import HiPConfig, hip_attention
 from hipserve.attention import SelectionReuse, attend, layer
-from hipserve.config import LONE_ROW
 from hipserve.ops import compute_bounds, select_blocks
 from hipserve.ops.block_sparse_attention.reference import read_keys
-from hipserve.types import BatchLayout, PagedKV, bound_levels, kept_runs
+from hipserve.plan import BatchLayout, bound_levels, kept_runs, pruning_rule
+from hipserve.plan.rule import SINGLE_ROW
+from hipserve.types import PagedKV
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 lengths = st.lists(st.integers(0, 400), min_size=1, max_size=4)
@@ -68,21 +69,22 @@ def test_what_cannot_be_pruned_is_not(
 ) -> None:
     sizes = {"query_block_size": size, "query_stride": 1, "budget": budget}
     config = CONFIG.replace(dense_below=dense_below, **sizes)
+    rule = pruning_rule(config, "cpu")
     layout = make(seq_lens, data)
     blocks = layout.query_blocks(size).tolist()
-    starts = [config.window_start(position, rows) for _, _, rows, position in blocks]
+    starts = [rule.window_start(position, rows) for _, _, rows, position in blocks]
     pruned = any(start > config.num_sink_tokens for start in starts)
-    assert layout.may_prune(config) or not pruned
+    assert layout.may_prune(rule) or not pruned
     if size == 1 and all(n > 0 for n in layout.cu_seqlens_q.diff().tolist()):
-        assert layout.may_prune(config) == pruned
+        assert layout.may_prune(rule) == pruned
 
 
 def test_decode_steps_are_pruned_from_their_own_crossover_on() -> None:
-    config, end = CONFIG.replace(dense_below=100), 100 * LONE_ROW
+    rule, end = pruning_rule(CONFIG.replace(dense_below=100), "cpu"), 100 * SINGLE_ROW
     for seq_len, query_len, expected in ((end, 1, False), (end + 1, 1, True), (end, 2, True)):
         layout = BatchLayout.of(table(2), [seq_len, 300], [query_len, 1])
-        assert layout.may_prune(config) is expected
-        assert layout.may_prune(config.replace(dense_below=0))
+        assert layout.may_prune(rule) is expected
+        assert layout.may_prune(pruning_rule(CONFIG, "cpu"))
 
 
 @every_backend

@@ -16,7 +16,8 @@ from hipserve.attention import (
 )
 from hipserve.config import HiPConfig
 from hipserve.ops import compute_bounds, select_blocks
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.types import PagedKV
 
 CONFIG = HiPConfig(
     selector="bound",
@@ -28,6 +29,7 @@ CONFIG = HiPConfig(
     dense_below=0,
     refresh_interval=3,
 )
+RULE = pruning_rule(CONFIG, "cpu")
 PAGE = 64
 
 
@@ -126,7 +128,7 @@ def test_every_row_uses_its_own_selection(orders: list[list[int]], data: st.Data
     for order in orders:
         rows = order[: data.draw(st.integers(1, 4))]
         q, layout, decisions = engine.step(rows)
-        plan = StepPlan.make(layout, CONFIG.query_block_size, decisions)
+        plan = StepPlan.make(layout, RULE, decisions)
         selection = engine.selections.select(q, engine.kv, plan, CONFIG, "reference")
         now = select_blocks(q, engine.kv, layout, config=CONFIG, backend="reference")
         for row, (request, (_, fresh)) in enumerate(zip(rows, decisions, strict=True)):
@@ -149,10 +151,10 @@ def test_captured_plans_keep_their_addresses_and_give_the_same_selections() -> N
     seen: list[list[int]] = []
     for rows in ([0, 1, 2], [2, 0, 1], [1, 2, 3], [3, 1, 0], [0, 3, 2], [2, 3, 0]):
         q, layout, decisions = plain.step(rows)
-        plan = StepPlan.make(layout, CONFIG.query_block_size, decisions)
+        plan = StepPlan.make(layout, RULE, decisions)
         expected = plain.selections.select(q, plain.kv, plan, CONFIG, "reference")
         q, layout, decisions = captured.step(rows)
-        replayed = buffers.plan(layout, CONFIG.query_block_size, decisions)
+        replayed = buffers.plan(layout, RULE, decisions)
         got = captured.selections.select(q, captured.kv, replayed, CONFIG, "reference")
         assert torch.equal(got.indices, expected.indices)
         assert torch.equal(got.window_start, expected.window_start)
@@ -167,7 +169,7 @@ def test_padding_rows_of_captured_plans_have_no_query_and_nobodys_slot() -> None
     table = torch.zeros(4, 2, dtype=torch.int32)
     lens = torch.tensor([70, 80, 0, 0], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
-    plan = buffers.plan(BatchLayout(table, lens, starts), 16, [(3, True), (1, False)])
+    plan = buffers.plan(BatchLayout(table, lens, starts), RULE, [(3, True), (1, False)])
     assert plan.slots.tolist() == [3, 1, 4, 4]
     assert plan.refresh.tolist() == [1, 0, 0, 0]
     assert plan.layout.query_blocks(16).tolist() == [
@@ -185,7 +187,7 @@ def test_steps_of_several_rows_are_one_query_block_each() -> None:
     table = torch.zeros(3, 2, dtype=torch.int32)
     lens = torch.tensor([70, 33, 0], dtype=torch.int32)
     starts = torch.tensor([0, 3, 6, 6], dtype=torch.int32)
-    plan = buffers.plan(BatchLayout(table, lens, starts), 16)
+    plan = buffers.plan(BatchLayout(table, lens, starts), RULE)
     assert plan.layout.query_blocks(16).tolist() == [[0, 0, 3, 67], [1, 3, 3, 30], [2, 6, 0, 0]]
     assert buffers.slots.tolist() == [-7] * 4
 
@@ -224,7 +226,7 @@ def test_rows_that_verify_drafts_lie_where_the_device_says(
 def test_plans_without_decisions_select_everywhere() -> None:
     engine = Engine(2)
     q, layout, _ = engine.step([0, 1])
-    plan = StepPlan.make(layout, CONFIG.query_block_size)
+    plan = StepPlan.make(layout, RULE)
     selection = engine.selections.select(q, engine.kv, plan, CONFIG, "reference")
     now = select_blocks(q, engine.kv, layout, config=CONFIG, backend="reference")
     assert torch.equal(selection.indices, now.indices)

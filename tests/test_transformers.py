@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, masking_utils
 
 import hipserve.attention.layer as attention_layer
-from hipserve import ArgumentError, HiPCache, hip_attention, types
-from hipserve.attention.dense import dense_rows
+from hipserve import ArgumentError, HiPCache, hip_attention
 from hipserve.cache import pages
 from hipserve.integrations import transformers as integration
 from hipserve.integrations.transformers import forward
+from hipserve.plan import dense_rows
+from hipserve.plan import layout as plan_layout
 from tiny_models import FAMILIES, PRUNED, SIZES, build, logits_in_parts, prompts, twins
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +67,7 @@ def test_a_step_waits_no_longer_with_more_layers(
         mask[0, :padding] = 0
         cache = HiPCache(model.config)
         pages._few_slots.cache_clear()
-        types._of_lengths.cache_clear()
+        plan_layout._of_lengths.cache_clear()
         with torch.no_grad():
             model(ids[:, :-2], past_key_values=cache, attention_mask=mask[:, :-2])
             model(ids[:, -2:-1], past_key_values=cache, attention_mask=mask[:, :-1])
@@ -314,9 +315,9 @@ def test_a_head_by_torch_leaves_output_and_counts_alone(
         return model(ids, past_key_values=cache).logits, cache.count_keys()
 
     def by_torch(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Any, **options: Any
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Any, **options: Any
     ) -> torch.Tensor:
-        rows = dense_rows(config, q.shape[1])
+        rows = dense_rows(rule, q.shape[1])
         heads = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(
             *heads, is_causal=True, scale=options["sm_scale"], enable_gqa=True

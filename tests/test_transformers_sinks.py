@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hipserve import ArgumentError, HiPCache
 from hipserve.attention import absorb_sinks
-from hipserve.attention.dense import dense_rows
 from hipserve.integrations.transformers import forward
+from hipserve.plan import dense_rows
 from tiny_models import PRUNED, SIZES, logits_in_parts, prompts
 
 FULL = {"layer_types": ["full_attention"] * 3}
@@ -104,9 +104,9 @@ def test_a_head_by_torch_has_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model(ids, past_key_values=HiPCache(model.config)).logits
 
     def by_torch(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Any, **options: Any
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Any, **options: Any
     ) -> torch.Tensor:
-        rows, scale = dense_rows(config, q.shape[1]), options["sm_scale"]
+        rows, scale = dense_rows(rule, q.shape[1]), options["sm_scale"]
         q, k, v = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         scores = q @ k.repeat_interleave(2, 1).mT * scale

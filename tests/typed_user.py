@@ -15,7 +15,8 @@ from hipserve.errors import ArgumentError, FitError
 from hipserve.evaluate import Document, PerplexityReport, evaluate_perplexity
 from hipserve.models import Conversation, Statistics, load
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

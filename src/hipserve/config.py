@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -15,15 +15,6 @@ from hipserve.errors import ConfigError, did_you_mean
 Selector = Literal["tree", "bound", "tree+bound"]
 Representative = Literal["middle", "first", "last", "random"]
 Form = Literal["toml", "json"]
-
-
-BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
-"""Positions up to which reading everything is cheaper than searching, by device, where nothing was
-measured: a CPU measures its own (`hipserve.attention.crossover`)."""
-
-LONE_ROW = 3
-"""A search for one row saves less: it breaks even at so many times the position of a full block
-(measured: 2 on a CPU, 2 to 6 on a GPU, the less the larger the batch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +44,10 @@ class HiPConfig:
         num_sink_tokens: first keys of a sequence, always read.
         sliding_window: most recent keys of every row, itself included, always read.
         dense_layers: layers that are never pruned; a number n means the first n.
-        dense_below: query blocks that end before this position read everything; None is where
-            searching was measured to pay on this CPU, and `BREAK_EVEN` on other devices.
+        dense_below: query blocks that end before this position read everything. None is the
+            crossover: measured once on a CPU, 8,192 on a GPU.
         decode_dense_below: the same for single rows (decode), which wait for memory instead; None
-            is `LONE_ROW` times `dense_below`, and `LONE_ROW` times `BREAK_EVEN` without it.
+            is three times `dense_below`, and without that 6,144 on a CPU and 24,576 on a GPU.
         refresh_interval: decode steps that share one selection.
         seed: of the `random` representative.
 
@@ -83,7 +74,6 @@ class HiPConfig:
     decode_dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
-    _settled: dict[str, HiPConfig] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
@@ -100,15 +90,6 @@ class HiPConfig:
         _check_fraction("bound_share", self.bound_share)
         _check_fraction("bound_reach", self.bound_reach, closed=True)
         self._check_sizes()
-        # Made now, since torch.compile cannot trace how.
-        settled = {} if self.is_settled else {d: self._for(d) for d in BREAK_EVEN}
-        object.__setattr__(self, "_settled", settled)
-
-    def _for(self, device: str) -> HiPConfig:
-        below = BREAK_EVEN[device] if self.dense_below is None else self.dense_below
-        row = self.decode_dense_below
-        row = min(below * LONE_ROW, _INT32_MAX) if row is None else row
-        return dataclasses.replace(self, dense_below=below, decode_dense_below=row)
 
     def _check_sizes(self) -> None:
         if self.uses_bounds and self.bound_block_size % self.key_block_size:
@@ -152,11 +133,6 @@ class HiPConfig:
             )
 
     @property
-    def is_settled(self) -> bool:
-        """It says from where on full blocks and single rows are pruned."""
-        return self.dense_below is not None and self.decode_dense_below is not None
-
-    @property
     def uses_tree(self) -> bool:
         return self.selector != "bound"
 
@@ -181,44 +157,6 @@ class HiPConfig:
             return self.budget if self.uses_bounds else 0
         share = round(self.budget * self.bound_share / self.granularity)
         return share * self.granularity
-
-    def window_start(self, position: int, num_rows: int) -> int:
-        """First key of the window of the query block whose first row is at `position`.
-
-        The window is the block's: it reaches back `sliding_window` keys from the first row, so that
-        the searched middle [num_sink_tokens, window_start) lies in the past of every row. Where
-        everything between fits the budget, or the block ends below `dense_below`, the window
-        reaches back to the sinks and the block is dense.
-        """
-        prune = self._far(position) and position + num_rows > self._dense_below(num_rows)
-        return self._window(position) if prune else self.num_sink_tokens
-
-    def _window(self, position: int) -> int:
-        start = position - self.sliding_window + 1
-        return start - start % self.granularity
-
-    def _far(self, position: int) -> bool:
-        """Between sinks and window lies more than the budget."""
-        return self._window(position) - self.num_sink_tokens > self.budget
-
-    def _dense_below(self, num_rows: int) -> int:
-        config = self.on("cpu")
-        below = config.decode_dense_below if num_rows == 1 else config.dense_below
-        return cast("int", below)
-
-    def on(self, device: str) -> HiPConfig:
-        """The same with what is None of `dense_below` and `decode_dense_below` settled for tensors
-        on `device` (a torch device type), without measuring.
-        """
-        if self.is_settled:
-            return self
-        return self._settled[device if device in BREAK_EVEN else "cpu"]
-
-    def may_prune(self, seq_len: int, query_len: int) -> bool:
-        """False only where every query block of a sequence's last rows reads all of its keys."""
-        return self._far(seq_len - 1) and seq_len > self._dense_below(
-            min(query_len, self.query_block_size)
-        )
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""

@@ -25,6 +25,8 @@ Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 MAX_HEAD_DIM = {"cpu": 512, "triton": 512}
+NATIVE_CALLS = 2
+"""Version of the native kernels' calls, as `csrc/binding.cpp` counts it."""
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
 WIDE_FLOAT32_BYTES = 4 * 16 * 512 * 4
@@ -55,6 +57,10 @@ def native_library() -> NativeLibrary:
         )
     try:
         torch.ops.load_library(str(paths[0]))
+        if getattr(torch.ops.hipserve_cpu, "calls", lambda: 1)() != NATIVE_CALLS:
+            return NativeLibrary(
+                None, "the native kernels are of another version: reinstall hipserve"
+            )
         tier = NATIVE_TIERS[torch.ops.hipserve_cpu.isa()]
     except (OSError, RuntimeError) as error:
         return NativeLibrary(None, f"the native kernels do not load: {str(error).splitlines()[0]}")
@@ -63,8 +69,6 @@ def native_library() -> NativeLibrary:
 
 def _amx_refusal() -> str:
     """Why the kernels do not run on AMX; empty where they can."""
-    if not hasattr(torch.ops.hipserve_cpu, "tile_refusal"):
-        return "the native kernels are older than this code; reinstall hipserve"
     code = torch.ops.hipserve_cpu.tile_refusal()  # as csrc/binding.cpp defines it
     known = {0: "", -1: "this CPU has no AMX", -2: "built without AMX (gcc 11 or newer has it)"}
     return known[code] if code in known else f"Linux refuses AMX tile data: {os.strerror(code)}"

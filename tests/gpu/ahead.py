@@ -25,7 +25,7 @@ from hipserve import HiPConfig
 from hipserve.ops.block_sparse_attention import triton as attention
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.ops.write_kv import triton as writing
-from hipserve.types import bound_offsets
+from hipserve.plan import bound_offsets
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hipserve import HiPConfig, platform
+from hipserve.plan import bound_offsets
 from hipserve.platform import interpreting, triton_library
-from hipserve.types import bound_offsets
 
 pytestmark = pytest.mark.skipif(
     interpreting() or bool(triton_library()), reason="needs Triton's compiler"

@@ -23,8 +23,9 @@ from hipserve.ops import (
     select_blocks,
     write_kv,
 )
+from hipserve.plan import BatchLayout
 from hipserve.platform import interpreting
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.types import BlockSelection, PagedKV
 from oracle import assert_as_exact, readable
 
 GPU = torch.cuda.is_available()

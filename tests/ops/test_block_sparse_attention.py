@@ -13,6 +13,7 @@ from backends import every_backend, using
 from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
+from hipserve.plan import pruning_rule
 from hipserve.types import BlockSelection
 from oracle import assert_as_exact, readable
 
@@ -27,7 +28,7 @@ def random_selection(case: Case, config: HiPConfig, rng: random.Random) -> Block
     indices = torch.full((blocks.shape[0], heads, config.max_selected), -1, dtype=torch.int32)
     starts = torch.empty(blocks.shape[0], dtype=torch.int32)
     for i, (_, _, rows, position) in enumerate(blocks.tolist()):
-        starts[i] = config.window_start(position, rows)
+        starts[i] = pruning_rule(config, "cpu").window_start(position, rows)
         middle = range(
             config.num_sink_tokens // config.key_block_size, int(starts[i]) // config.key_block_size
         )

@@ -15,6 +15,7 @@ from cases import Shape, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
 from hipserve.ops.select_blocks.reference import Search, sample_rows
+from hipserve.ops.select_blocks.spec import search_spec
 from laws import assert_lawful
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -148,7 +149,7 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
         relative_scores=False,
     )
     pages = torch.zeros(1).long()
-    search = Search(torch.ones(draws, 1, 1), k, None, pages, length, length, config)
+    search = Search(torch.ones(draws, 1, 1), k, None, pages, length, length, search_spec(config))
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)
     right = torch.tensor([[length // 2, length]]).expand(draws, 2)
     return search.block_scores(search.representative(left, right)).argmax(1)
@@ -160,7 +161,9 @@ def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
         selector="tree", key_block_size=2, budget=32, num_sink_tokens=0, relative_scores=False
     )
     k = torch.randn(1, 1024, 1, 1)
-    search = Search(torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, 1024, config)
+    search = Search(
+        torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, 1024, search_spec(config)
+    )
     blocks = k.view(512, 2).amax(1)
     search.representative = lambda left, right: torch.stack([left, right], -1)
     search.block_scores = lambda ranges: torch.tensor(
@@ -194,10 +197,9 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
     rows = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
     pages = torch.zeros(1).long()
     found = {
-        relative: Search(rows, k, None, pages, 32, 32, config.replace(relative_scores=relative))
-        .select()
-        .tolist()
+        relative: Search(rows, k, None, pages, 32, 32, search_spec(changed)).select().tolist()
         for relative in (True, False)
+        for changed in [config.replace(relative_scores=relative)]
     }
     assert found == {True: [[0]], False: [[1]]}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from backends import every_backend, using
 from cases import Shape, empty_pages
 from hipserve.ops import compute_bounds, write_kv
-from hipserve.types import PagedKV, bound_levels, bound_offsets
+from hipserve.plan import bound_levels, bound_offsets
+from hipserve.types import PagedKV
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -18,6 +18,7 @@ from hipserve.integrations.vllm import compat, kv_block, layer, metrics, server
 from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import compute_bounds, write_kv
+from hipserve.plan import pruning_rule
 
 PRUNES_EARLY = HiPConfig(
     budget=1,
@@ -101,7 +102,7 @@ def common(lens: list[int], seq_lens: list[int], prefilling: list[bool], **more:
 
 def test_the_end_of_a_prompt_is_no_decode_step() -> None:
     step = common([1, 1, 7, 1], [10, 20, 30, 40], [False, True, True, False])
-    rows = sequences(step, StepRequests(("a", "b", "c", "d")), PRUNES_EARLY)
+    rows = sequences(step, StepRequests(("a", "b", "c", "d")), pruning_rule(PRUNES_EARLY, "cpu"))
     assert [row.decoding for row in rows] == [True, False, False, True]
     assert [row.request for row in rows] == ["a", "b", "c", "d"]
     assert [row.seq_len for row in rows] == [10, 20, 30, 40]
@@ -109,7 +110,7 @@ def test_the_end_of_a_prompt_is_no_decode_step() -> None:
 
 def test_a_row_that_reads_everything_keeps_nothing() -> None:
     step = common([1, 1], [3, 4], [False, False])
-    rows = sequences(step, StepRequests(("a", "b")), PRUNES_EARLY)
+    rows = sequences(step, StepRequests(("a", "b")), pruning_rule(PRUNES_EARLY, "cpu"))
     assert [row.decoding for row in rows] == [False, True]
 
 
@@ -117,7 +118,7 @@ def test_rows_that_pad_a_graph_are_left_out() -> None:
     step = common(
         [1, 1, 0, 0], [10, 20, 0, 0], [False, False], req_idx=torch.tensor([7, 3]).numpy()
     )
-    rows = sequences(step, compat.step_requests(step), PRUNES_EARLY)
+    rows = sequences(step, compat.step_requests(step), pruning_rule(PRUNES_EARLY, "cpu"))
     assert [(row.request, row.decoding) for row in rows] == [(7, True), (3, True)]
 
 
@@ -244,7 +245,7 @@ def test_the_key_is_not_on_the_command_line() -> None:
 def test_idle_threads_give_their_cores_away_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server, "_on_cpu", lambda: True)
+    monkeypatch.setattr(server, "on_cpu", lambda: True)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     assert serve().environment()["GOMP_SPINCOUNT"] == str(server.SPIN_COUNT)

@@ -27,7 +27,7 @@ from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.layer import SEARCH_BYTES, scratch_bytes
 from hipserve.integrations.vllm.step import HiPStep, found_keys, found_pages
 from hipserve.ops import compute_bounds
-from hipserve.types import bound_levels
+from hipserve.plan import bound_levels
 
 GIB = 1 << 30
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from hipserve.attention.torch_dense import attend_rows
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
+from hipserve.plan import BatchLayout, PruningRule, pruning_rule
 from hipserve.platform import cpu_identity, cpu_refusal, logger, measured, measuring
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.types import PagedKV
 
 DenseKernel = Literal["native", "sdpa"]
 
@@ -65,38 +66,30 @@ class LayerKind:
         return f"{name}, head_dim {self.head_dim}, {self.group_size} query heads a KV head"
 
 
-def settled(config: HiPConfig, q: Tensor, num_kv_heads: int) -> HiPConfig:
-    """`config` with its crossovers, for q `[..., num_q_heads, head_dim]`.
+def rule_of(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule:
+    """The pruning rule of `config` for q `[..., num_q_heads, head_dim]`.
 
-    What is None of `dense_below` is measured on a CPU with native kernels, and `BREAK_EVEN` on
-    other devices and while torch.compile traces.
+    A `dense_below` of None is measured on a CPU with native kernels, and `BREAK_EVEN` on other
+    devices and while torch.compile traces.
     """
-    if config.is_settled:
-        return config
-    if config.dense_below is not None or q.device.type != "cpu" or torch.compiler.is_compiling():
-        return config.on(q.device.type)
-    kind = (q.dtype, q.shape[-1], q.shape[-2] // num_kv_heads)
-    return _settled(config, *kind)
-
-
-def settled_for(
-    config: HiPConfig, device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int
-) -> HiPConfig:
-    """The same before there is a tensor."""
-    q = torch.empty(0, group_size, head_dim, dtype=dtype, device=device)
-    return settled(config, q, 1)
+    if torch.compiler.is_compiling():
+        return pruning_rule(config, q.device.type)
+    return rule_for(config, q.device, q.dtype, q.shape[-1], q.shape[-2] // num_kv_heads)
 
 
 @functools.lru_cache(256)
-def _settled(config: HiPConfig, dtype: torch.dtype, head_dim: int, group_size: int) -> HiPConfig:
+def rule_for(
+    config: HiPConfig, device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int
+) -> PruningRule:
+    """The same before there is a tensor."""
     kind = LayerKind(dtype, head_dim, group_size)
-    if not _may_measure(kind):
-        return config.on("cpu")
+    if config.dense_below is not None or device.type != "cpu" or not _may_measure(kind):
+        return pruning_rule(config, device.type)
     kernel = dense_kernel("cpu", dtype, head_dim, group_size)
     name = f"dense below; {cpu_identity()}; {kind}; {_costs(config)}"
     below = measured(name, lambda: _break_even(kind, config, kernel), _is_position)
     logger.info("%s: prompts are read densely below %d tokens", kind, below)
-    return config.on("cpu").replace(dense_below=below)
+    return pruning_rule(config, "cpu", below)
 
 
 def dense_kernel(device: str, dtype: torch.dtype, head_dim: int, group_size: int) -> DenseKernel:
@@ -162,8 +155,7 @@ def _break_even(kind: LayerKind, config: HiPConfig, kernel: DenseKernel) -> int:
 
 
 def _prunes(config: HiPConfig, position: int) -> bool:
-    start = config.window_start(position, config.query_block_size)
-    return start > config.num_sink_tokens
+    return pruning_rule(config, "cpu").prunes(position, config.query_block_size)
 
 
 def _crossing(before: tuple[int, float], after: tuple[int, float]) -> int:

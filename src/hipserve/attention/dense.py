@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from hipserve.attention.sinks import absorb_sinks
 from hipserve.attention.torch_dense import Rows, attend_rows
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import block_sparse_attention
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout, PruningRule, dense_rows
+from hipserve.types import BlockSelection, PagedKV
 
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
@@ -23,24 +23,11 @@ FEWEST_ROWS = 32
 """Rows of a sequence from which reading its keys for torch's kernel pays; fewer wait for memory."""
 
 
-@functools.lru_cache(maxsize=1024)
-def dense_rows(config: HiPConfig | None, query_len: int) -> int:
-    """How many of the first rows of a sequence belong to query blocks that read everything.
-
-    `config` has its `dense_below` settled; None is a dense layer.
-    """
-    if config is None:
-        return query_len
-    size, sinks = config.query_block_size, config.num_sink_tokens
-    positions = range(0, query_len, size)
-    return next((p for p in positions if config.window_start(p, size) > sinks), query_len)
-
-
 def dense_head(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    config: HiPConfig | None,
+    rule: PruningRule | None,
     *,
     sm_scale: float | None,
     softcap: float,
@@ -52,12 +39,12 @@ def dense_head(
     `[batch, rows, num_q_heads, head_dim]` by cuDNN or FlashAttention on a GPU and by SDPA on a CPU;
     no rows where those are not the fastest or not able: in 32 bits on a GPU, with a softcap, with
     sinks on a CPU, or behind keys that are there already. q, k and v as in `hip_attention`,
-    `config` as in `dense_rows`, `sink_logits` as in `absorb_sinks`.
+    `rule` as in `dense_rows`, `sink_logits` as in `absorb_sinks`.
     """
     able = k.shape[1] == q.shape[1] and (q.is_cuda or sink_logits is None)
     if not able or not _takes_torch(q, k.shape[2], softcap, backend):
         return q[:, :0]
-    rows = dense_rows(config, q.shape[1])
+    rows = dense_rows(rule, q.shape[1])
     q, k, v = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
     if sink_logits is not None:
         return _head_with_sinks(q, k, v, sm_scale, sink_logits)

@@ -7,15 +7,16 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from hipserve.attention.crossover import settled
+from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import attend
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks, compute_bounds
+from hipserve.plan import BatchLayout, PruningRule
 from hipserve.platform import resolve_backend
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.types import PagedKV
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -97,11 +98,11 @@ def hip_attention(
     config = DEFAULT if config is None else config
     _check(q, k, v, config, causal, sm_scale, softcap)
     reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
-    config = settled(config, q, k.shape[2])
+    rule = rule_of(config, q, k.shape[2])
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
-    out, lse = _attend_whole(q, k, v, config, reads_all, return_lse, options)
+    out, lse = _attend_whole(q, k, v, config, None if reads_all else rule, return_lse, options)
     if backend != "reference":  # eager torch has gradients
         out = without_gradient(out, q, k, v)
     return (out, lse) if return_lse else out
@@ -112,16 +113,19 @@ def _attend_whole(
     k: Tensor,
     v: Tensor,
     config: HiPConfig,
-    reads_all: bool,
+    rule: PruningRule | None,
     return_lse: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; the latter only if asked for where torch's dense kernels compute."""
+    """Output and log-sum-exp; the latter only if asked for where torch's dense kernels compute.
+
+    Without a rule every row reads everything.
+    """
     batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return torch.empty_like(q), lse
-    head = q[:, :0] if return_lse else dense_head(q, k, v, config, **options)
+    head = q[:, :0] if return_lse else dense_head(q, k, v, rule, **options)
     rows = head.shape[1]
     if rows == query_len:
         return head, head
@@ -130,14 +134,14 @@ def _attend_whole(
         layout = layout.behind(rows, config.query_block_size)
     options = {**options, "config": config}
     packed = q.reshape(batch * query_len, num_q_heads, head_dim)
-    if reads_all or not layout.may_prune(config):
+    if rule is None or not layout.may_prune(rule):
         out, lse = attend_chosen(packed, PagedKV(k, v), layout, None, **options)
     else:
         bounds = None
         if config.uses_bounds:
             size, backend = config.bound_block_size, options["backend"]
             bounds = compute_bounds(k, bound_block_size=size, backend=backend)
-        out, lse = attend(packed, PagedKV(k, v, bounds), layout, check=False, **options)
+        out, lse = attend(packed, PagedKV(k, v, bounds), layout, rule=rule, check=False, **options)
     out = out.view(batch, query_len, num_q_heads, head_dim)
     if rows:
         out[:, :rows] = head

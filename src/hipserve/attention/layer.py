@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hipserve.attention.crossover import settled
+from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen
 from hipserve.config import HiPConfig
 from hipserve.ops import select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout, PruningRule
+from hipserve.types import BlockSelection, PagedKV
 
 COUNTED_TOGETHER = 64
 """Query blocks whose keys are counted at once: counting a decode step alone costs more than it."""
@@ -107,6 +109,7 @@ def attend(
     layout: BatchLayout,
     *,
     config: HiPConfig,
+    rule: PruningRule | None = None,
     reuse: SelectionReuse | None = None,
     sm_scale: float | None = None,
     softcap: float = 0.0,
@@ -119,6 +122,7 @@ def attend(
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
         kv, layout, sm_scale, softcap, backend, check: as in `hipserve.ops`.
         config: what to keep.
+        rule: which query blocks are pruned; that of `rule_of` if None.
         reuse: carries the selection from one decode step to the next (`config.refresh_interval`);
             a step with more than one row a sequence selects again and leaves nothing behind.
 
@@ -129,8 +133,8 @@ def attend(
         ArgumentError: a tensor or number does not fit the others.
         BackendError: the backend asked for cannot run.
     """
-    config = settled(config, q, kv.num_kv_heads)
-    selection = _select(q, kv, layout, config, reuse, backend, check)
+    rule = rule or rule_of(config, q, kv.num_kv_heads)
+    selection = _select(q, kv, layout, config, rule, reuse, backend, check)
     if reuse:
         reuse.note(selection, layout, config)
     return attend_chosen(
@@ -150,19 +154,21 @@ def _select(
     kv: PagedKV,
     layout: BatchLayout,
     config: HiPConfig,
+    rule: PruningRule,
     reuse: SelectionReuse | None,
     backend: str,
     check: bool,
 ) -> BlockSelection | None:
     """The selection of every query block; None where all of them read everything."""
-    if not layout.may_prune(config):
+    if not layout.may_prune(rule):
         if reuse:
             reuse.clear()
         return None
     if reuse and reuse.selection and reuse.valid(layout, q.shape[0], config.refresh_interval):
         reuse.uses += 1
         return reuse.selection
-    selection = select_blocks(q, kv, layout, config=config, backend=backend, check=check)
+    options: dict[str, Any] = {"config": config, "rule": rule, "backend": backend}
+    selection = select_blocks(q, kv, layout, check=check, **options)
     if reuse:
         reuse.clear()
         if layout.decodes(q.shape[0]):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.ops import refresh_blocks, select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV, split_rows
+from hipserve.plan import BatchLayout, PruningRule
+from hipserve.plan.layout import split_rows
+from hipserve.types import BlockSelection, PagedKV
 
 
 @dataclass(slots=True)
@@ -104,12 +106,14 @@ class StepPlan:
 
     Attributes:
         layout: lengths and pages of the batch.
+        rule: which of its query blocks are pruned.
         fresh: `[n]` int64, query blocks that select afresh; None where all of them do.
         kept, kept_slots: `[m]` int64, query blocks that use the selection of a slot again.
         stored, stored_slots: `[s]` int64, fresh query blocks whose selection a slot keeps.
     """
 
     layout: BatchLayout
+    rule: PruningRule
     fresh: Tensor | None
     kept: Tensor
     kept_slots: Tensor
@@ -120,7 +124,7 @@ class StepPlan:
     def make(
         cls,
         layout: BatchLayout,
-        query_block_size: int,
+        rule: PruningRule,
         decisions: Sequence[tuple[int, bool]] | None = None,
     ) -> StepPlan:
         """The plan for `RefreshSchedule.step`'s decisions, one for every sequence of `layout`.
@@ -130,8 +134,8 @@ class StepPlan:
         device = layout.seq_lens.device
         if decisions is None or all(decision == (-1, True) for decision in decisions):
             none = torch.empty(0, dtype=torch.int64, device=device)
-            return cls(layout, None, none, none, none, none)
-        sequences: list[int] = layout.query_blocks(query_block_size)[:, 0].tolist()
+            return cls(layout, rule, None, none, none, none, none)
+        sequences: list[int] = layout.query_blocks(rule.query_block_size)[:, 0].tolist()
         of_block = [decisions[sequence] for sequence in sequences]
         fresh = [i for i, (_, is_fresh) in enumerate(of_block) if is_fresh]
         kept = [(i, slot) for i, (slot, is_fresh) in enumerate(of_block) if not is_fresh]
@@ -142,6 +146,7 @@ class StepPlan:
 
         return cls(
             layout,
+            rule,
             torch.tensor(fresh, dtype=torch.int64, device=device) if kept else None,
             column(kept, 0),
             column(kept, 1),
@@ -180,7 +185,7 @@ def split_batch(
         sequence = sequence.to(blocks.device, non_blocking=True)
         blocks = blocks.clone()
         blocks[:, 3] = layout.seq_lens[sequence] - layout.cu_seqlens_q[sequence + 1] + blocks[:, 1]
-    return replace(layout, _query_blocks={query_block_size: blocks}), host
+    return replace(layout, _made={query_block_size: blocks}), host
 
 
 class DecodeBuffers:
@@ -199,13 +204,14 @@ class DecodeBuffers:
         self.num_slots = num_slots
         self.query_blocks = torch.zeros(num_slots, 4, dtype=torch.int32, device=device)
         self.query_blocks[:, 0] = torch.arange(num_slots)
+        self.window_starts = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.slots = torch.full((num_slots,), num_slots, dtype=torch.int64, device=device)
         self.refresh = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     def plan(
         self,
         layout: BatchLayout,
-        query_block_size: int,
+        rule: PruningRule,
         decisions: Sequence[tuple[int, bool]] | None = None,
     ) -> CapturedPlan:
         """Writes a step of as many rows for every sequence, which are one query block of it.
@@ -219,10 +225,13 @@ class DecodeBuffers:
         blocks[:, 1] = starts[:-1]
         blocks[:, 2] = starts[1:] - starts[:-1]
         blocks[:, 3] = layout.seq_lens - blocks[:, 2]
+        window_starts = self.window_starts[:rows]
+        window_starts.copy_(rule.window_start(blocks[:, 3], blocks[:, 2]))
         if decisions is not None:
             self._decide(slots, refresh, decisions)
-        parts = (layout.block_table, layout.seq_lens, starts)
-        return CapturedPlan(BatchLayout(*parts, {query_block_size: blocks}), slots, refresh)
+        made = {rule.query_block_size: blocks, rule: window_starts}
+        layout = replace(layout, lengths=None, _made=made)
+        return CapturedPlan(layout, rule, slots, refresh)
 
     def _decide(
         self, slots: Tensor, refresh: Tensor, decisions: Sequence[tuple[int, bool]]
@@ -242,11 +251,13 @@ class CapturedPlan:
 
     Attributes:
         layout: lengths and pages of the batch; query block i is row i.
+        rule: which of its query blocks are pruned.
         slots: `[num_seqs]` int64, slot of every row's request.
         refresh: `[num_seqs]` int32, 1 where a row selects afresh.
     """
 
     layout: BatchLayout
+    rule: PruningRule
     slots: Tensor
     refresh: Tensor
 
@@ -280,16 +291,14 @@ class RequestSelections:
         """
         if isinstance(plan, CapturedPlan):
             return self._select_captured(q, kv, plan, config, backend)
-        size = config.query_block_size
+        options: dict[str, Any] = {"config": config, "rule": plan.rule, "backend": backend}
         if plan.fresh is None:
-            selection = select_blocks(
-                q, kv, plan.layout, config=config, backend=backend, check=False
-            )
+            selection = select_blocks(q, kv, plan.layout, check=False, **options)
         elif len(plan.fresh) == 0:
             return self._kept(plan.kept_slots)
         else:
-            layout = plan.layout.only(size, plan.fresh)
-            made = select_blocks(q, kv, layout, config=config, backend=backend, check=False)
+            layout = plan.layout.only(plan.rule.query_block_size, plan.fresh)
+            made = select_blocks(q, kv, layout, check=False, **options)
             selection = self._joined(made, plan)
         if len(plan.stored):
             self._store(selection, plan)
@@ -299,7 +308,7 @@ class RequestSelections:
         self, q: Tensor, kv: PagedKV, plan: CapturedPlan, config: HiPConfig, backend: str
     ) -> BlockSelection:
         """The same launches whatever the step: flags on the device tell who selects afresh."""
-        options: dict[str, Any] = {"config": config, "backend": backend}
+        options: dict[str, Any] = {"config": config, "rule": plan.rule, "backend": backend}
         if config.refresh_interval == 1:
             return select_blocks(q, kv, plan.layout, check=False, **options)
         heads = kv.num_kv_heads if config.share_group else q.shape[1]

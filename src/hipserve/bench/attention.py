@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from hipserve.attention.crossover import dense_kernel, settled_for
+from hipserve.attention.crossover import dense_kernel, rule_for
 from hipserve.bench.decode import Decode
 from hipserve.bench.inputs import LayerShape
 from hipserve.bench.numerics import require
@@ -77,9 +77,11 @@ def bench_attention(
 def _of_machine(
     config: HiPConfig, backend: str, shape: LayerShape, dtype: torch.dtype
 ) -> tuple[HiPConfig, str]:
-    """The configuration with this machine's crossovers, and the kernel of its dense path."""
+    """The configuration with this machine's crossovers in it, and the kernel of its dense path."""
     kind = (dtype, shape.head_dim, shape.group_size)
-    config = settled_for(config, torch.device("cpu"), *kind)
+    rule = rule_for(config, torch.device("cpu"), *kind)
+    below = {"dense_below": rule.dense_below, "decode_dense_below": rule.decode_dense_below}
+    config = config.replace(**below)
     return config, dense_kernel("cpu", *kind) if backend == "auto" else "native"
 
 

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipserve.attention import SelectionReuse, attend
-from hipserve.attention.crossover import settled
+from hipserve.attention.crossover import rule_of
 from hipserve.bench.inputs import LayerShape, make_decode
 from hipserve.bench.numerics import Check, check_rows, keys_of
 from hipserve.bench.timing import Contender, fastest
 from hipserve.cache.pages import empty_pages
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks, write_kv
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 
 NUM_QUERIES = 32
 """Different queries, one after the other."""
@@ -42,7 +43,7 @@ class Decode:
         self.shape, self.length, self.backend = shape, length, backend
         inputs = make_decode(shape, length, NUM_QUERIES, dtype)
         self.q, self.k, self.v = inputs.q, inputs.k, inputs.v
-        self.config = config = settled(config, self.q, shape.num_kv_heads)
+        self.config, self.rule = config, rule_of(config, self.q, shape.num_kv_heads)
         self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
         self.cycle = min(config.refresh_interval, length)
         self.layouts = [self._layout(length - self.cycle + 1 + i) for i in range(self.cycle)]
@@ -54,7 +55,7 @@ class Decode:
         """Made once for all layers of a model's step, so its making is not timed."""
         pages = torch.arange(-(-self.length // PAGE_SIZE), dtype=torch.int32)[None]
         layout = BatchLayout.of(pages, [seq_len], [1])
-        layout.query_blocks(self.config.query_block_size)
+        layout.window_starts(self.rule)
         return layout
 
     def _pages(self) -> PagedKV:
@@ -72,7 +73,7 @@ class Decode:
     @property
     def reads_all(self) -> bool:
         """HiP is the dense path: no step is pruned."""
-        return not self.layouts[-1].may_prune(self.config)
+        return not self.layouts[-1].may_prune(self.rule)
 
     def query(self, turn: int) -> Tensor:
         i = turn % NUM_QUERIES
@@ -85,11 +86,13 @@ class Decode:
         self._write(self.kv, last, last + 1)
         if reuse and turn % self.cycle == 0:
             reuse.clear()
-        return attend(self.query(turn), self.kv, layout, reuse=reuse, **self.options)[0]
+        return attend(
+            self.query(turn), self.kv, layout, rule=self.rule, reuse=reuse, **self.options
+        )[0]
 
     def select(self, turn: int) -> BlockSelection:
         self.selections[turn] = select_blocks(
-            self.query(turn), self.kv, self.layouts[-1], **self.options
+            self.query(turn), self.kv, self.layouts[-1], rule=self.rule, **self.options
         )
         return self.selections[turn]
 
@@ -131,7 +134,7 @@ class Decode:
         q, kv, positions = self.query(turn), (self.k, self.v), torch.tensor([self.length - 1])
         sizes = (self.config.key_block_size, self.config.num_sink_tokens)
         everything = [torch.arange(self.length)]
-        pruned = self.layouts[-1].may_prune(self.config)
+        pruned = self.layouts[-1].may_prune(self.rule)
         keys = keys_of(self.select(turn), 0, self.length, *sizes) if pruned else everything
         sparse, dense = self.step(turn, None), self.attend(turn, None)
         name = f"decode at {self.length}, attention over the chosen keys"

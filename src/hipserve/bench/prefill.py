@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hipserve.attention.crossover import settled
+from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen
 from hipserve.attention.hip import hip_attention, whole_sequences
 from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
@@ -18,7 +18,8 @@ from hipserve.bench.numerics import Check, check_equal, check_rows, keys_of
 from hipserve.bench.timing import Contender, fastest
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 
 CHECKED_BLOCKS = 4
 """Query blocks of the timed call whose rows are compared to float64."""
@@ -46,7 +47,7 @@ class Prefill:
         self.kv_heads = shape.num_kv_heads if length <= WHOLE_LAYER else 1
         inputs = make_prefill(shape, length, dtype, self.kv_heads)
         self.q, self.k, self.v = inputs.q, inputs.k[None], inputs.v[None]
-        self.config = config = settled(config, self.q, self.kv_heads)
+        self.config, self.rule = config, rule_of(config, self.q, self.kv_heads)
         self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
 
     @functools.cached_property
@@ -56,7 +57,7 @@ class Prefill:
     @property
     def reads_all(self) -> bool:
         """HiP is the dense path: no query block is pruned."""
-        return not self.layout.may_prune(self.config)
+        return not self.layout.may_prune(self.rule)
 
     @functools.cached_property
     def kv(self) -> PagedKV:
@@ -77,7 +78,7 @@ class Prefill:
         return compute_bounds(self.k, bound_block_size=size, backend=self.backend)
 
     def select(self) -> BlockSelection:
-        return select_blocks(self.q, self.kv, self.layout, **self.options)
+        return select_blocks(self.q, self.kv, self.layout, rule=self.rule, **self.options)
 
     def attend(self, selection: BlockSelection) -> Tensor:
         options: dict[str, Any] = {"config": self.config, "backend": self.backend}
@@ -165,7 +166,9 @@ class Prefill:
         bounds = compute_bounds(k, bound_block_size=size) if self.config.uses_bounds else None
         kv, layout = PagedKV(k, k, bounds), whole_sequences(1, count, self.length, q.device)
         found, defined = (
-            select_blocks(q, kv, layout, config=self.config, backend=backend, check=False)
+            select_blocks(
+                q, kv, layout, config=self.config, rule=self.rule, backend=backend, check=False
+            )
             for backend in (self.backend, "reference")
         )
         name = f"prefill {self.length}, chosen blocks against the definition"

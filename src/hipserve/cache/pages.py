@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks, write_kv
-from hipserve.types import BatchLayout, PagedKV, bound_offsets
+from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.types import PagedKV
 
 GROWTH = 0.25
 """A pool that is full grows by this share at least, so that copies stay rare."""

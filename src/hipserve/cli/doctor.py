@@ -54,16 +54,16 @@ def _crossover() -> Check:
     import torch
 
     from hipserve import HiPConfig
-    from hipserve.attention.crossover import dense_kernel, settled_for
+    from hipserve.attention.crossover import dense_kernel, rule_for
 
     found: list[str] = []
     for dtype in (torch.bfloat16, torch.float32):
         kind = (dtype, 128, 4)
-        config = settled_for(HiPConfig(), torch.device("cpu"), *kind)
+        rule = rule_for(HiPConfig(), torch.device("cpu"), *kind)
         kernel = "torch" if dense_kernel("cpu", *kind) == "sdpa" else "hipserve"
         found.append(
             f"{str(dtype).removeprefix('torch.')}: dense by {kernel}, pruned from "
-            f"{config.dense_below} tokens on, decode steps from {config.decode_dense_below}"
+            f"{rule.dense_below} tokens on, decode steps from {rule.decode_dense_below}"
         )
     return Check("crossover on the CPU", True, "; ".join(found))
 

@@ -13,6 +13,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import FitError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.models import LoadedModel
+from hipserve.plan import pruning_rule
 
 CHUNK = 4096
 LOGITS_BYTES = 256 << 20
@@ -63,10 +64,10 @@ def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> boo
     text = loaded.model.config.get_text_config()
     count, window = text.num_hidden_layers, getattr(text, "sliding_window", None) or length
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * count
-    settled = config.on(loaded.device.type)
+    rule = pruning_rule(config, loaded.device.type)
     visible = [length if kind == "full_attention" else min(length, window) for kind in kinds]
     return any(
-        settled.may_prune(keys, config.query_block_size)
+        rule.prunes(keys - 1, config.query_block_size)
         for layer, keys in enumerate(visible)
         if layer not in config.dense_layers
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hipserve.errors import ArgumentError
-from hipserve.types import BatchLayout, PagedKV, bound_levels, bound_offsets
+from hipserve.plan import BatchLayout, bound_levels, bound_offsets
+from hipserve.types import PagedKV
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

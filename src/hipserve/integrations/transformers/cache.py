@@ -14,7 +14,7 @@ from hipserve.cache import PagedLayer
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
-from hipserve.types import bound_levels
+from hipserve.plan import bound_levels
 
 PAGE_SIZE = 256
 

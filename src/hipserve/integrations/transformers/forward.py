@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hipserve.attention import SelectionReuse, absorb_sinks, attend, hip_attention
 from hipserve.attention.columns import attend_columns
-from hipserve.attention.crossover import settled
+from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.inference import without_gradient
 from hipserve.config import HiPConfig
@@ -19,7 +19,8 @@ from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.ops import compute_bounds
-from hipserve.types import BatchLayout, PagedKV
+from hipserve.plan import BatchLayout, PruningRule
+from hipserve.types import PagedKV
 
 
 def hip_forward(
@@ -60,13 +61,14 @@ class LayerCall:
     """How one layer attends.
 
     Attributes:
-        config: what is pruned, settled for the device; None where nothing is.
+        config, rule: what is pruned, and in which query blocks; both None where nothing is.
         sliding_window: the model's own window of this layer; 0 for none.
         scores: `sm_scale` and `softcap`.
         sink_logits: `[num_q_heads]` that the model has learned, or None.
     """
 
     config: HiPConfig | None
+    rule: PruningRule | None
     sliding_window: int
     scores: dict[str, Any]
     sink_logits: Tensor | None
@@ -88,13 +90,14 @@ def _layer_call(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> LayerCall:
-    config: HiPConfig | None = settled(config_of(module.config), query.transpose(1, 2), kv_heads)
+    config: HiPConfig | None = config_of(module.config)
     window = sliding_window or (mask.sliding_window if mask else 0)
     if window or getattr(module, "layer_idx", None) in config.dense_layers:
         config = None
+    rule = rule_of(config, query.transpose(1, 2), kv_heads) if config else None
     scores = {"sm_scale": scaling, "softcap": softcap or 0.0}
     sink_logits = None if s_aux is None else s_aux.detach().flatten()
-    return LayerCall(config, window, scores, sink_logits)
+    return LayerCall(config, rule, window, scores, sink_logits)
 
 
 def _refuse(
@@ -116,27 +119,27 @@ def _refuse(
 def _attend_pages(
     query: Tensor, key: PagedHandle, mask: MaskDescription | None, call: LayerCall
 ) -> Tensor:
-    layer, rows, config = key.layer, query.transpose(1, 2), call.config
-    if config is not None:
-        layer.settle(config)
+    layer, rows, rule = key.layer, query.transpose(1, 2), call.rule
+    if call.config is not None:
+        layer.settle(call.config)
     batch, query_len = rows.shape[:2]
     valid = _pages_mask(layer, query, mask, call)
     fresh = layer.write(valid)
     head = rows[:, :0]
     if fresh is not None and valid is None and query_len == layer.seen and not call.sliding_window:
-        head = dense_head(rows, *fresh, config, sink_logits=call.sink_logits, **call.scores)
+        head = dense_head(rows, *fresh, rule, sink_logits=call.sink_logits, **call.scores)
     first = head.shape[1]
     if first and first == query_len:
-        if config is not None:
+        if rule is not None:
             layer.reuse.count_dense(batch, first)
         return head
     lens = [query_len] * batch if valid is None else valid.sum(1).tolist()
     layout = layer.pages.layout(lens)
-    if config is not None:
-        if layout.may_prune(config):  # else all rows are counted together
+    if rule is not None:
+        if layout.may_prune(rule):  # else all rows are counted together
             layer.reuse.count_dense(batch, first)
         if first:
-            layout = layout.behind(first, config.query_block_size)
+            layout = layout.behind(first, rule.query_block_size)
     q = rows.flatten(0, 1) if valid is None else rows[valid]
     out = _attend(q, layer.pages.pages, layout, call, layer.reuse)
     if valid is None:
@@ -181,7 +184,8 @@ def _attend(
     options, window = call.scores, call.sliding_window
     if call.config is not None:
         options: dict[str, Any] = {**options, "check": False}
-        return call.finish(attend(q, kv, layout, config=call.config, reuse=reuse, **options))
+        options |= {"config": call.config, "rule": call.rule, "reuse": reuse}
+        return call.finish(attend(q, kv, layout, **options))
     return call.finish(attend_chosen(q, kv, layout, None, sliding_window=window, **options))
 
 

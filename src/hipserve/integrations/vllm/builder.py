@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve.attention import CapturedPlan, DecodeBuffers, StepPlan, split_batch
-from hipserve.attention.crossover import settled_for
+from hipserve.attention.crossover import rule_for
 from hipserve.errors import BackendError
 from hipserve.integrations.vllm import compat, settings
 from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, remake_bounds
@@ -30,14 +30,13 @@ from hipserve.integrations.vllm.step import (
     host_seq_lens,
     sequences,
 )
-from hipserve.types import BatchLayout
+from hipserve.plan import BatchLayout, PruningRule
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-    from hipserve.config import HiPConfig
 
 READ = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """KV cache specs that are read as what they are; what derives from them means something else."""
@@ -61,7 +60,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         compat.follow_requests()
         compat.receive_from_stages()
-        self.config = self._settled(vllm_config, kv_cache_spec, device)
+        self.config = settings.hip_config(vllm_config)
+        self.rule = self._rule(vllm_config, kv_cache_spec, device)
         self.verified_rows = verified_rows(vllm_config)
         # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
         slots = vllm_config.scheduler_config.max_num_seqs
@@ -69,8 +69,6 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally = tally(vllm_config.instance_id)
         layers: Any = vllm_config.compilation_config.static_forward_context
         self.layers: dict[str, Any] = {name: layers[name] for name in layer_names}
-        for layer in self.layers.values():
-            layer.impl.config = self.config
         local = [name for name, layer in self.layers.items() if layer.impl.is_local(layer)]
         pruned = [name for name, layer in self.layers.items() if not layer.impl.is_dense(layer)]
         self.num_local, self.num_pruned = len(local), len(pruned)
@@ -85,12 +83,12 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add("hipserve_page_bound_bytes", bounds)
 
     @staticmethod
-    def _settled(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> HiPConfig:
-        """The configuration of all layers, with the crossovers of this machine."""
+    def _rule(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> PruningRule:
+        """The pruning rule of all layers, with the crossovers of this machine."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // spec.num_kv_heads
         kind = (device, spec.dtype, spec.head_size, max(group, 1))
-        return settled_for(settings.hip_config(vllm_config), *kind)
+        return rule_for(settings.hip_config(vllm_config), *kind)
 
     @classmethod
     def get_cudagraph_support(
@@ -164,21 +162,21 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         size, keeps = self.config.query_block_size, self.config.refresh_interval > 1
         if self.buffers is not None and (rows := self._replayed_rows(common)):
             decisions = self._decide(common, requests) if keeps else None
-            prunes = self.num_pruned > 0 and self.config.may_prune(self.longest, rows)
-            return self.buffers.plan(layout, size, decisions), prunes
+            prunes = self.num_pruned > 0 and self.rule.prunes(self.longest - 1, rows)
+            return self.buffers.plan(layout, self.rule, decisions), prunes
         lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
-        steps = sequences(common, requests, self.config)
+        steps = sequences(common, requests, self.rule)
         drafts = self.verified_rows > 1 and self.device.type != "cpu"
         whole = [drafts and not step.prefilling for step in steps]
         whole += [False] * (common.num_reqs - len(steps))
         layout, blocks = split_batch(replace(layout, lengths=lengths), size, whole)
-        plan = StepPlan.make(layout, size, self.schedule.step(steps) if keeps else None)
+        plan = StepPlan.make(layout, self.rule, self.schedule.step(steps) if keeps else None)
         return plan, self._selects(plan, blocks, sum(step.decoding for step in steps))
 
     def _decide(
         self, common: CommonAttentionMetadata, requests: compat.StepRequests
     ) -> list[tuple[int, bool]]:
-        return self.schedule.step(sequences(common, requests, self.config))
+        return self.schedule.step(sequences(common, requests, self.rule))
 
     def _replayed_rows(self, common: CommonAttentionMetadata) -> int:
         """Rows a request of a step that vLLM may replay as one graph, 0 for other steps."""
@@ -191,8 +189,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     def _selects(self, plan: StepPlan, query_blocks: Tensor, num_decoding: int) -> bool:
         """Counts a step's query blocks; whether its layers have anything to select."""
         blocks = query_blocks[:, 2:].tolist()
-        sinks, pruned = self.config.num_sink_tokens, self.num_pruned
-        short = sum(self.config.window_start(first, rows) <= sinks for rows, first in blocks)
+        pruned = self.num_pruned
+        short = sum(not self.rule.prunes(first, rows) for rows, first in blocks)
         dense = len(self.layer_names) - pruned - self.num_local
         name = "hipserve_dense_query_blocks"
         self.tally.add("hipserve_query_blocks", len(blocks) * len(self.layer_names))

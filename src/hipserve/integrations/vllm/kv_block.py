@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hipserve.ops import compute_bounds
-from hipserve.types import PagedKV, bound_offsets
+from hipserve.plan import bound_offsets
+from hipserve.types import PagedKV
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec

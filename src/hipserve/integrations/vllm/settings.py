@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
 from hipserve.integrations.vllm import OPTIONS_KEY
-from hipserve.types import bound_levels
+from hipserve.plan import bound_levels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

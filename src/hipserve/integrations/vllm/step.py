@@ -12,8 +12,8 @@ from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from hipserve.attention import CapturedPlan, SequenceStep, StepPlan
 
 if TYPE_CHECKING:
-    from hipserve.config import HiPConfig
     from hipserve.integrations.vllm.compat import StepRequests
+    from hipserve.plan import PruningRule
 
 
 @dataclass
@@ -53,7 +53,7 @@ def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
 
 
 def sequences(
-    common: CommonAttentionMetadata, requests: StepRequests, config: HiPConfig
+    common: CommonAttentionMetadata, requests: StepRequests, rule: PruningRule
 ) -> list[SequenceStep]:
     """What every row does; one that reads every key keeps nothing and counts as no decode row.
 
@@ -62,7 +62,7 @@ def sequences(
     lens = common.query_start_loc_cpu.diff().tolist()
     prefilling = common.is_prefilling.tolist() if common.is_prefilling is not None else []
     seq_lens = host_seq_lens(common).tolist()
-    pruned = [config.window_start(n - 1, 1) > config.num_sink_tokens for n in seq_lens]
+    pruned = [rule.prunes(n - 1, 1) for n in seq_lens]
     steps: list[SequenceStep] = []
     for i, request in enumerate(requests.rows or (None,) * common.num_reqs):
         reads_prompt = i < len(prefilling) and prefilling[i]

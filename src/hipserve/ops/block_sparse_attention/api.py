@@ -7,7 +7,8 @@ from torch import Tensor
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.block_sparse_attention import operator
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, PagedKV
 
 
 def block_sparse_attention(

@@ -7,7 +7,8 @@ from torch import Tensor
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.select_blocks import operator
-from hipserve.types import BatchLayout, BlockSelection, PagedKV
+from hipserve.plan import BatchLayout, PruningRule, pruning_rule
+from hipserve.types import BlockSelection, PagedKV
 
 
 def select_blocks(
@@ -16,6 +17,7 @@ def select_blocks(
     layout: BatchLayout,
     *,
     config: HiPConfig | None = None,
+    rule: PruningRule | None = None,
     backend: str = "auto",
     check: bool = True,
 ) -> BlockSelection:
@@ -29,6 +31,7 @@ def select_blocks(
         kv: the pages, keys of this call already written; bounds too where the selector uses them.
         layout: lengths and page ids of the batch.
         config: what to keep; the defaults if None.
+        rule: which query blocks are pruned; what `config` says for q's device if None.
         backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
@@ -47,8 +50,10 @@ def select_blocks(
         checks.check_layout(q, kv, layout)
         if config.uses_bounds and layout.block_table.shape[1] > 1:
             checks.check_page_size(kv.page_size, config.bound_block_size)
-    query_blocks = layout.query_blocks(config.query_block_size)
-    return BlockSelection(*operator.run(q, kv, layout.block_table, query_blocks, config, backend))
+    rule = rule or pruning_rule(config, q.device.type)
+    starts = layout.window_starts(rule)
+    blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
+    return BlockSelection(operator.run(q, kv, *blocks, config, backend), starts)
 
 
 def refresh_blocks(
@@ -59,6 +64,7 @@ def refresh_blocks(
     refresh: Tensor,
     *,
     config: HiPConfig | None = None,
+    rule: PruningRule | None = None,
     backend: str = "auto",
 ) -> None:
     """`select_blocks` into an earlier selection, where a flag on the device asks for it.
@@ -67,12 +73,11 @@ def refresh_blocks(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        kv, layout, config, backend: as in `select_blocks`, which checks them; this does not.
+        kv, layout, config, rule, backend: as in `select_blocks`, but unchecked.
         selection: one entry a query block; overwritten where `refresh` is not 0.
         refresh: `[num_query_blocks]` int32.
     """
     config = config or DEFAULT
-    query_blocks = layout.query_blocks(config.query_block_size)
-    tensors = (q, kv, layout.block_table, query_blocks)
-    kept = (selection.indices, selection.window_start)
-    operator.refresh(*tensors, config, refresh, *kept, backend)
+    rule = rule or pruning_rule(config, q.device.type)
+    blocks = (layout.query_blocks(rule.query_block_size), layout.window_starts(rule))
+    operator.refresh(q, kv, layout.block_table, *blocks, config, refresh, selection, backend)

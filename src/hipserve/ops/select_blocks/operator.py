@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.ops.select_blocks import cpu, reference
+from hipserve.ops.select_blocks.spec import SearchSpec, search_spec
 from hipserve.platform import resolve_backend
-from hipserve.types import PagedKV
+from hipserve.types import BlockSelection, PagedKV
 
 
-def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _backend(name: str, q: Tensor) -> Callable[..., Tensor]:
     chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
     if chosen == "triton":
         from hipserve.ops.select_blocks import triton
@@ -27,15 +28,16 @@ def run(
     kv: PagedKV,
     block_table: Tensor,
     query_blocks: Tensor,
+    window_starts: Tensor,
     config: HiPConfig,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Calls the backend, through the custom operator while torch.compile traces."""
     k_bounds = kv.k_bounds if config.uses_bounds else None
-    tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
+    tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks, window_starts)
     if torch.compiler.is_compiling():
         return _operator(*tensors, _text(config), backend)
-    return _backend(backend, q)(*tensors, config.on(q.device.type))
+    return _backend(backend, q)(*tensors, search_spec(config))
 
 
 def refresh(
@@ -43,28 +45,29 @@ def refresh(
     kv: PagedKV,
     block_table: Tensor,
     query_blocks: Tensor,
+    window_starts: Tensor,
     config: HiPConfig,
     due: Tensor,
-    indices: Tensor,
-    window_start: Tensor,
+    selection: BlockSelection,
     backend: str,
 ) -> None:
-    """Overwrites the entries that are due; only Triton spares the work for the others."""
+    """Overwrites the entries that are due; only Triton saves the work for the others."""
+    kept = (selection.indices, selection.window_start)
     if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
         from hipserve.ops.select_blocks import triton
 
         k_bounds = kv.k_bounds if config.uses_bounds else None
-        tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks)
-        return triton.refresh_blocks(*tensors, config, due, indices, window_start)
-    made = run(q, kv, block_table, query_blocks, config, backend)
-    indices.copy_(torch.where(due[:, None, None] > 0, made[0], indices))
-    window_start.copy_(torch.where(due > 0, made[1], window_start))
+        tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks, window_starts)
+        return triton.refresh_blocks(*tensors, search_spec(config), due, *kept)
+    made = run(q, kv, block_table, query_blocks, window_starts, config, backend)
+    kept[0].copy_(torch.where(due[:, None, None] > 0, made, kept[0]))
+    kept[1].copy_(torch.where(due > 0, window_starts, kept[1]))
 
 
 @torch.compiler.assume_constant_result
 def _text(config: HiPConfig) -> str:
-    """A configuration as an operator takes it; written while torch.compile traces."""
-    return config.dumps("json")
+    """A search as an operator takes it; written while torch.compile traces."""
+    return search_spec(config).dumps()
 
 
 @torch.library.custom_op("hipserve::select_blocks", mutates_args=())
@@ -74,11 +77,12 @@ def _operator(
     k_bounds: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
-    config: str,
+    window_starts: Tensor,
+    spec: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    tensors = (q, k_cache, k_bounds, block_table, query_blocks)
-    return _backend(backend, q)(*tensors, HiPConfig.loads(config).on(q.device.type))
+) -> Tensor:
+    tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
+    return _backend(backend, q)(*tensors, SearchSpec.loads(spec))
 
 
 @_operator.register_fake
@@ -88,11 +92,11 @@ def _(
     k_bounds: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
-    config: str,
+    window_starts: Tensor,
+    spec: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    parsed = HiPConfig.loads(config)
+) -> Tensor:
+    parsed = SearchSpec.loads(spec)
     heads = k_cache.shape[2] if parsed.share_group else q.shape[1]
-    blocks = query_blocks.shape[0]
-    shape = (blocks, heads, parsed.max_selected)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(blocks, dtype=torch.int32)
+    shape = (query_blocks.shape[0], heads, parsed.max_selected)
+    return q.new_empty(shape, dtype=torch.int32)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.config import HiPConfig
-from hipserve.types import bound_levels, bound_offsets, kept_runs
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
 
 
 def select_blocks(
@@ -19,22 +19,22 @@ def select_blocks(
     k_bounds: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
-    config: HiPConfig,
-) -> tuple[Tensor, Tensor]:
-    """See `hipserve.ops.select_blocks`; returns `indices` and `window_start`."""
-    heads = k_cache.shape[2] if config.share_group else q.shape[1]
-    shape = (query_blocks.shape[0], heads, config.max_selected)
+    window_starts: Tensor,
+    spec: SearchSpec,
+) -> Tensor:
+    """See `hipserve.ops.select_blocks`; returns `indices`."""
+    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
+    shape = (query_blocks.shape[0], heads, spec.max_selected)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
-    starts: list[int] = []
+    starts: list[int] = window_starts.tolist()
     for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
-        starts.append(config.window_start(position, num_rows))
-        if starts[i] > config.num_sink_tokens:
-            rows = sample_rows(q[row : row + num_rows], heads, config.query_stride)
+        if starts[i] > spec.num_sink_tokens:
+            rows = sample_rows(q[row : row + num_rows], heads, spec.query_stride)
             pages = block_table[seq].long()
-            search = Search(rows, k_cache, k_bounds, pages, starts[i], position, config)
+            search = Search(rows, k_cache, k_bounds, pages, starts[i], position, spec)
             chosen = search.select()
             indices[i, :, : chosen.shape[1]] = chosen.int()
-    return indices, torch.tensor(starts, dtype=torch.int32, device=q.device)
+    return indices
 
 
 def sample_rows(q: Tensor, heads: int, stride: int) -> Tensor:
@@ -57,15 +57,15 @@ class Search:
         pages: Tensor,
         window_start: int,
         position: int,
-        config: HiPConfig,
+        spec: SearchSpec,
     ) -> None:
         self.rows, self.dtype = rows if rows.dtype == torch.float64 else rows.float(), rows.dtype
         self.k_cache, self.k_bounds, self.pages = k_cache, k_bounds, pages
-        self.begin, self.end = config.num_sink_tokens, window_start
-        self.config = config
+        self.begin, self.end = spec.num_sink_tokens, window_start
+        self.spec = spec
         group = rows.shape[0] // k_cache.shape[2]
         self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
-        self.base = self.greatest_read(position) if config.relative_scores else 0.0
+        self.base = self.greatest_read(position) if spec.relative_scores else 0.0
 
     def greatest_read(self, position: int) -> Tensor:
         """`[heads, rows, 1]`: a row's greatest score among sinks and what all see of the window."""
@@ -81,17 +81,17 @@ class Search:
 
     def select(self) -> Tensor:
         """The chosen key blocks, `[heads, count]` ascending, -1 behind the last."""
-        config = self.config
-        bound = [self.by_bounds(config.bound_budget)] if config.uses_bounds else []
-        tree = [self.by_tree(config.budget - config.bound_budget)] if config.uses_tree else []
+        spec = self.spec
+        bound = [self.by_bounds(spec.bound_budget)] if spec.uses_bounds else []
+        tree = [self.by_tree(spec.tree_budget)] if spec.uses_tree else []
         return unite(torch.cat(bound + tree, dim=1))
 
     # The paper's tree: a beam over a binary tree of key-block ranges.
 
     def by_tree(self, budget: int) -> Tensor:
-        beam = budget // self.config.key_block_size
-        first = self.begin // self.config.key_block_size
-        count = self.end // self.config.key_block_size - first
+        beam = budget // self.spec.key_block_size
+        first = self.begin // self.spec.key_block_size
+        count = self.end // self.spec.key_block_size - first
         edges = first + torch.arange(beam + 1, device=self.rows.device) * count // beam
         edges = edges.expand(self.rows.shape[0], -1)
         left, right = edges[:, :-1], edges[:, 1:]
@@ -104,15 +104,13 @@ class Search:
         return torch.where(left < right, left, -1)
 
     def representative(self, left: Tensor, right: Tensor) -> Tensor:
-        if self.config.representative == "random":
-            return left + mix(left, right, self.config.seed) % (right - left).clamp(min=1)
-        return {"first": left, "last": right - 1}.get(
-            self.config.representative, (left + right) // 2
-        )
+        if self.spec.representative == "random":
+            return left + mix(left, right, self.spec.seed) % (right - left).clamp(min=1)
+        return {"first": left, "last": right - 1}.get(self.spec.representative, (left + right) // 2)
 
     def block_scores(self, blocks: Tensor) -> Tensor:
         """`[heads, count]`: the greatest score of any row and any key of each block."""
-        size = self.config.key_block_size
+        size = self.spec.key_block_size
         blocks = blocks.clamp(self.begin // size, self.end // size - 1)
         keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
         scores = self.scores(keys.flatten(1)) - self.base
@@ -121,9 +119,9 @@ class Search:
     # Bounds: boxes around runs of keys, coarse levels first.
 
     def by_bounds(self, budget: int) -> Tensor:
-        config = self.config
-        lengths = bound_levels(self.k_cache.shape[1], config.bound_block_size)
-        counts = kept_runs(budget * max(config.rerank, 1), lengths)
+        spec = self.spec
+        lengths = bound_levels(self.k_cache.shape[1], spec.bound_block_size)
+        counts = kept_runs(budget * max(spec.rerank, 1), lengths)
         runs, parent = None, None
         for level in reversed(range(len(lengths))):
             length = lengths[level]
@@ -131,11 +129,11 @@ class Search:
             runs = candidates.gather(1, top(self.run_scores(candidates, level), counts[level]))
             parent = length
         assert runs is not None
-        per_run = config.bound_block_size // config.key_block_size
+        per_run = spec.bound_block_size // spec.key_block_size
         inside = torch.arange(per_run, device=runs.device)
         blocks = (runs[..., None] * per_run + inside).flatten(1)
-        if config.rerank:
-            best = top(self.block_scores(blocks), budget // config.key_block_size)
+        if spec.rerank:
+            best = top(self.block_scores(blocks), budget // spec.key_block_size)
             blocks = blocks.gather(1, best)
         return blocks
 
@@ -159,12 +157,12 @@ class Search:
         at the centre (0) the middle one; the rows are weighted in their own dtype.
         """
         assert self.k_bounds is not None
-        page_size, size = self.k_cache.shape[1], self.config.bound_block_size
+        page_size, size = self.k_cache.shape[1], self.spec.bound_block_size
         length = bound_levels(page_size, size)[level]
         page, slot = self.locate(runs * length, page_size)
         place = bound_offsets(page_size, size)[level] + slot // length
         low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
-        up, down, reach = self.rows.clamp(min=0), self.rows.clamp(max=0), self.config.bound_reach
+        up, down, reach = self.rows.clamp(min=0), self.rows.clamp(max=0), self.spec.bound_reach
         near, far = (1 + reach) / 2, (1 - reach) / 2
         to_high, to_low = (
             x.to(self.dtype).to(x.dtype) for x in (near * up + far * down, far * up + near * down)

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.config import HiPConfig
 from hipserve.errors import BackendError
 from hipserve.ops.gather import follow, key_offsets, lead, load_tile, power_of_2
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.plan import bound_levels, bound_offsets, kept_runs
 from hipserve.platform import chains_launches, gpu_processors, logger
-from hipserve.types import bound_levels, bound_offsets, kept_runs
 
 MAX_ROWS = 128
 SCRATCH_BYTES = 256 * 2**20
@@ -168,15 +168,15 @@ def _greatest(first, queries, base, k_tile, STRIDE: tl.constexpr, TILING: tl.con
 
 
 @triton.jit
-def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _greatest_in_box(first, queries, base, high, low, SPEC: tl.constexpr, TILING: tl.constexpr):
     """`[runs]`: `_greatest` as the boxes [low, high] tell it."""
     best = tl.full([high.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
         to_high, to_low, less = first
         if TILING.row_tiles > 1:
-            q_tile, _ = _load_queries(queries, tile, CONFIG.query_stride, TILING)
-            to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+            q_tile, _ = _load_queries(queries, tile, SPEC.query_stride, TILING)
+            to_high, to_low = _weigh_sides(q_tile, SPEC.bound_reach)
             less = _base(base, tile, TILING)
         s = tl.dot(high, tl.trans(to_high), input_precision="ieee")
         s = tl.dot(low, tl.trans(to_low), s, input_precision="ieee")
@@ -185,9 +185,7 @@ def _greatest_in_box(first, queries, base, high, low, CONFIG: tl.constexpr, TILI
 
 
 @triton.jit
-def _rate_read(
-    queries, keys_at, base, begin, end, last, CONFIG: tl.constexpr, TILING: tl.constexpr
-):
+def _rate_read(queries, keys_at, base, begin, end, last, SPEC: tl.constexpr, TILING: tl.constexpr):
     """Writes each row's base: its greatest score among sinks and window, as far as all see it.
 
     A program of several looks at its part of the keys and writes its own base.
@@ -199,9 +197,9 @@ def _rate_read(
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
-        q_tile, valid = _load_queries(queries, tile, CONFIG.query_stride, TILING)
+        q_tile, valid = _load_queries(queries, tile, SPEC.query_stride, TILING)
         top = tl.full([ROWS], -float("inf"), tl.float32)
-        if not CONFIG.relative_scores:
+        if not SPEC.relative_scores:
             top = tl.zeros([ROWS], tl.float32)
         else:
             for start in tl.range(part * KEYS, begin + last - end, STEP, num_stages=TILING.stages):
@@ -278,13 +276,13 @@ def _keep_runs(mine, begin, end, kept, LEVEL: tl.constexpr, TILING: tl.constexpr
 @triton.jit
 def _score_runs(
     queries, keys_at, bounds_at, mine, begin, end, kept,
-    LEVEL: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
+    LEVEL: tl.constexpr, SPEC: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Scores the candidates of a level by their boxes."""
     scores = _scores_of(mine, LEVEL, TILING)
     edges, n = _candidates(begin, end, kept, LEVEL, TILING)
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
-    to_high, to_low = _weigh_sides(q_tile, CONFIG.bound_reach)
+    q_tile, _ = _load_queries(queries, 0, SPEC.query_stride, TILING)
+    to_high, to_low = _weigh_sides(q_tile, SPEC.bound_reach)
     sides = (to_high, to_low, _base(mine[2], 0, TILING))
     RUNS: tl.constexpr = TILING.runs[LEVEL]
     first = tl.program_id(0) % TILING.searchers * RUNS
@@ -297,7 +295,7 @@ def _score_runs(
         high_tile = load_tile(boxes + bounds_at[1][3], c < n, TILING.head_dim, TILING.dim)
         # What is next is looked up while these are on their way.
         boxes = _boxes_of(c + STEP, n, edges, mine, keys_at, bounds_at, LEVEL, TILING)
-        best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, CONFIG, TILING)
+        best = _greatest_in_box(sides, queries, mine[2], high_tile, low_tile, SPEC, TILING)
         tl.store(scores + c, best, mask=c < n)
 
 
@@ -314,12 +312,12 @@ def _boxes_of(c, n, edges, mine, keys_at, bounds_at, LEVEL: tl.constexpr, TILING
 
 
 @triton.jit
-def _score_keys(first, queries, base, k_tile, there, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _score_keys(first, queries, base, k_tile, there, SPEC: tl.constexpr, TILING: tl.constexpr):
     """`[keys // key_block_size]`: the greatest score of each block of the keys in a tile."""
-    best = _greatest(first, queries, base, k_tile, CONFIG.query_stride, TILING)
+    best = _greatest(first, queries, base, k_tile, SPEC.query_stride, TILING)
     best = tl.where(there, best, -float("inf"))
-    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
-    WIDTH: tl.constexpr = CONFIG.key_block_size
+    BLOCKS: tl.constexpr = TILING.keys // SPEC.key_block_size
+    WIDTH: tl.constexpr = SPEC.key_block_size
     return tl.max(tl.reshape(best, [BLOCKS, WIDTH]), axis=1)
 
 
@@ -332,13 +330,13 @@ def _keys_of(i, total, runs, keys_at, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _score_blocks(queries, keys_at, mine, kept, SPEC: tl.constexpr, TILING: tl.constexpr):
     """Scores the blocks in the kept runs by their keys."""
-    SIZE: tl.constexpr = CONFIG.bound_block_size
-    BLOCKS: tl.constexpr = TILING.keys // CONFIG.key_block_size
+    SIZE: tl.constexpr = SPEC.bound_block_size
+    BLOCKS: tl.constexpr = TILING.keys // SPEC.key_block_size
     scores, runs = _scores_of(mine, -1, TILING), _runs_of(mine, 0, TILING)
     total = kept * SIZE
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    q_tile, _ = _load_queries(queries, 0, SPEC.query_stride, TILING)
     first = (q_tile, _base(mine[2], 0, TILING))
     begin = tl.program_id(0) % TILING.searchers * TILING.keys
     STEP: tl.constexpr = TILING.searchers * TILING.keys
@@ -348,20 +346,20 @@ def _score_blocks(queries, keys_at, mine, kept, CONFIG: tl.constexpr, TILING: tl
         there = start + key < total
         k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
         rows = _keys_of(start + STEP + key, total, runs, keys_at, SIZE)
-        best = _score_keys(first, queries, mine[2], k_tile, there, CONFIG, TILING)
-        to = start // CONFIG.key_block_size + tl.arange(0, BLOCKS)
-        tl.store(scores + to, best, mask=to < total // CONFIG.key_block_size)
+        best = _score_keys(first, queries, mine[2], k_tile, there, SPEC, TILING)
+        to = start // SPEC.key_block_size + tl.arange(0, BLOCKS)
+        tl.store(scores + to, best, mask=to < total // SPEC.key_block_size)
 
 
 @triton.jit
-def _best_of_runs(scores, runs, found, kept, CONFIG: tl.constexpr, TILING: tl.constexpr):
+def _best_of_runs(scores, runs, found, kept, SPEC: tl.constexpr, TILING: tl.constexpr):
     """Leaves the best blocks of the kept runs, by their exact scores, in `found`."""
-    PER_RUN: tl.constexpr = CONFIG.bound_block_size // CONFIG.key_block_size
-    KEEP: tl.constexpr = CONFIG.bound_budget // CONFIG.key_block_size
+    PER_RUN: tl.constexpr = SPEC.bound_block_size // SPEC.key_block_size
+    KEEP: tl.constexpr = SPEC.bound_budget // SPEC.key_block_size
     n = kept * PER_RUN
     c = tl.arange(0, TILING.blocks)
     block = tl.load(runs + c // PER_RUN, mask=c < n, other=0) * PER_RUN + c % PER_RUN
-    if not CONFIG.rerank:
+    if not SPEC.rerank:
         tl.store(found + c, block, mask=c < n)
         return n
     chosen, place = _keep_best(scores, n, KEEP, TILING.blocks)
@@ -390,14 +388,14 @@ def _halves(c, nodes, n, stride):
 
 
 @triton.jit
-def _representative(left, right, CONFIG: tl.constexpr):
-    if CONFIG.representative == "first":
+def _representative(left, right, SPEC: tl.constexpr):
+    if SPEC.representative == "first":
         return left
-    elif CONFIG.representative == "last":
+    elif SPEC.representative == "last":
         return right - 1
-    elif CONFIG.representative == "random":
+    elif SPEC.representative == "random":
         length = tl.maximum(right - left, 1).to(tl.int64)
-        return left + (_mix(left, right, CONFIG.seed) % length).to(tl.int32)
+        return left + (_mix(left, right, SPEC.seed) % length).to(tl.int32)
     else:
         return (left + right) // 2
 
@@ -405,11 +403,11 @@ def _representative(left, right, CONFIG: tl.constexpr):
 @triton.jit
 def _by_tree(
     queries, keys_at, base, scores, nodes, begin, end,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
+    SPEC: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """The paper's beam (section 3): leaves the blocks in `nodes`, ascending; returns how many."""
-    SIZE: tl.constexpr = CONFIG.key_block_size
-    BEAM: tl.constexpr = (CONFIG.budget - CONFIG.bound_budget) // SIZE
+    SIZE: tl.constexpr = SPEC.key_block_size
+    BEAM: tl.constexpr = SPEC.tree_budget // SIZE
     BLOCKS: tl.constexpr = TILING.keys // SIZE
     stride: tl.constexpr = TILING.list_size
     head, count = begin // SIZE, end // SIZE - begin // SIZE
@@ -418,7 +416,7 @@ def _by_tree(
     edge = (head + (i + 1).to(tl.int64) * count // BEAM).to(tl.int32)
     tl.store(nodes + stride + i, edge, mask=i < BEAM)
     tl.debug_barrier()
-    q_tile, _ = _load_queries(queries, 0, CONFIG.query_stride, TILING)
+    q_tile, _ = _load_queries(queries, 0, SPEC.query_stride, TILING)
     first = (q_tile, _base(base, 0, TILING))
     longest = (count + BEAM - 1) // BEAM
     while longest > 1:
@@ -426,12 +424,12 @@ def _by_tree(
             k = tl.arange(0, TILING.keys)
             c = start + k // SIZE
             left, right = _halves(c, nodes, 2 * BEAM, stride)
-            block = _representative(left, right, CONFIG)
+            block = _representative(left, right, SPEC)
             block = tl.minimum(tl.maximum(block, head), end // SIZE - 1)
             keys, there = block * SIZE + k % SIZE, c < 2 * BEAM
             rows = keys_at[0] + key_offsets(keys_at[1], keys_at[2], keys_at[3], keys, there)
             k_tile = load_tile(rows, there, TILING.head_dim, TILING.dim)
-            best = _score_keys(first, queries, base, k_tile, there, CONFIG, TILING)
+            best = _score_keys(first, queries, base, k_tile, there, SPEC, TILING)
             c = start + tl.arange(0, BLOCKS)
             left, right = _halves(c, nodes, 2 * BEAM, stride)
             best = tl.where(left < right, best, -float("inf"))
@@ -498,7 +496,7 @@ def _open(q, k, pages, blocks, scratch, item, block, head, TILING: tl.constexpr)
 
     The programs that share one follow each other, so that they run together.
     """
-    query_blocks, _ = blocks
+    query_blocks, _, _ = blocks
     q, q_strides = q
     k, k_strides = k
     block_table, table_stride, page_size = pages
@@ -545,39 +543,33 @@ def _meet(met, times, TILING: tl.constexpr):
 @triton.jit
 def rate_kernel(
     q, k, pages, blocks, scratch, refresh, indices, window_start,
-    CONFIG: tl.constexpr, TILING: tl.constexpr,
+    SPEC: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Window, empty list, and each row's base."""
     follow(TILING.chained)
     lead(TILING.chained)
     item, block, head = _item(blocks, TILING.raters, TILING)
-    position = tl.load(blocks[0] + 4 * block + 3)
+    position, end = tl.load(blocks[0] + 4 * block + 3), tl.load(blocks[2] + block)
     # It is never below 0: asked here, the block's numbers come with the flag and not after it.
     if not (_due(refresh, block) & (position >= 0)):
         return
     _, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, item, block, head, TILING)
-    num_rows = queries[3]
-    begin = CONFIG.num_sink_tokens
-    start = position - CONFIG.sliding_window + 1
-    start -= start % CONFIG.granularity
-    below = tl.where(num_rows == 1, CONFIG.decode_dense_below, CONFIG.dense_below)
-    sparse = (start - begin > CONFIG.budget) & (position + num_rows > below)
-    end = tl.where(sparse, start, begin)
+    begin = SPEC.num_sink_tokens
     if tl.program_id(0) % TILING.raters == 0:
         if head == 0:
             tl.store(window_start + block, end)
         tl.store(mine[3], 0)
-        out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
+        out = indices + (block.to(tl.int64) * TILING.heads + head) * SPEC.max_selected
         i = tl.arange(0, TILING.list_size)
-        tl.store(out + i, tl.zeros_like(i) - 1, mask=i < CONFIG.max_selected)
-    if sparse:
-        _rate_read(queries, keys_at, mine[2], begin, end, position + 1, CONFIG, TILING)
+        tl.store(out + i, tl.zeros_like(i) - 1, mask=i < SPEC.max_selected)
+    if end > begin:
+        _rate_read(queries, keys_at, mine[2], begin, end, position + 1, SPEC, TILING)
 
 
 @triton.jit
 def search_kernel(
-    q, k, pages, blocks, scratch, refresh, indices, window_start, bounds,
-    FIRST: tl.constexpr, END: tl.constexpr, CONFIG: tl.constexpr, TILING: tl.constexpr,
+    q, k, pages, blocks, scratch, refresh, indices, bounds,
+    FIRST: tl.constexpr, END: tl.constexpr, SPEC: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """The steps [FIRST, END) of a search; the last one writes the chosen blocks.
 
@@ -586,7 +578,7 @@ def search_kernel(
     """
     follow(TILING.chained)
     item, block, head = _item(blocks, TILING.searchers, TILING)
-    begin, end = CONFIG.num_sink_tokens, tl.load(window_start + block)
+    begin, end = SPEC.num_sink_tokens, tl.load(blocks[2] + block)
     if not (_due(refresh, block) & (end > begin)):
         return
     kv_head, queries, keys_at, mine = _open(q, k, pages, blocks, scratch, item, block, head, TILING)
@@ -596,7 +588,7 @@ def search_kernel(
     for n in tl.static_range(LEVELS):
         if n >= FIRST and n < END:
             _score_runs(
-                queries, keys_at, bounds_at, mine, begin, end, kept, LEVELS - 1 - n, CONFIG, TILING
+                queries, keys_at, bounds_at, mine, begin, end, kept, LEVELS - 1 - n, SPEC, TILING
             )
             if n + 1 < END:
                 _meet(mine[3], n + 1, TILING)
@@ -605,35 +597,35 @@ def search_kernel(
         kept = _count_kept(begin, end, kept, LEVELS - 1 - n, TILING)
     STEPS: tl.constexpr = TILING.steps
     if FIRST <= STEPS - 2 and STEPS - 2 < END and STEPS > LEVELS + 1:
-        _score_blocks(queries, keys_at, mine, kept, CONFIG, TILING)
+        _score_blocks(queries, keys_at, mine, kept, SPEC, TILING)
         if STEPS == END:
             _meet(mine[3], LEVELS + 1, TILING)
     if STEPS == END:
         if tl.program_id(0) % TILING.searchers == 0:
-            out = indices + (block.to(tl.int64) * TILING.heads + head) * CONFIG.max_selected
-            _choose(queries, keys_at, mine, begin, end, kept, out, CONFIG, TILING)
+            out = indices + (block.to(tl.int64) * TILING.heads + head) * SPEC.max_selected
+            _choose(queries, keys_at, mine, begin, end, kept, out, SPEC, TILING)
 
 
 @triton.jit
 def _choose(
-    queries, keys_at, mine, begin, end, kept, out, CONFIG: tl.constexpr, TILING: tl.constexpr
+    queries, keys_at, mine, begin, end, kept, out, SPEC: tl.constexpr, TILING: tl.constexpr
 ):
     """Writes the chosen blocks: the best of the kept runs, what the tree finds, or both."""
     scores, lists, base, _ = mine
-    if CONFIG.uses_bounds:
-        found = out if CONFIG.selector == "bound" else lists + 4 * TILING.list_size
+    if SPEC.uses_bounds:
+        found = out if SPEC.selector == "bound" else lists + 4 * TILING.list_size
         exact = _scores_of(mine, -1, TILING)
-        n = _best_of_runs(exact, _runs_of(mine, 0, TILING), found, kept, CONFIG, TILING)
+        n = _best_of_runs(exact, _runs_of(mine, 0, TILING), found, kept, SPEC, TILING)
         tl.debug_barrier()
-    if CONFIG.uses_tree:
+    if SPEC.uses_tree:
         nodes = lists + 2 * TILING.list_size
-        m = _by_tree(queries, keys_at, base, scores, nodes, begin, end, CONFIG, TILING)
-        if CONFIG.uses_bounds:
+        m = _by_tree(queries, keys_at, base, scores, nodes, begin, end, SPEC, TILING)
+        if SPEC.uses_bounds:
             _unite(found, n, nodes, m, lists, out, TILING)
         else:
             i = tl.arange(0, TILING.list_size)
             chosen = tl.load(nodes + i, mask=i < m, other=-1)
-            tl.store(out + i, chosen, mask=i < CONFIG.max_selected)
+            tl.store(out + i, chosen, mask=i < SPEC.max_selected)
 
 
 def select_blocks(
@@ -642,18 +634,16 @@ def select_blocks(
     k_bounds: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
-    config: HiPConfig,
-) -> tuple[Tensor, Tensor]:
-    """See `hipserve.ops.select_blocks`; returns `indices` and `window_start`."""
-    heads = k_cache.shape[2] if config.share_group else q.shape[1]
-    blocks = query_blocks.shape[0]
-    shape = (blocks, heads, config.max_selected)
+    window_starts: Tensor,
+    spec: SearchSpec,
+) -> Tensor:
+    """See `hipserve.ops.select_blocks`; returns `indices`."""
+    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
+    shape = (query_blocks.shape[0], heads, spec.max_selected)
     indices = torch.empty(shape, dtype=torch.int32, device=q.device)
-    window_start = torch.empty(blocks, dtype=torch.int32, device=q.device)
-    refresh_blocks(
-        q, k_cache, k_bounds, block_table, query_blocks, config, None, indices, window_start
-    )
-    return indices, window_start
+    tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
+    refresh_blocks(*tensors, spec, None, indices, window_starts)
+    return indices
 
 
 def refresh_blocks(
@@ -662,7 +652,8 @@ def refresh_blocks(
     k_bounds: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
-    config: HiPConfig,
+    window_starts: Tensor,
+    spec: SearchSpec,
     refresh: Tensor | None,
     indices: Tensor,
     window_start: Tensor,
@@ -671,7 +662,7 @@ def refresh_blocks(
 
     Launches depend on shapes alone, so a call can be captured into a CUDA graph.
     """
-    config, size = config.on(q.device.type), config.key_block_size
+    size = spec.key_block_size
     if size & (size - 1):
         raise BackendError(
             f"the Triton kernels need a key_block_size that is a power of two, not {size}; "
@@ -680,7 +671,7 @@ def refresh_blocks(
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     longest = block_table.shape[1] * k_cache.shape[1]
     tiling = make_tiling(
-        q.shape, k_cache.shape, longest, blocks, heads, config, q.element_size(), q.device
+        q.shape, k_cache.shape, longest, blocks, heads, spec, q.element_size(), q.device
     )
     scratch_of = {
         torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
@@ -693,7 +684,7 @@ def refresh_blocks(
         for dtype, sizes in scratch_of.items()
     )
     bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
-    options = {"CONFIG": config, "TILING": tiling, "launch_pdl": tiling.chained}
+    options = {"SPEC": spec, "TILING": tiling, "launch_pdl": tiling.chained}
     wide = tiling.rows > 16 and (tiling.dim > 128 or tiling.row_tiles > 1)
     for end in range(blocks, 0, -max(chunk, 1)):
         items = min(chunk, end) * heads
@@ -701,13 +692,14 @@ def refresh_blocks(
             (q, q.stride()[:2]),
             (k_cache, k_cache.stride()[:3]),
             (block_table, block_table.stride(0), k_cache.shape[1]),
-            (query_blocks, end),
+            (query_blocks, end, window_starts),
             (scores, lists, base, met),
             refresh,
             indices,
-            window_start,
         )
-        rate_kernel[(items * tiling.raters,)](*inputs, num_warps=8 if wide else 4, **options)
+        rate_kernel[(items * tiling.raters,)](
+            *inputs, window_start, num_warps=8 if wide else 4, **options
+        )
         for step in range(0, tiling.steps, tiling.together):
             search_kernel[(items * tiling.searchers,)](
                 *inputs,
@@ -741,7 +733,7 @@ def make_tiling(
     longest: int,
     blocks: int,
     heads: int,
-    config: HiPConfig,
+    spec: SearchSpec,
     element_size: int,
     device: torch.device,
 ) -> Tiling:
@@ -749,30 +741,30 @@ def make_tiling(
     tokens, num_q_heads, head_dim = q_shape
     _, page_size, kv_heads, _ = k_shape
     group, dim = num_q_heads // heads, power_of_2(head_dim)
-    max_rows = min(config.query_block_size, tokens - blocks + 1)
-    stacked = ((max_rows - 1) // config.query_stride + 1) * group
+    max_rows = min(spec.query_block_size, tokens - blocks + 1)
+    stacked = ((max_rows - 1) // spec.query_stride + 1) * group
     rows = max(min(most_rows(dim, element_size), power_of_2(stacked)), 16)
-    lengths = bound_levels(page_size, config.bound_block_size) if config.uses_bounds else ()
-    keep = config.bound_budget * max(config.rerank, 1)
+    lengths = bound_levels(page_size, spec.bound_block_size) if spec.uses_bounds else ()
+    keep = spec.bound_budget * max(spec.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
     counts = [power_of_2(max(longest // length, 1)) for length in lengths[-1:]]
     if len(lengths) > 1:
         ratio = lengths[1] // lengths[0]
         counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
     candidates = tuple(map(power_of_2, counts))
-    blocks_seen = power_of_2(max(keep // config.key_block_size, 1))
-    beam = power_of_2(max((config.budget - config.bound_budget) // config.key_block_size, 1))
+    blocks_seen = power_of_2(max(keep // spec.key_block_size, 1))
+    beam = power_of_2(max(spec.tree_budget // spec.key_block_size, 1))
     few = max(PROGRAMS // max(blocks * heads, 1), 1)
     few = min(few, MAX_SHARERS, gpu_processors(device))
     keys, most, read_keys, stages = tile_keys(dim, rows, -(-stacked // rows))
-    keys = max(keys, config.key_block_size)
-    shares = [keep // keys * (config.rerank > 0), *(count // most for count in counts)]
+    keys = max(keys, spec.key_block_size)
+    shares = [keep // keys * (spec.rerank > 0), *(count // most for count in counts)]
     searchers = max(min(few, max(shares)), 1) if lengths else 1
     runs = [tile_runs(count, most, searchers) if rows == 16 else most for count in counts]
-    steps = len(lengths) + (2 if lengths and config.rerank else 1)
+    steps = len(lengths) + (2 if lengths and spec.rerank else 1)
     score_size = max([*candidates, blocks_seen, 2 * beam])
-    list_size = power_of_2(max([*kept, blocks_seen, beam, config.max_selected]))
-    _say_how_long(max(score_size, list_size), config.budget, config.rerank, page_size)
+    list_size = power_of_2(max([*kept, blocks_seen, beam, spec.max_selected]))
+    _say_how_long(max(score_size, list_size), spec.budget, spec.rerank, page_size)
     return Tiling(
         group,
         heads,
@@ -786,7 +778,7 @@ def make_tiling(
         tuple(runs),
         stages,
         tuple(lengths),
-        bound_offsets(page_size, config.bound_block_size),
+        bound_offsets(page_size, spec.bound_block_size),
         candidates,
         kept,
         blocks_seen,

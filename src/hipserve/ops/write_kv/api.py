@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
+from hipserve.plan import bound_offsets
 from hipserve.platform import resolve_backend
-from hipserve.types import PagedKV, bound_offsets
+from hipserve.types import PagedKV
 
 
 def _backend(name: str, k: Tensor) -> Any:

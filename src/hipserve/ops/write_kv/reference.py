@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.types import bound_levels, bound_offsets
+from hipserve.plan import bound_levels, bound_offsets
 
 
 def write_kv(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hipserve.ops.gather import load_tile, power_of_2
-from hipserve.types import bound_levels, bound_offsets
+from hipserve.plan import bound_levels, bound_offsets
 
 Levels = tuple[int, ...]
 

@@ -1,0 +1,82 @@
+"""What a search reads of a configuration: nothing else reaches a kernel, or compiles it again."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+
+from hipserve.config import HiPConfig, Representative, Selector
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpec:
+    """The fields of `HiPConfig` that decide what a query block chooses, by the same names.
+
+    Window starts are not among them: `hipserve.plan` computes those, once a step for all layers.
+
+    Attributes:
+        tree_budget, bound_budget: keys that the tree and the bounds choose; 0 for a selector that
+            is not used.
+    """
+
+    selector: Selector
+    tree_budget: int
+    bound_budget: int
+    representative: Representative
+    seed: int
+    key_block_size: int
+    query_block_size: int
+    query_stride: int
+    bound_block_size: int
+    bound_reach: float
+    rerank: int
+    relative_scores: bool
+    share_group: bool
+    num_sink_tokens: int
+
+    @property
+    def budget(self) -> int:
+        return self.tree_budget + self.bound_budget
+
+    @property
+    def max_selected(self) -> int:
+        """Key blocks that one query block may choose."""
+        return self.budget // self.key_block_size
+
+    @property
+    def uses_tree(self) -> bool:
+        return self.tree_budget > 0
+
+    @property
+    def uses_bounds(self) -> bool:
+        return self.bound_budget > 0
+
+    def dumps(self) -> str:
+        """The JSON text that `loads` reads back: custom operators take text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> SearchSpec:
+        return cls(**json.loads(text))
+
+
+@functools.lru_cache(256)
+def search_spec(config: HiPConfig) -> SearchSpec:
+    """What a search reads of `config`."""
+    return SearchSpec(
+        selector=config.selector,
+        tree_budget=config.budget - config.bound_budget,
+        bound_budget=config.bound_budget,
+        representative=config.representative,
+        seed=config.seed,
+        key_block_size=config.key_block_size,
+        query_block_size=config.query_block_size,
+        query_stride=config.query_stride,
+        bound_block_size=config.bound_block_size,
+        bound_reach=config.bound_reach,
+        rerank=config.rerank,
+        relative_scores=config.relative_scores,
+        share_group=config.share_group,
+        num_sink_tokens=config.num_sink_tokens,
+    )

@@ -1,0 +1,15 @@
+"""What a step decides once for all layers: which rows read what, and where runs of keys lie."""
+
+from hipserve.plan.layout import BatchLayout
+from hipserve.plan.rule import PruningRule, dense_rows, pruning_rule
+from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
+
+__all__ = [
+    "BatchLayout",
+    "PruningRule",
+    "bound_levels",
+    "bound_offsets",
+    "dense_rows",
+    "kept_runs",
+    "pruning_rule",
+]
