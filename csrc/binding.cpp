@@ -129,6 +129,7 @@ Pages pages_of(const Tensor& x) {
   return {(char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 Pages pages_of(const std::optional<Tensor>& x) { return x ? pages_of(*x) : Pages{}; }
+int64_t runs_of(const std::optional<Tensor>& bounds) { return bounds ? bounds->size(1) : 0; }
 template <class A> A* ints(const Tensor& x) { return (A*)x.data_ptr(); }
 
 Batch batch_of(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
@@ -174,6 +175,7 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.q = rows_of(q);
   call.k = pages_of(k_cache);
   call.bounds = pages_of(k_bounds);
+  call.num_runs = runs_of(k_bounds);
   call.heads = indices.size(1);
   call.max_selected = indices.size(2);
   call.budget = budget;
@@ -196,12 +198,13 @@ void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, std::optional<
               Tensor slot_mapping, int64_t bound_block_size) {
   kernels().write_kv({rows_of(k), rows_of(v), pages_of(k_cache), pages_of(v_cache),
                       pages_of(k_bounds), ints<const int64_t>(slot_mapping), k.size(0),
-                      k_cache.size(1), k.size(1), k.size(2), bound_block_size, dtype_of(k)});
+                      k_cache.size(1), k.size(1), k.size(2), bound_block_size, runs_of(k_bounds),
+                      dtype_of(k)});
 }
 
 void compute_bounds(Tensor k, Tensor bounds, int64_t bound_block_size) {
   kernels().compute_bounds({pages_of(k), pages_of(bounds), k.size(0), k.size(1), k.size(2),
-                            k.size(3), bound_block_size, dtype_of(k)});
+                            k.size(3), bound_block_size, bounds.size(1), dtype_of(k)});
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ struct SelectCall {
   Rows q;
   Pages k, bounds;  // bounds.data is null for the tree alone
   int64_t heads, max_selected;
+  int64_t num_runs;  // of bounds in a page
   int64_t budget, bound_budget, key_block_size, bound_block_size, query_stride;
   int64_t rerank, representative, seed, num_sink_tokens;
   float bound_reach;
@@ -60,13 +61,13 @@ struct WriteCall {
   Rows k, v;
   Pages k_cache, v_cache, bounds;  // bounds.data is null where none are kept
   const int64_t* slot_mapping;
-  int64_t num_tokens, page_size, num_kv_heads, head_dim, bound_block_size;
+  int64_t num_tokens, page_size, num_kv_heads, head_dim, bound_block_size, num_runs;
   Dtype dtype;
 };
 
 struct BoundsCall {
   Pages k, bounds;
-  int64_t num_pages, page_size, num_kv_heads, head_dim, bound_block_size;
+  int64_t num_pages, page_size, num_kv_heads, head_dim, bound_block_size, num_runs;
   Dtype dtype;
 };
 

@@ -373,7 +373,7 @@ template <class Unit, class T> static void select_as(const SelectCall& call) {
     const QueryBlock& block = call.batch.query_blocks[i];
     longest = most(longest, (int64_t)block.position + block.num_rows);
   }
-  BoundLevels levels(call.batch.page_size, call.bound_block_size);
+  BoundLevels levels(call.batch.page_size, call.bound_block_size, call.num_runs);
   SearchSize size(call, levels, longest);
   const int64_t items = call.batch.num_query_blocks * call.heads;
 #pragma omp parallel if (items > 1)

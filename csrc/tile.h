@@ -382,17 +382,17 @@ static inline void pad(TileRows& tile) {
   for (int j = tile.count; j < (tile.count + 31) / 32 * 32; ++j) tile.row[j] = kZeros;
 }
 
-constexpr int64_t kCoarseRatio = 16, kWholeSequence = 8192;  // as in types.py
-// Bound levels, fine runs first, as bound_levels in hipserve/types.py lays them out in a page.
+constexpr int64_t kCoarseRatio = 16;  // as in plan/runs.py
+// Bound levels, fine runs first, as bound_levels in plan/runs.py: the number of runs of a page tells
+// whether there is a coarse level.
 struct BoundLevels {
   int64_t count = 0, length[2], offset[3] = {0};
-  BoundLevels(int64_t page_size, int64_t bound_block_size) {
+  BoundLevels(int64_t page_size, int64_t bound_block_size, int64_t num_runs) {
     int64_t ratio = kCoarseRatio, fine = bound_block_size;
-    const bool whole = page_size >= kWholeSequence || page_size % fine > 0;
-    auto holds = [=](int64_t run) { return run <= page_size && (whole || page_size % run == 0); };
-    while (ratio > 1 && !holds(ratio * fine)) ratio /= 2;
+    while (ratio > 1 && ratio * fine > page_size) ratio /= 2;
+    const bool fine_only = num_runs == (page_size + fine - 1) / fine;
     add(fine, page_size);
-    if (ratio * 4 >= kCoarseRatio) add(ratio * fine, page_size);
+    if (ratio * 4 >= kCoarseRatio && !fine_only) add(ratio * fine, page_size);
   }
   int64_t ratio() const { return length[count - 1] / length[0]; }
 

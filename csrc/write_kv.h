@@ -88,7 +88,7 @@ static int64_t one_per_page(Stretch* stretches, int64_t count) {
 }
 
 template <class T> static void write_as(const WriteCall& call) {
-  const BoundLevels levels(call.page_size, call.bound_block_size);
+  const BoundLevels levels(call.page_size, call.bound_block_size, call.num_runs);
   const int64_t dim = call.head_dim, tokens = call.num_tokens, heads = call.num_kv_heads;
   Stretch* stretches = (Stretch*)malloc(sizeof(Stretch) * most(tokens, (int64_t)1));
   int64_t count = 0;
@@ -129,7 +129,7 @@ template <class T> static void write_as(const WriteCall& call) {
 }
 
 template <class T> static void bounds_as(const BoundsCall& call) {
-  const BoundLevels levels(call.page_size, call.bound_block_size);
+  const BoundLevels levels(call.page_size, call.bound_block_size, call.num_runs);
   const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.count - 1];
   const int64_t chunks = (call.page_size + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hipserve import HiPConfig
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.plan import BatchLayout, runs_of_pages
 from hipserve.types import PagedKV
 
 
@@ -128,7 +128,7 @@ def in_pages(
 
 def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> PagedKV:
     dims = (pool, shape.page_size, shape.num_kv_heads, shape.head_dim)
-    runs = bound_offsets(shape.page_size, bound_block_size)[-1]
+    runs = runs_of_pages(shape.page_size, bound_block_size)
     bounds = (pool, runs, shape.num_kv_heads, 2, shape.head_dim)
     return PagedKV(*(torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds)))
 

@@ -49,6 +49,22 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     assert torch.equal(got.indices, expected.indices)
 
 
+@every_backend
+@pytest.mark.parametrize("page_size", [96, 320])
+def test_pages_that_coarse_runs_would_straddle_have_fine_ones_only(
+    backend: str, page_size: int
+) -> None:
+    case = make_case(Shape((900, 333), (70, 1), page_size=page_size, kind="grid"))
+    config = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
+    assert case.kv.k_bounds is not None
+    assert case.kv.k_bounds.shape[1] == page_size // 16
+    pages = make_case(replace(case.shape, page_size=16))
+    expected = select_blocks(pages.q, pages.kv, pages.layout, config=config, backend="reference")
+    with using(backend) as name:
+        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+    assert torch.equal(got.indices, expected.indices)
+
+
 @native
 @every_tier
 @pytest.mark.parametrize("rows", [1, 130])

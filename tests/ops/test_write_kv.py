@@ -20,8 +20,9 @@ SEEDS = st.integers(0, 2**31 - 1)
 def assert_bounds(kv: PagedKV, page: int, keys: torch.Tensor, size: int) -> None:
     """`keys` `[n, heads, head_dim]` is what the page holds from its start."""
     assert kv.k_bounds is not None
-    offsets = bound_offsets(kv.page_size, size)
-    for level, length in enumerate(bound_levels(kv.page_size, size)):
+    sizes = (kv.page_size, size, kv.k_bounds.shape[1])
+    offsets = bound_offsets(*sizes)
+    for level, length in enumerate(bound_levels(*sizes)):
         for run, inside in enumerate(keys.split(length)):
             low, high = kv.k_bounds[page, offsets[level] + run].unbind(1)
             assert torch.equal(low, inside.amin(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks, write_kv
-from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.plan import BatchLayout, runs_of_pages
 from hipserve.types import PagedKV
 
 GROWTH = 0.25
@@ -51,7 +51,7 @@ def empty_pages(pool: int, page_size: int, bound_block_size: int | None, like: T
     keys, values = of(page_size, dim), of(page_size, dim)
     if bound_block_size is None:
         return PagedKV(keys, values)
-    return PagedKV(keys, values, of(bound_offsets(page_size, bound_block_size)[-1], 2, dim))
+    return PagedKV(keys, values, of(runs_of_pages(page_size, bound_block_size), 2, dim))
 
 
 class PagedLayer:
@@ -71,7 +71,8 @@ class PagedLayer:
     def __init__(self, page_size: int = 256, bound_block_size: int | None = 16) -> None:
         checks.check_size("page_size", page_size)
         if bound_block_size is not None:
-            checks.check_page_size(page_size, bound_block_size)
+            num_runs = runs_of_pages(page_size, bound_block_size)
+            checks.check_page_size(page_size, bound_block_size, num_runs)
         self.page_size, self.bound_block_size = page_size, bound_block_size
         self.lengths: list[int] = []
         self.kv: PagedKV | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hipserve.errors import ArgumentError
-from hipserve.plan import BatchLayout, bound_levels, bound_offsets
+from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
 from hipserve.types import PagedKV
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -114,14 +114,15 @@ def check_bounds(q: Tensor, kv: PagedKV, size: int) -> None:
     assert kv.k_bounds is not None
     check_floats("k_bounds", kv.k_bounds, dims)
     check_same("k_bounds", kv.k_bounds, q)
-    runs = bound_offsets(kv.page_size, size)[-1]
+    known = {runs_of_pages(kv.page_size, size), bound_offsets(kv.page_size, size)[-1]}
+    runs = kv.k_bounds.shape[1] if kv.k_bounds.shape[1] in known else max(known)
     shape = [kv.k_cache.shape[0], runs, kv.num_kv_heads, 2, kv.head_dim]
     require(list(kv.k_bounds.shape) == shape, "k_bounds", str(shape), list(kv.k_bounds.shape), hint)
 
 
-def check_page_size(page_size: int, size: int) -> None:
+def check_page_size(page_size: int, size: int, num_runs: int) -> None:
     """Runs of keys do not straddle the pages of a sequence that has several."""
-    longest = bound_levels(page_size, size)[-1]
+    longest = bound_levels(page_size, size, num_runs)[-1]
     require(
         page_size % longest == 0,
         "page_size",

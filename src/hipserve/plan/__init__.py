@@ -2,7 +2,7 @@
 
 from hipserve.plan.layout import BatchLayout
 from hipserve.plan.rule import PruningRule, dense_rows, pruning_rule
-from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
+from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs, runs_of_pages
 
 __all__ = [
     "BatchLayout",
@@ -12,4 +12,5 @@ __all__ = [
     "dense_rows",
     "kept_runs",
     "pruning_rule",
+    "runs_of_pages",
 ]

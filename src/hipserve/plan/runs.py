@@ -12,26 +12,30 @@ COARSE_KEEP = 6
 """Of the fine level a search scores this many times what it keeps."""
 
 
-WHOLE_SEQUENCE = 8192
-"""Pages from this many keys on, and those with a partial fine run, are whole sequences."""
-
-
-def bound_levels(page_size: int, bound_block_size: int) -> tuple[int, ...]:
+def bound_levels(
+    page_size: int, bound_block_size: int, num_runs: int | None = None
+) -> tuple[int, ...]:
     """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries.
 
-    Coarse runs do not straddle the pages of a sequence: they divide the page, or there are none.
-    Where one page is the whole sequence, the last run may be partial.
+    `num_runs` is the run axis of its `k_bounds`, which tells whether there is a coarse level; None
+    stands for a page that is a whole sequence, whose last runs may be partial.
     """
-    whole = page_size >= WHOLE_SEQUENCE or page_size % bound_block_size > 0
     ratio = COARSE_RATIO
-    while ratio > 1 and not _holds(page_size, ratio * bound_block_size, whole):
+    while ratio > 1 and ratio * bound_block_size > page_size:
         ratio //= 2
-    coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO else ()
+    fine_only = num_runs == -(-page_size // bound_block_size)
+    coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO and not fine_only else ()
     return (bound_block_size, *coarse)
 
 
-def _holds(page_size: int, run: int, whole: bool) -> bool:
-    return run <= page_size and (whole or page_size % run == 0)
+def runs_of_pages(page_size: int, bound_block_size: int) -> int:
+    """Runs that a page of a longer sequence carries.
+
+    Coarse runs do not straddle pages: they divide the page, or there are none.
+    """
+    if page_size % bound_levels(page_size, bound_block_size)[-1]:
+        return -(-page_size // bound_block_size)
+    return bound_offsets(page_size, bound_block_size)[-1]
 
 
 def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
@@ -44,9 +48,14 @@ def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
     return (-(-keys // fine), *(max(-(-COARSE_KEEP * keys // run) - 2, 1) for run in coarse))
 
 
-def bound_offsets(page_size: int, bound_block_size: int) -> tuple[int, ...]:
-    """Where each level starts in the run axis of `k_bounds`; the last entry is the axis length."""
+def bound_offsets(
+    page_size: int, bound_block_size: int, num_runs: int | None = None
+) -> tuple[int, ...]:
+    """Where each level starts in the run axis of `k_bounds`; the last entry is the axis length.
+
+    Arguments as in `bound_levels`.
+    """
     offsets = [0]
-    for length in bound_levels(page_size, bound_block_size):
+    for length in bound_levels(page_size, bound_block_size, num_runs):
         offsets.append(offsets[-1] + -(-page_size // length))
     return tuple(offsets)

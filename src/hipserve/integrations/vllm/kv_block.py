@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hipserve.ops import compute_bounds
-from hipserve.plan import bound_offsets
+from hipserve.plan import runs_of_pages
 from hipserve.types import PagedKV
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class BlockLayout:
     def num_runs(self) -> int:
         if self.bound_block_size is None:
             return 0
-        return bound_offsets(self.block_size, self.bound_block_size)[-1]
+        return runs_of_pages(self.block_size, self.bound_block_size)
 
     @property
     def row(self) -> int:
@@ -101,7 +101,7 @@ def page_views(kv_cache: Tensor, bound_block_size: int | None) -> PagedKV:
     k_cache, v_cache = view(0, *rows), view(dim, *rows)
     if bound_block_size is None:
         return PagedKV(k_cache, v_cache)
-    runs = bound_offsets(size, bound_block_size)[-1]
+    runs = runs_of_pages(size, bound_block_size)
     boxes = (blocks, runs, heads, 2, dim), (stride, content, runs * content, dim, 1)
     return PagedKV(k_cache, v_cache, view(size * heads * content, *boxes))
 
@@ -119,4 +119,5 @@ def remake_bounds(kv: PagedKV, pages: Tensor, bound_block_size: int) -> None:
     page_bytes = kv.k_cache[0].numel() * kv.k_cache.element_size()
     for part in pages.split(max(COPY_BYTES // page_bytes, 1)):
         keys = kv.k_cache[part]
-        kv.k_bounds[part] = compute_bounds(keys, bound_block_size=bound_block_size)
+        made = compute_bounds(keys, bound_block_size=bound_block_size)
+        kv.k_bounds[part] = made[:, : kv.k_bounds.shape[1]]  # fine runs come first

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
 from hipserve.integrations.vllm import OPTIONS_KEY
-from hipserve.plan import bound_levels
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,11 +57,10 @@ def check_cache_dtype(cache: str, model: str) -> None:
 def check_block_size(block_size: int, config: HiPConfig) -> None:
     """Raises ConfigError where runs of keys would straddle KV blocks."""
     finest = config.bound_block_size
-    longest = finest if block_size % finest else bound_levels(block_size, finest)[-1]
-    if config.uses_bounds and block_size % longest:
+    if config.uses_bounds and block_size % finest:
         raise ConfigError(
             "block_size",
-            f"a multiple of {longest} (keys that share bounds)",
+            f"a multiple of {finest} (keys that share bounds)",
             str(block_size),
             "use a power of two such as 128 or 256",
         )

@@ -49,7 +49,9 @@ def select_blocks(
         checks.check_kv(q, kv, config.bound_block_size if config.uses_bounds else None)
         checks.check_layout(q, kv, layout)
         if config.uses_bounds and layout.block_table.shape[1] > 1:
-            checks.check_page_size(kv.page_size, config.bound_block_size)
+            assert kv.k_bounds is not None
+            num_runs = kv.k_bounds.shape[1]
+            checks.check_page_size(kv.page_size, config.bound_block_size, num_runs)
     rule = rule or pruning_rule(config, q.device.type)
     starts = layout.window_starts(rule)
     blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)

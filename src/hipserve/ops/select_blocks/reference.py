@@ -120,7 +120,9 @@ class Search:
 
     def by_bounds(self, budget: int) -> Tensor:
         spec = self.spec
-        lengths = bound_levels(self.k_cache.shape[1], spec.bound_block_size)
+        assert self.k_bounds is not None
+        num_runs = self.k_bounds.shape[1]
+        lengths = bound_levels(self.k_cache.shape[1], spec.bound_block_size, num_runs)
         counts = kept_runs(budget * max(spec.rerank, 1), lengths)
         runs, parent = None, None
         for level in reversed(range(len(lengths))):
@@ -158,7 +160,7 @@ class Search:
         """
         assert self.k_bounds is not None
         page_size, size = self.k_cache.shape[1], self.spec.bound_block_size
-        length = bound_levels(page_size, size)[level]
+        length = bound_levels(page_size, size, self.k_bounds.shape[1])[level]
         page, slot = self.locate(runs * length, page_size)
         place = bound_offsets(page_size, size)[level] + slot // length
         low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)

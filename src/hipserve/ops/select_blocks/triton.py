@@ -670,8 +670,9 @@ def refresh_blocks(
         )
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     longest = block_table.shape[1] * k_cache.shape[1]
+    num_runs = 0 if k_bounds is None else k_bounds.shape[1]
     tiling = make_tiling(
-        q.shape, k_cache.shape, longest, blocks, heads, spec, q.element_size(), q.device
+        q.shape, k_cache.shape, num_runs, longest, blocks, heads, spec, q.element_size(), q.device
     )
     scratch_of = {
         torch.float32: (2 * tiling.score_size, tiling.raters * tiling.rows * tiling.row_tiles),
@@ -730,6 +731,7 @@ def _say_how_long(entries: int, budget: int, rerank: int, page_size: int) -> Non
 def make_tiling(
     q_shape: torch.Size,
     k_shape: torch.Size,
+    num_runs: int,
     longest: int,
     blocks: int,
     heads: int,
@@ -744,7 +746,8 @@ def make_tiling(
     max_rows = min(spec.query_block_size, tokens - blocks + 1)
     stacked = ((max_rows - 1) // spec.query_stride + 1) * group
     rows = max(min(most_rows(dim, element_size), power_of_2(stacked)), 16)
-    lengths = bound_levels(page_size, spec.bound_block_size) if spec.uses_bounds else ()
+    sizes = (page_size, spec.bound_block_size, num_runs)
+    lengths = bound_levels(*sizes) if spec.uses_bounds else ()
     keep = spec.bound_budget * max(spec.rerank, 1)
     kept = kept_runs(keep, lengths) if lengths else ()
     counts = [power_of_2(max(longest // length, 1)) for length in lengths[-1:]]
@@ -778,7 +781,7 @@ def make_tiling(
         tuple(runs),
         stages,
         tuple(lengths),
-        bound_offsets(page_size, spec.bound_block_size),
+        bound_offsets(*sizes),
         candidates,
         kept,
         blocks_seen,

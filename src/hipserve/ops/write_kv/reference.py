@@ -25,8 +25,9 @@ def write_kv(
     v_cache[page, slot] = v[written]
     if k_bounds is None:
         return
-    offsets = bound_offsets(k_cache.shape[1], bound_block_size)
-    for level, length in enumerate(bound_levels(k_cache.shape[1], bound_block_size)):
+    sizes = (k_cache.shape[1], bound_block_size, k_bounds.shape[1])
+    offsets = bound_offsets(*sizes)
+    for level, length in enumerate(bound_levels(*sizes)):
         runs_per_page = offsets[level + 1] - offsets[level]
         run = page * runs_per_page + slot // length
         for touched in run.unique().tolist():

@@ -151,8 +151,9 @@ def write_kv(
     if not tokens:
         return
     dim, page_size = power_of_2(head_dim), k_cache.shape[1]
-    lengths = bound_levels(page_size, bound_block_size)
-    offsets = bound_offsets(page_size, bound_block_size)
+    num_runs = None if k_bounds is None else k_bounds.shape[1]
+    lengths = bound_levels(page_size, bound_block_size, num_runs)
+    offsets = bound_offsets(page_size, bound_block_size, num_runs)
     last_slots = None
     if k_bounds is not None:
         runs = k_cache.shape[0] * offsets[-1]
