@@ -205,7 +205,10 @@ def plot():
     ],
 )
 def test_bad_options_are_named(option: str, value: str) -> None:
-    result = CliRunner().invoke(app, [*RUN[:3], "64", *RUN[4:], "--rounds", "1", option, value])
+    run = [*RUN[:3], "64", *RUN[4:], "--rounds", "1"]
+    if option in run:  # an option that is given twice is refused as such
+        del run[run.index(option) : run.index(option) + 2]
+    result = CliRunner().invoke(app, [*run, option, value])
     assert isinstance(result.exception, ArgumentError)
     assert str(result.exception).startswith(option[2:])
 

@@ -128,7 +128,7 @@ def interrupted(model: PreTrainedModel, place: str, ids: Tensor, cache: Any) -> 
             model(ids, past_key_values=cache)
 
 
-ALWAYS = ("mlp", "attend", "block_sparse_attention")
+ALWAYS = ("mlp", "attend", "attend_chosen")
 PLACES = [*itertools.product(ALWAYS, (0, 200)), ("dense_head", 0)]
 
 
