@@ -9,13 +9,14 @@ import torch
 
 from backends import NATIVE
 from cases import Case, Shape, make_case
-from hipserve import HiPConfig, hip_attention
+from hipserve import ArgumentError, HiPConfig, hip_attention
 from hipserve.ops import select_blocks
 from hipserve.ops.block_sparse_attention import operator as attention
 from hipserve.ops.select_blocks import operator as selection
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import api as writing
 from hipserve.plan import pruning_rule
+from tiny_models import PRUNED, build, prompts
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 BACKENDS = ["reference", "cpu"] if NATIVE else ["reference"]
@@ -88,3 +89,27 @@ def test_write_kv_and_compute_bounds_are_lawful_operators(backend: str) -> None:
     k, slots = torch.randn(20, 2, 64), torch.arange(20)
     torch.library.opcheck(writing._operator, (k, k, *pages, slots, 16, backend))
     torch.library.opcheck(writing._bounds_operator, (pages[0], 16, backend))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_a_model_compiles_with_settings_that_nobody_read_before(use_cache: bool) -> None:
+    """The first call is the compiled one, and settings changed later are heeded."""
+    torch.compiler.reset()
+    ids = prompts(1, 200)
+    compiled = torch.compile(build("llama", PRUNED), backend="eager")
+    expected = build("llama", PRUNED)(ids).logits
+    torch.testing.assert_close(compiled(ids, use_cache=use_cache).logits, expected)
+    compiled.config.hip = {**PRUNED, "dense_below": 10_000}
+    dense = build("llama", {"dense_below": 10_000})(ids).logits
+    torch.testing.assert_close(compiled(ids, use_cache=use_cache).logits, dense)
+    assert (dense - expected).abs().max() > 0.1, "nothing was pruned"
+
+
+@torch.no_grad()
+def test_packed_sequences_are_refused_compiled_too() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(build("llama"), backend="eager")
+    positions = torch.arange(30).repeat(2)[None]
+    with pytest.raises(ArgumentError, match="attention_mask: expected a causal or sliding"):
+        compiled(prompts(1, 60), position_ids=positions, use_cache=False)

@@ -8,7 +8,7 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 from hipserve.integrations.transformers.cache import HiPCache, HiPCacheLayer, PagedHandle
 from hipserve.integrations.transformers.forward import hip_forward
 from hipserve.integrations.transformers.masks import MaskDescription, describe_mask
-from hipserve.integrations.transformers.registration import register
+from hipserve.integrations.transformers.registration import check_model, register
 from hipserve.integrations.transformers.settings import NAME, config_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "HiPCacheLayer",
     "MaskDescription",
     "PagedHandle",
+    "check_model",
     "config_of",
     "describe_mask",
     "hip_forward",

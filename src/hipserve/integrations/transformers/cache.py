@@ -43,7 +43,8 @@ class PagedHandle(torch.Tensor):
             "past_key_values",
             'a cache that fits the attention: HiPCache goes with attn_implementation="hip"',
             f"a HiPCache whose keys reached {func}",
-            'call model.set_attn_implementation("hip") or pass another cache',
+            'call model.set_attn_implementation("hip"); where it is set, this model computes with '
+            "its keys itself (MLA, ALiBi): pass no HiPCache, and use another attention",
         )
 
 
@@ -70,6 +71,10 @@ class HiPCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Takes the new keys and values; the attention function, which knows the mask, writes."""
         self.lazy_initialization(key_states, value_states)
+        if key_states.shape != value_states.shape:
+            got = f"{[*key_states.shape]} and {[*value_states.shape]}"
+            hint = 'use attn_implementation="sdpa" and its cache for models with MLA'
+            raise ArgumentError("value_states", "the shape of the keys", got, hint)
         if self._fresh is not None:
             raise _unfinished()
         self._fresh = (key_states, value_states)

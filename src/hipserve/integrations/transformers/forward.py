@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hipserve.attention import SelectionReuse, absorb_sinks, attend, hip_attention
 from hipserve.attention.columns import attend_columns
@@ -22,7 +23,14 @@ from hipserve.ops import compute_bounds
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import PagedKV
 
+logger: Any = logging.get_logger(__name__)
+NO_WEIGHTS = (
+    "`hip` attention does not support `output_attentions=True`: no weights are returned. "
+    "Set your attention to `eager` if you want them."
+)
 
+
+@torch.compiler.disable  # one call outside of a compiled graph, whatever is in config.hip
 def hip_forward(
     module: nn.Module,
     query: Tensor,
@@ -35,6 +43,8 @@ def hip_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
@@ -44,6 +54,9 @@ def hip_forward(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse(module, dropout, attention_mask, causal)
+    _refuse_other_scores(module, key, value, position_bias)
+    if output_attentions:  # as sdpa does
+        logger.warning_once(NO_WEIGHTS)
     kv_heads = key.shape[1]
     call = _layer_call(
         module, query, kv_heads, attention_mask, scaling, sliding_window, softcap, s_aux
@@ -54,6 +67,18 @@ def hip_forward(
         out = _attend_tensors(query, key, value, attention_mask, call)
     learned = () if s_aux is None else (s_aux,)
     return without_gradient(out, query, key, value, *learned), None
+
+
+def _refuse_other_scores(
+    module: nn.Module, key: Tensor, value: Tensor, position_bias: Tensor | None
+) -> None:
+    name, hint = type(module).__name__, 'use attn_implementation="sdpa" for this model'
+    if position_bias is not None:
+        raise ArgumentError("position_bias", f"none in {name}", "some", hint)
+    if key.shape[-1] != value.shape[-1]:
+        expected = f"keys and values of one head_dim in {name} (MLA has two)"
+        got = f"{key.shape[-1]} and {value.shape[-1]}"
+        raise ArgumentError("value", expected, got, hint)
 
 
 @dataclass(frozen=True, slots=True)

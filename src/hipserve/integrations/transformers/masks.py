@@ -40,6 +40,13 @@ class MaskDescription:
     def to(self, *_: Any, **__: Any) -> MaskDescription:
         return self
 
+    def __getitem__(self, _: Any) -> Any:
+        raise _no_matrix("a mask that is cut")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *_: Any, **__: Any) -> Any:
+        raise _no_matrix(f"a mask that reached {getattr(func, '__name__', func)}")
+
     def valid_rows(self, kv_length: int, rows: int, device: torch.device) -> Tensor | None:
         """`[batch, rows]` of the last of `kv_length` keys, or None where all of them count.
 
@@ -97,12 +104,22 @@ class MaskDescription:
         return self._holes[asked]
 
 
+def _no_matrix(got: str) -> ArgumentError:
+    return ArgumentError(
+        "attn_implementation",
+        'for "hip" a model whose attention goes through transformers\' AttentionInterface',
+        f"one that computes with masks itself ({got})",
+        'use attn_implementation="eager" for ALiBi, position biases and attention of its own',
+    )
+
+
 def _has_holes(valid: Tensor) -> bool:
     """`valid` `[batch, columns]`: tokens that count begin more than once in some row."""
     begins = valid[:, 1:] & ~valid[:, :-1]
     return bool((valid[:, 0] + begins.sum(1) > 1).any())
 
 
+@torch.compiler.disable
 def describe_mask(
     batch_size: int,
     q_length: int,
@@ -123,8 +140,9 @@ def describe_mask(
     if isinstance(attention_mask, MaskDescription):
         return attention_mask
     windowed = local_size is not None and not use_vmap
-    strange = [name for name in _parts(mask_function) if not name.startswith(CAUSAL_PARTS)]
-    if strange or (mask_function is not causal_mask_function and not windowed):
+    parts = _parts(mask_function)
+    strange = [name for name in parts if not name.startswith(CAUSAL_PARTS)]
+    if strange or (any(name.startswith(WINDOW_PART) for name in parts) and not windowed):
         raise ArgumentError(
             "attention_mask",
             "a causal or sliding-window mask, padded or not",
@@ -143,7 +161,8 @@ def describe_mask(
     )
 
 
-CAUSAL_PARTS = ("causal_mask_function", "and_masks", "sliding_window_overlay")
+WINDOW_PART = "sliding_window_overlay"
+CAUSAL_PARTS = ("causal_mask_function", "and_masks", WINDOW_PART)
 """What a causal mask or a sliding window is made of; chunks and packed sequences have more."""
 
 
@@ -151,5 +170,12 @@ def _parts(mask_function: Any) -> list[str]:
     """Names of a mask function of transformers and of all that it is made of."""
     name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
     held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    if name.startswith("packed_sequence_mask_function") and not any(map(_packs, held)):
+        return []
     inner = [part for x in held for part in (x if isinstance(x, tuple | list) else [x])]
     return [name, *(n for part in inner if callable(part) for n in _parts(part))]
+
+
+def _packs(sequences: object) -> bool:
+    """`[batch, columns]`: the sequence of each token; under torch.compile it is always there."""
+    return isinstance(sequences, Tensor) and bool((sequences != sequences[:, :1]).any())

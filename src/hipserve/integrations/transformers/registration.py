@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -25,3 +25,25 @@ def register(config: HiPConfig | None = None) -> None:
         set_default(config)
     AttentionInterface.register(NAME, hip_forward)
     AttentionMaskInterface.register(NAME, describe_mask)
+
+
+def check_model(model_class: Any, config: Any) -> None:
+    """A model can run with `attn_implementation="hip"`; asked before weights are loaded.
+
+    Raises:
+        ArgumentError: its attention does not go through transformers' interface, or is latent.
+    """
+    name = model_class.__name__
+    through = getattr(model_class, "_can_set_attn_implementation", lambda: True)()
+    text = config.get_text_config(decoder=True)
+    latent = getattr(text, "kv_lora_rank", None) or getattr(text, "index_topk", None)
+    if through and not latent:
+        return
+    why = "keeps latent keys (MLA)" if through else "computes attention itself"
+    raise ArgumentError(
+        "model",
+        "one whose attention goes through transformers' AttentionInterface, as Llama's does",
+        f"{name}, which {why}",
+        "choose a Llama, Qwen, Mistral, Gemma, GPT-OSS or Granite model, or run this one "
+        'with transformers and attn_implementation="sdpa" or "eager"',
+    )
