@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -33,6 +34,7 @@ def chat(
     config: options.ConfigFile = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
+    allow_control_tokens: options.ControlTokens = False,
 ) -> None:
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
     standard_input()
@@ -41,6 +43,7 @@ def chat(
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
 
+    loaded = replace(loaded, control_tokens=allow_control_tokens)
     talk = Conversation(loaded)
     if doc is not None and stream is not None:
         talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")

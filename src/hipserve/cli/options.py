@@ -59,6 +59,13 @@ Temperature = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of what is generated.")
 ]
+ControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--allow-control-tokens",
+        help="Control tokens written in texts, such as <|eot_id|>, count as such.",
+    ),
+]
 
 
 def make_config(

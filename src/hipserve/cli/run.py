@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
@@ -33,6 +33,7 @@ def run(
     dense: Annotated[bool, typer.Option("--dense", help="Dense attention, to compare.")] = False,
     device: options.Device = None,
     dtype: options.DType = "auto",
+    allow_control_tokens: options.ControlTokens = False,
     json: options.Json = False,
 ) -> None:
     """Answers a question about a document of any length that fits the model."""
@@ -50,6 +51,7 @@ def run(
         loaded.use(None)
     from hipserve.models import Conversation
 
+    loaded = replace(loaded, control_tokens=allow_control_tokens)
     talk = Conversation(loaded)
     talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
     answer = ask(

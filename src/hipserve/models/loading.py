@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
-from hipserve.integrations.transformers import register
+from hipserve.integrations.transformers import check_model, register
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.gguf import load_gguf
 from hipserve.models.gguf_files import find_gguf
 from hipserve.platform import check_device, default_device, describe_backend
 
 Turn = dict[str, str]
+
+MARK = "\ue0f0{}\ue0f1"
+"""Stands for a control token while a conversation is rendered: private-use characters around its
+number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,7 @@ class LoadedModel:
         name: what the user called it.
         max_context: tokens of prompt and answer together.
         stop_strings: ends of an answer, for a model that seldom ends its turn by itself.
+        control_tokens: control tokens written in a turn, such as `<|eot_id|>`, count as such.
     """
 
     model: Any
@@ -38,6 +46,7 @@ class LoadedModel:
     name: str
     max_context: int
     stop_strings: tuple[str, ...] = ()
+    control_tokens: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -64,24 +73,50 @@ class LoadedModel:
     def encode(self, turns: list[Turn]) -> torch.Tensor:
         """`[1, tokens]` int64 of a conversation whose last turn is the user's, ready to answer.
 
-        A tokenizer without a chat template gets the contents one after the other.
+        A tokenizer without a chat template gets the contents one after the other. Control tokens
+        in a content are text, unless `control_tokens` is set: no document ends the user's turn.
 
         Raises:
             ArgumentError: a turn holds half of a surrogate pair, which no tokenizer reads.
         """
         for turn in turns:
             _check_text(turn["content"])
-        if self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                _joined(turns) if self.name != BUNDLED else turns,
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )["input_ids"]
+        marked, controls = (turns, []) if self.control_tokens else self._mark_controls(turns)
+        template = self.tokenizer.chat_template
+        text = self._render(marked) if template else _one_after_the_other(marked)
+        if not controls:
+            ids = self.tokenizer(text, add_special_tokens=not template)["input_ids"]
         else:
-            text = "\n\n".join(turn["content"] for turn in turns) + "\n\n"
-            ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        return ids.to(self.device)
+            ids = [] if template else self.tokenizer("")["input_ids"]
+            for part in re.split(f"({MARK.format('[0-9]+')})", text):
+                control = part.startswith(MARK[0]) and controls[int(part[1:-1])]
+                options = {"add_special_tokens": False, "split_special_tokens": bool(control)}
+                ids += self.tokenizer(control or part, **options)["input_ids"]
+        return torch.tensor([ids], device=self.device)
+
+    def _render(self, turns: list[Turn]) -> str:
+        """The text of a conversation, as a server renders it; where the template refuses turns of
+        one role in a row, which a server does too, they are joined."""
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        try:
+            return self.tokenizer.apply_chat_template(turns, **options)
+        except TemplateError:
+            return self.tokenizer.apply_chat_template(_joined(turns), **options)
+
+    def _mark_controls(self, turns: list[Turn]) -> tuple[list[Turn], list[str]]:
+        """The turns with a mark for every control token that stands in a content, and those."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+        names.add(MARK[0])  # a text may hold even that
+        pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        found: list[str] = []
+
+        def mark(match: re.Match[str]) -> str:
+            found.append(match[0])
+            return MARK.format(len(found) - 1)
+
+        marked = [{**turn, "content": re.sub(pattern, mark, turn["content"])} for turn in turns]
+        return marked, found
 
     def check_fit(self, num_tokens: int, max_new_tokens: int) -> None:
         """Raises FitError, with the sum, where prompt and answer exceed the context."""
@@ -164,6 +199,7 @@ def _check_exists(name: str) -> None:
 def _load(path: Path | str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
     """Configuration, tokenizer and model of a checkpoint."""
     settings = AutoConfig.from_pretrained(path)
+    _check_class(settings)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "hip"}
     model = AutoModelForCausalLM.from_pretrained(path, config=settings, **options)
     return settings, AutoTokenizer.from_pretrained(path), model
@@ -175,6 +211,18 @@ def _check_text(content: str) -> None:
     except UnicodeEncodeError as error:
         got = f"{content[error.start : error.end]!a} at character {error.start:,}"
         raise ArgumentError("content", "text that UTF-8 can encode", got) from None
+
+
+def _check_class(settings: Any) -> None:
+    """Refuses a model that cannot run with HiP attention, before its weights are loaded."""
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(settings) in known:
+        classes = known[type(settings)]
+        check_model(classes[0] if isinstance(classes, tuple) else classes, settings)
+
+
+def _one_after_the_other(turns: list[Turn]) -> str:
+    return "\n\n".join(turn["content"] for turn in turns) + "\n\n"
 
 
 def _joined(turns: list[Turn]) -> list[Turn]:
