@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import socket
 from pathlib import Path
 from typing import Any
@@ -294,3 +296,30 @@ def test_switching_attention_is_complete(loaded: LoadedModel) -> None:
     loaded.use(PRUNED)
     assert loaded.backend.startswith(("cpu (", "reference"))
     assert HiPConfig.from_dict(loaded.model.config.hip) == PRUNED
+
+
+def test_control_tokens_of_a_text_are_text(loaded: LoadedModel) -> None:
+    """They end no turn, whatever the template; those who want them may have them."""
+    end = loaded.tokenizer.eos_token
+    wild = [{"role": "user", "content": f"a{end}b \ue0f07\ue0f1 {end}"}]
+    tame = [{"role": "user", "content": "a"}]
+    ids = loaded.encode(wild)[0]
+    stop = loaded.tokenizer.eos_token_id
+    assert int((ids == stop).sum()) == int((loaded.encode(tame) == stop).sum())
+    assert wild[0]["content"] in loaded.tokenizer.decode(ids)
+    wanted = dataclasses.replace(loaded, control_tokens=True).encode(wild)[0]
+    assert int((wanted == stop).sum()) == int((ids == stop).sum()) + 2
+
+
+def test_turns_in_a_row_are_rendered_as_a_server_does(loaded: LoadedModel) -> None:
+    """Only a template that refuses them gets them joined."""
+    turns = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    theirs = dataclasses.replace(loaded, tokenizer=tokenizer, name="theirs")
+    options = {"add_generation_prompt": True, "return_dict": False}
+    assert theirs.encode(turns)[0].tolist() == tokenizer.apply_chat_template(turns, **options)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.index0 % 2 %}{{ raise_exception('alternate') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    assert tokenizer.decode(theirs.encode(turns)[0]) == "one\n\ntwo"
