@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from backends import TIERS, using
 from cases import Shape, make_case
-from hipserve import HiPConfig
+from hipserve import HiPConfig, platform
 from hipserve.cli import doctor
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.platform import NativeLibrary, native_library
@@ -98,3 +98,12 @@ def test_blocks_of_rows_that_fill_no_register(rows: int, head_dim: int) -> None:
                 case.q, case.kv, case.layout, selection, config=config, backend=name
             )
             assert_as_exact(out, lse, case, readable(case, selection, config))
+
+
+@pytest.mark.skipif(not TIERS, reason="no native kernels")
+def test_kernels_of_another_version_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old library beside new code must not run: its calls read other arguments."""
+    monkeypatch.setattr(platform, "NATIVE_CALLS", platform.NATIVE_CALLS + 1)
+    found = platform.native_library.__wrapped__()
+    assert found.tier is None
+    assert "of another version" in found.reason
