@@ -24,6 +24,7 @@ from triton.runtime import driver
 from hipserve import HiPConfig
 from hipserve.ops.block_sparse_attention import triton as attention
 from hipserve.ops.select_blocks import triton as selection
+from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import triton as writing
 from hipserve.plan import bound_offsets
 
@@ -137,7 +138,8 @@ def select(
         bounds if config.uses_bounds else None,
         torch.zeros(1, 512, dtype=torch.int32),
         torch.zeros(blocks, 4, dtype=torch.int32),
-        config,
+        chosen[:, 0, 0].contiguous(),
+        search_spec(config),
         torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None,
         chosen,
         chosen[:, 0, 0].contiguous(),

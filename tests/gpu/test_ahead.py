@@ -73,6 +73,7 @@ def test_kernels_that_compile_for_minutes_are_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from hipserve.ops.select_blocks import triton
+    from hipserve.ops.select_blocks.spec import search_spec
 
     for kernel in ("rate_kernel", "search_kernel"):
         monkeypatch.setattr(triton, kernel, Nothing())
@@ -81,7 +82,8 @@ def test_kernels_that_compile_for_minutes_are_announced(
         q, pages = torch.zeros(1, 4, 64), torch.zeros(1, 256, 2, 64)
         bounds = torch.zeros(1, bound_offsets(256, 16)[-1], 2, 2, 64)
         table, blocks = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(1, 4).int()
-        triton.select_blocks(q, pages, bounds, table, blocks, config)
+        rows = (table, blocks, blocks[:, 0])
+        triton.select_blocks(q, pages, bounds, *rows, search_spec(config))
     assert [record.getMessage().split("(")[1].split(",")[0] for record in caplog.records] == [
         "budget=65536"
     ]
