@@ -83,7 +83,8 @@ def test_selections_serve_four_steps_and_end_with_their_requests(pruned: dict[st
 
 def test_what_cannot_be_meant_is_refused_at_start(folder: Path) -> None:
     said = scenario("refused", folder)
-    assert "budgte: expected one of budget" in said["unknown key"]
+    assert "budgte: expected a field of HiPConfig" in said["unknown key"]
+    assert "did you mean budget?" in said["unknown key"]
     assert "refresh_interval: expected a whole number from 1 to" in said["bad value"]
     assert "additional_config: expected a table" in said["no table"]
     assert "block_size: expected a multiple of 32" in said["block size"]
