@@ -24,25 +24,29 @@ from pathlib import Path
 from typing import Any
 
 from hipserve.bench.load import Outcome, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import ask, english, free_port, running
+from hipserve.bench.serve import ask, english
 from hipserve.config import HiPConfig
-from hipserve.integrations.vllm.server import Client, Server
 from hipserve.models.bundled import bundled_path
+from hipserve.serving.address import free_port
+from hipserve.serving.child import Child, interrupt_on_signals
+from hipserve.serving.client import Client
+from hipserve.serving.command_line import Server
+from hipserve.serving.running import running
 
 ALONE = {"running": 0, "waiting": 0, "kv_usage": 0}
 
 
 @contextmanager
-def serving(*flags: str) -> Iterator[tuple[Server, Any]]:
+def serving(*flags: str) -> Iterator[tuple[Server, Child]]:
     common = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "64")
     server = Server(
         str(bundled_path()), "load", HiPConfig(), port=free_port(), flags=common + flags
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(server, Path(folder) / "log") as process,
+        running(server, Path(folder) / "log") as child,
     ):
-        yield server, process
+        yield server, child
 
 
 def good(outcome: Outcome) -> bool:
@@ -81,15 +85,15 @@ def exhausted(requests: int, clients: int, longest: int) -> tuple[dict[str, Any]
 def drained(requests: int, clients: int, longest: int) -> tuple[dict[str, Any], bool]:
     """SIGTERM while 16 answers stream: all of them end, and so does the server."""
     del requests, clients, longest
-    with serving("--max-model-len", "8192") as (server, process):
+    with serving("--max-model-len", "8192") as (server, child):
         with ThreadPoolExecutor(16) as pool:
             prompt = english(str(bundled_path())).make(512)
             answers = [pool.submit(ask, server, prompt, 200, str(i)) for i in range(16)]
             while Client(server).metric("vllm:num_requests_running") < 16:
                 time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
+            child.process.send_signal(signal.SIGTERM)
             tokens = [answer.result().num_tokens for answer in answers]
-        code = process.wait(60)
+        code = child.process.wait(60)
     return {"tokens": tokens, "exit code": code}, tokens == [200] * 16 and code == 0
 
 
@@ -101,6 +105,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--longest", type=int, default=65536)
     options = parser.parse_args()
+    interrupt_on_signals()
     report, passed = scenarios[options.scenario](options.requests, options.clients, options.longest)
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
     return not passed

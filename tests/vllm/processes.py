@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from hipserve.serving.child import Child
 
 ENGINES = Path(__file__).with_name("engines.py")
 QUIET = {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -29,19 +31,17 @@ def scenario(name: str, folder: Path, script: Path = ENGINES, **environment: str
 
 
 @contextmanager
-def serving(*flags: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def serving(*flags: str, port: int, log: Path) -> Iterator[subprocess.Popen[str]]:
     """A server that `hipserve serve` started, ready to answer."""
     command = [sys.executable, "-m", "hipserve.cli.main", "serve", "--port", str(port), *flags]
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, env={**os.environ, **QUIET}, stdout=out, stderr=out)
-    try:
-        while b"ready " not in log.read_bytes():
-            assert server.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.2)
-        yield server
-    finally:
-        server.terminate()
-        server.wait(90)
+    with log.open("w") as out:
+        child = Child(command, {**os.environ, **QUIET}, copy=out, grace=90)
+        try:
+            ready = child.wait_until(lambda: any("ready " in line for line in child.log.last))
+            assert ready, "\n".join(child.log.last_words())[-3000:]
+            yield child.process
+        finally:
+            assert child.stop() != -signal.SIGKILL
 
 
 def post(url: str, body: dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:

@@ -14,11 +14,13 @@ import torch
 pytest.importorskip("vllm")
 
 from hipserve import BackendError, HiPConfig
-from hipserve.integrations.vllm import compat, kv_block, layer, metrics, server
+from hipserve.integrations.vllm import compat, kv_block, layer, metrics
 from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import compute_bounds, write_kv
 from hipserve.plan import pruning_rule
+from hipserve.serving import address, environment, log_words
+from hipserve.serving.command_line import Server
 
 PRUNES_EARLY = HiPConfig(
     budget=1,
@@ -217,8 +219,8 @@ def test_every_metric_of_the_board_exists() -> None:
         assert re.sub("_(total|bucket|sum|count)$", "", name) in sources, name
 
 
-def serve(*flags: str, **options: Any) -> server.Server:
-    return server.Server("m", "name", HiPConfig(), flags=flags, **options)
+def serve(*flags: str, **options: Any) -> Server:
+    return Server("m", "name", HiPConfig(), flags=flags, **options)
 
 
 def test_command_line() -> None:
@@ -232,7 +234,7 @@ def test_command_line() -> None:
     own = serve("--served_model_name=x", "--gpu-memory-utilization", "0.3").command()
     assert own.count("--served-model-name") == 0
     assert "--kv-cache-memory-bytes" not in own
-    dense = server.Server("m", "name", None).command()
+    dense = Server("m", "name", None).command()
     assert "--attention-backend" not in dense
 
 
@@ -245,10 +247,10 @@ def test_the_key_is_not_on_the_command_line() -> None:
 def test_idle_threads_give_their_cores_away_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server, "on_cpu", lambda: True)
+    monkeypatch.setattr(environment, "on_cpu", lambda: True)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert serve().environment()["GOMP_SPINCOUNT"] == str(server.SPIN_COUNT)
+    assert serve().environment()["GOMP_SPINCOUNT"] == str(environment.SPIN_COUNT)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert serve().environment()["GOMP_SPINCOUNT"] == "7"
     monkeypatch.delenv("GOMP_SPINCOUNT")
@@ -260,7 +262,7 @@ def test_idle_threads_give_their_cores_away_unless_told_otherwise(
     ("workers", "shared"), [(1, "0,1,2,3"), (2, "0,1|2,3"), (3, "0|1|2"), (8, "0|1|2|3|" * 2)]
 )
 def test_workers_share_the_cores(workers: int, shared: str) -> None:
-    text = server.share_cores([0, 1, 2, 3], workers)
+    text = environment.share_cores([0, 1, 2, 3], workers)
     assert len(text.split("|")) == workers
     if workers <= 4:
         assert text == shared
@@ -282,8 +284,8 @@ def test_every_worker_of_this_host_gets_cores(flags: str, workers: int) -> None:
 
 
 def test_loopback() -> None:
-    assert all(map(server.is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
-    assert not any(map(server.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+    assert all(map(address.is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(map(address.is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
 
 
 def test_why_a_server_did_not_start() -> None:
@@ -292,6 +294,6 @@ def test_why_a_server_did_not_start() -> None:
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig",
         "  Value error, block_size: expected 256, got 320; use 256 [type=value_error]",
     ]
-    assert server.complaint(lines) == "block_size: expected 256, got 320; use 256"
-    assert server.complaint(["OSError: no such file"]) == "no such file"
-    assert "--verbose" in server.complaint(["INFO fine"])
+    assert log_words.complaint(lines) == "block_size: expected 256, got 320; use 256"
+    assert log_words.complaint(["OSError: no such file"]) == "no such file"
+    assert "--verbose" in log_words.complaint(["INFO fine"])

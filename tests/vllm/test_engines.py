@@ -12,7 +12,7 @@ import pytest
 from engines import NEW, PRUNED, prompts
 from processes import get, post, scenario, serving
 
-from hipserve.bench.serve import free_port
+from hipserve.serving.address import free_port
 
 pytest.importorskip("vllm")
 

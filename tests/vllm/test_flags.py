@@ -10,12 +10,13 @@ import typer
 
 pytest.importorskip("vllm")
 
-from hipserve.bench.serve import free_port
 from hipserve.cli import serve
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
-from hipserve.integrations.vllm import compat, flags
-from hipserve.integrations.vllm.server import Server, complaint
+from hipserve.integrations.vllm import compat
+from hipserve.serving import log_words, refusals
+from hipserve.serving.address import free_port
+from hipserve.serving.command_line import Server
 
 REFUSED = {
     "--additional-config.hip.budget 64": "--additional-config: expected HiP attention",
@@ -110,7 +111,7 @@ def test_no_flag_of_vllm_is_unknown() -> None:
     parser = cli_args.make_arg_parser(FlexibleArgumentParser())
     names = [name for action in parser._actions for name in action.option_strings]
     assert len(names) > 300
-    flags.check_known(names)
+    refusals.check_known(names)
 
 
 @pytest.mark.parametrize(("line", "kind", "said"), LAST_WORDS)
@@ -118,7 +119,7 @@ def test_the_last_words_of_a_server_become_an_error(
     line: str, kind: type[HipserveError], said: str
 ) -> None:
     lines = ["INFO fine", line]
-    error = flags.refusal(complaint(lines), lines, on_cpu=True)
+    error = log_words.refusal(log_words.complaint(lines), lines, on_cpu=True)
     assert type(error) is kind
     assert said in str(error)
     assert "gpu_memory_utilization" not in str(error)

@@ -16,9 +16,10 @@ import pytest
 from processes import get, post, serving, stream
 
 from hipserve.bench.load import Leftover, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import english, free_port
-from hipserve.integrations.vllm.server import Server
+from hipserve.bench.serve import english
 from hipserve.models import bundled_path
+from hipserve.serving.address import free_port
+from hipserve.serving.command_line import Server
 
 pytest.importorskip("vllm")
 
@@ -28,7 +29,7 @@ KEY = "The pass key is 83724. Remember it. 83724 is the pass key."
 class Running:
     """A server, where it is, and what it has printed."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], port: int, log: Path) -> None:
         self.process, self.log, self.port = process, log, port
         self.url = f"http://127.0.0.1:{port}"
 

@@ -16,7 +16,8 @@ from http.client import HTTPException
 from typing import TypeVar
 
 from hipserve.bench.serve import Answer, Prompts, ask, stream
-from hipserve.integrations.vllm.server import Client, Server
+from hipserve.serving.client import Client
+from hipserve.serving.command_line import Server
 
 FRAME = 128
 """Tokens from which on a prompt has room for a question and what it asks for."""

@@ -9,14 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import statistics
-import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +22,13 @@ from hipserve.bench.provenance import provenance
 from hipserve.config import HiPConfig
 from hipserve.errors import HipserveError
 from hipserve.integrations.vllm.command import find_version
-from hipserve.integrations.vllm.server import Client, Server
+from hipserve.serving.client import Client
+from hipserve.serving.command_line import Server
+from hipserve.serving.running import running
 
 KEY = "83724"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
-START_SECONDS = 300
 NEW_TOKENS = 64
 PIECE = 16 * 1024
 """Prompts longer than two of these are read in pieces of so many tokens."""
@@ -76,39 +74,6 @@ class Throughput:
     dense_tokens_per_second: float
     hip_tokens_per_second: float
     ratio: float
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def running(server: Server, log: Path) -> Generator[subprocess.Popen[bytes]]:
-    """The process of a server that answers; its output goes to a file.
-
-    Raises:
-        HipserveError: it does not start.
-    """
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            server.command(), env=server.environment(), stdout=out, stderr=subprocess.STDOUT
-        )
-    try:
-        deadline, client = time.monotonic() + START_SECONDS, Client(server)
-        while not client.healthy():
-            if child.poll() is not None or time.monotonic() > deadline:
-                last = "\n".join(log.read_text("utf-8", "replace").splitlines()[-20:])
-                raise HipserveError(f"the server for {server.name} did not start:\n{last}")
-            time.sleep(0.5)
-        yield child
-    finally:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(60)
-        child.kill()
 
 
 class Prompts:

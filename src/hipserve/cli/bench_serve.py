@@ -40,8 +40,10 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""
-    from hipserve.bench.serve import as_csv, compare, free_port
-    from hipserve.integrations.vllm.server import quick_start
+    from hipserve.bench.serve import as_csv, compare
+    from hipserve.serving.address import free_port
+    from hipserve.serving.child import interrupt_on_signals
+    from hipserve.serving.command_line import quick_start
 
     settings = options.make_config(config, preset, budget, selector)
     name = model or BUNDLED
@@ -55,6 +57,7 @@ def serve(
         err.print(f"{row.prompt_tokens:,} tokens: first {row.first_ratio:.1f}x, ", end="")
         err.print(f"decode {row.decode_ratio:.2f}x", highlight=False)
 
+    interrupt_on_signals()
     with tempfile.TemporaryDirectory() as folder:
         err.print("starting two servers; then they answer in turn", highlight=False)
         rows, together = compare(

@@ -1,7 +1,4 @@
-"""vLLM's own flags behind `hipserve serve`: what is refused at once, and what vLLM's refusals mean.
-
-Nothing here imports vLLM or torch, so that a wrong flag costs no start.
-"""
+"""What `hipserve serve` refuses before anything starts: models and flags that cannot be meant."""
 
 from __future__ import annotations
 
@@ -10,20 +7,15 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
+from hipserve.errors import ArgumentError
+from hipserve.serving.command_line import normal
 
 ATTENTION = ("--attention-backend", "--additional-config", "--attention-config", "-ac")
 """What `hipserve serve` sets up itself: vLLM would put the flag in the place of all of it."""
 
 OWN = ("--host", "--port", "--api-key")
 """Read by `hipserve serve`, which has to know them."""
-
-
-def normal(flag: str) -> str:
-    """`--some_flag.key=3` as `--some-flag`: vLLM takes all of these."""
-    return flag.partition("=")[0].partition(".")[0].replace("_", "-")
 
 
 def check_flags(flags: Sequence[str]) -> None:
@@ -92,50 +84,3 @@ def check_model(name: str) -> None:
     if is_path and not path.is_dir():
         got, hint = f"{name}: no such directory", "check the path, or give a name on the hub"
         raise ArgumentError("model", "a directory or a hub name", got, hint)
-
-
-def is_engine_file(path: Path | None) -> bool:
-    """`--config FILE` names vLLM's own file of flags, which is YAML; HiPConfig is TOML or JSON."""
-    return path is not None and path.suffix.lower() in (".yaml", ".yml")
-
-
-def read_engine_file(path: Path) -> tuple[str, ...]:
-    """The flags in vLLM's own file, as words of a command line: for checks, vLLM reads it too.
-
-    Raises:
-        ArgumentError: no such file, or no table of flags.
-    """
-    import yaml
-
-    expected = "vLLM's flags as YAML, such as `max-model-len: 8192`"
-    hint = "or give a HiPConfig as .toml or .json"
-    try:
-        values: Any = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ArgumentError("config", expected, f"{path}: {reason}", hint) from error
-    if not isinstance(values, dict):
-        raise ArgumentError("config", expected, f"{path}: no table", hint)
-    if "model" in values or "model_tag" in values:
-        hint = "write it behind `hipserve serve`"
-        raise ArgumentError("config", "no model in vLLM's file", str(path), hint)
-    return tuple(word for key, value in values.items() for word in (f"--{key}", str(value)))
-
-
-USAGE = ("Value error, ", ": error: ", "errors.ConfigError: ", "errors.ArgumentError: ")
-"""Marks of lines in which vLLM or hipserve refuses an option."""
-
-
-def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
-    """What the last words of a server that did not start mean, as an error of a command.
-
-    vLLM advises `gpu_memory_utilization`, which is not what limits the KV cache on a CPU.
-    """
-    if re.search(r"memory for the cache blocks|cache is needed|even a single token", sentence):
-        more = "--kv-cache-memory-bytes" if on_cpu else "--gpu-memory-utilization"
-        facts = re.split(r"\.? *Try increasing", sentence)[0].rstrip(". ")
-        return FitError(f"the server did not start: {facts}; raise {more} or lower --max-model-len")
-    if any(mark in line for line in lines for mark in USAGE):
-        hint = "`hipserve-vllm serve --help=all` lists vLLM's flags"
-        return ArgumentError("serve", "options that vLLM takes", sentence, hint)
-    return BackendError(f"the server did not start: {sentence}")

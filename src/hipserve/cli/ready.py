@@ -1,0 +1,85 @@
+"""What `hipserve serve` shows: how far the start is, then the ready card."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from rich.status import Status
+
+from hipserve.cli.numbers import format_bytes
+from hipserve.cli.output import err
+from hipserve.config import HiPConfig
+from hipserve.serving.client import Facts
+from hipserve.serving.command_line import Server
+
+SILENCE = 2.0
+"""Seconds without a word that a start may last."""
+
+
+class Teller:
+    """Says what a start is busy with, and how long it has been."""
+
+    def __init__(self, name: str) -> None:
+        self._stage = f"starting vLLM for {name}"
+        self._began = self._told = time.monotonic()
+        self._status: Status | None = err.status("") if err.is_terminal else None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def __enter__(self) -> Teller:
+        if self._status:
+            self._status.start()
+        self._say()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def tell(self, stage: str | None) -> None:
+        """A new stage; or None, that the last one goes on."""
+        changed = stage is not None and stage != self._stage
+        self._stage = stage or self._stage
+        if changed or self._status or time.monotonic() - self._told >= SILENCE - 0.5:
+            self._say()
+
+    def _say(self) -> None:
+        text = f"{self._stage} … {self.seconds:.0f} s"
+        self._told = time.monotonic()
+        if self._status:
+            self._status.update(text)
+        else:
+            err.print(text, highlight=False)
+
+
+def card(server: Server, facts: Facts, seconds: float) -> str:
+    """What a user wants to know about a server that has just come up."""
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.api_key else ""
+    question = {"role": "user", "content": "The pass key is 83724. What is the pass key?"}
+    body = json.dumps({"model": facts.name, "messages": [question]})
+    curl = f"curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
+    lines = {
+        "ready": f"after {seconds:.0f} s",
+        "address": f"{server.url}/v1, model {facts.name}",
+        "context": f"{facts.max_context:,} tokens, prompt and answer together",
+        "attention": describe(server.config, facts.max_context),
+        "KV cache": f"{facts.kv_tokens:,} tokens",
+        "page bounds": f"{format_bytes(facts.bound_bytes)}, inside the KV cache",
+        "metrics": f"{server.url}/metrics",
+        "try": f"{curl} -d '{body}'",
+    }
+    return "".join(f"{name:<13}{value}\n" for name, value in lines.items())
+
+
+def describe(config: HiPConfig | None, max_context: int) -> str:
+    """The budget, and its share of the longest context."""
+    if config is None:
+        return "dense (vLLM's own)"
+    read = config.budget + config.num_sink_tokens + config.sliding_window
+    return (
+        f"HiP, {config.budget:,} keys a query block beside {config.num_sink_tokens} sinks and a "
+        f"window of {config.sliding_window}: {min(read / max_context, 1):.1%} of the full context"
+    )

@@ -1,0 +1,108 @@
+"""What to serve and where, as the command line and the environment of vLLM's OpenAI server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hipserve.config import HiPConfig
+from hipserve.integrations.vllm import OPTIONS_KEY
+from hipserve.serving.environment import make_environment, on_cpu, quarter_of_memory
+
+COMMAND = "hipserve.integrations.vllm.command"
+DRAIN_SECONDS = 30
+"""How long a server that is told to stop goes on answering what it has begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What to serve and where.
+
+    Attributes:
+        model: a directory or a hub name.
+        name: what clients call it.
+        config: HiP attention's settings; None serves with vLLM's own dense attention.
+        host, port: the address.
+        api_key: what clients have to send; None lets everybody in.
+        flags: vLLM's own flags, passed on as they are.
+        file_flags: those that vLLM reads by itself, from its own file of flags.
+    """
+
+    model: str
+    name: str
+    config: HiPConfig | None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    flags: tuple[str, ...] = field(default=())
+    file_flags: tuple[str, ...] = field(default=())
+
+    def command(self) -> list[str]:
+        """The command line of the child process."""
+        words = [sys.executable, "-m", COMMAND, "serve", self.model]
+        words += ["--host", self.host, "--port", str(self.port)]
+        words += self._defaults({"--served-model-name": self.name})
+        words += self._defaults({"--shutdown-timeout": str(DRAIN_SECONDS)})
+        if not {"--gpu-memory-utilization", "--num-gpu-blocks-override"} & self._given():
+            memory = str(quarter_of_memory())
+            words += self._defaults({"--kv-cache-memory-bytes": memory}) if on_cpu() else []
+        if self.config is not None:
+            options = json.dumps({OPTIONS_KEY: self.config.to_dict()})
+            words += ["--attention-backend", "CUSTOM", "--additional-config", options]
+        return [*words, *self.flags]
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the child process."""
+        return make_environment(self.api_key, self.num_workers)
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes on this host."""
+        ranks = self._number("--tensor-parallel-size", "-tp")
+        ranks *= self._number("--pipeline-parallel-size", "-pp")
+        replicas = self._number("--data-parallel-size", "-dp")
+        replicas = self._number("--data-parallel-size-local", "-dpl", otherwise=replicas)
+        return max(ranks // self._number("--nnodes", "-n"), 1) * replicas
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        scheme = "https" if "--ssl-certfile" in self._given() else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def answers(self) -> bool:
+        """It opens an address; the other hosts of a multi-node server do not."""
+        return "--headless" not in self._given()
+
+    def _given(self) -> set[str]:
+        return {normal(word) for word in (*self.flags, *self.file_flags) if word.startswith("-")}
+
+    def _defaults(self, flags: Mapping[str, str]) -> list[str]:
+        given = self._given()
+        return [
+            word for flag, value in flags.items() if flag not in given for word in (flag, value)
+        ]
+
+    def _number(self, *names: str, otherwise: int = 1) -> int:
+        for flag, value in itertools.pairwise((*self.flags, *self.file_flags, "")):
+            if normal(flag) in names:
+                text = flag.partition("=")[2] or value
+                return int(text) if text.isdigit() else otherwise
+        return otherwise
+
+
+def normal(flag: str) -> str:
+    """`--some_flag.key=3` as `--some-flag`: vLLM takes all of these."""
+    return flag.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def quick_start(flags: Sequence[str]) -> tuple[str, ...]:
+    """Flags for a model so small that compiling it takes longer than it saves."""
+    compiles = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
+    chosen = any(flag.startswith(compiles) for flag in map(normal, flags))
+    return () if chosen else ("--enforce-eager",)

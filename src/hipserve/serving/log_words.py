@@ -1,0 +1,53 @@
+"""What the lines of vLLM's log mean: how far a start has come, and why one failed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
+
+STAGES = (
+    ("Platform plugin", "vLLM is reading its configuration"),
+    ("Starting to load model", "loading the model"),
+    ("Loading weights took", "the model is loaded"),
+    ("KV cache size", "laying out the KV cache"),
+    ("Warming up model", "compiling the model"),
+    ("init engine", "the engine runs"),
+    ("Starting vLLM server", "opening the address"),
+)
+"""What vLLM's log lines mean to somebody who waits."""
+
+USAGE = ("Value error, ", ": error: ", "errors.ConfigError: ", "errors.ArgumentError: ")
+"""Marks of lines in which vLLM or hipserve refuses an option."""
+
+
+def stage_of(line: str) -> str | None:
+    """What a line of vLLM's log says about the start, if anything."""
+    return next((stage for mark, stage in STAGES if mark in line), None)
+
+
+def complaint(lines: Iterable[str]) -> str:
+    """The sentence in which a server that died said why."""
+    text = [re.sub(r"^(\[\w+\]: )?(\(.*?\) )?(ERROR [\d: -]+\[.*?\] )?", "", x) for x in lines]
+    errors = [x.strip() for x in text if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", x)]
+    ours = [x for x in errors if x.startswith("hipserve.")]
+    values = [x.strip().removeprefix("Value error, ") for x in text if "Value error, " in x]
+    found = values or ours or errors or [x.strip() for x in text if "error:" in x]
+    sentence = found[0] if found else "no reason given; see the log with --verbose"
+    return re.sub(r"^[\w.]*Error: |\s*\[type=.*", "", sentence)
+
+
+def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
+    """What the last words of a server that did not start mean, as an error of a command.
+
+    vLLM advises `gpu_memory_utilization`, which is not what limits the KV cache on a CPU.
+    """
+    if re.search(r"memory for the cache blocks|cache is needed|even a single token", sentence):
+        more = "--kv-cache-memory-bytes" if on_cpu else "--gpu-memory-utilization"
+        facts = re.split(r"\.? *Try increasing", sentence)[0].rstrip(". ")
+        return FitError(f"the server did not start: {facts}; raise {more} or lower --max-model-len")
+    if any(mark in line for line in lines for mark in USAGE):
+        hint = "`hipserve-vllm serve --help=all` lists vLLM's flags"
+        return ArgumentError("serve", "options that vLLM takes", sentence, hint)
+    return BackendError(f"the server did not start: {sentence}")
