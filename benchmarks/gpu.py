@@ -24,7 +24,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from cases import make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks import triton as selection
 from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.testing.cases import make_case, random_config, random_shape
+from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, PagedKV
-from oracle import assert_as_exact, readable
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

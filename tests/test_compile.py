@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from backends import NATIVE
-from cases import Case, Shape, make_case
 from hipserve import ArgumentError, HiPConfig, hip_attention
 from hipserve.ops import select_blocks
 from hipserve.ops.block_sparse_attention import operator as attention
@@ -16,6 +15,7 @@ from hipserve.ops.select_blocks import operator as selection
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import api as writing
 from hipserve.plan import pruning_rule
+from hipserve.testing.cases import Case, Shape, make_case
 from tiny_models import PRUNED, build, prompts
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)

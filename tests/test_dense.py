@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import native
-from cases import Case, make_case, random_config, random_shape
 from hipserve import HiPConfig, hip_attention, platform
 from hipserve.attention import crossover, dense, torch_dense
 from hipserve.attention.crossover import CONTEXTS, STEP, dense_kernel, rule_for
 from hipserve.ops import compute_bounds, select_blocks
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.plan.rule import BREAK_EVEN, SINGLE_ROW
+from hipserve.testing.cases import Case, make_case, random_config, random_shape
+from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, PagedKV
-from oracle import assert_as_exact, readable
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 KIND = (torch.device("cpu"), torch.bfloat16, 128, 4)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from backends import NAMES, using
-from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.plan import BatchLayout
+from hipserve.testing.cases import Case, Shape, in_pages, make_case, random_config, random_shape
+from hipserve.testing.laws import assert_lawful
+from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, PagedKV
-from laws import assert_lawful
-from oracle import assert_as_exact, readable
 
 DEFAULT = 150
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
-from cases import Case, Shape, make_case
 from hipserve import ArgumentError, HiPConfig, hip_attention
 from hipserve.attention import absorb_sinks
 from hipserve.attention.dense import dense_head
 from hipserve.ops import block_sparse_attention, select_blocks
+from hipserve.testing import oracle
+from hipserve.testing.cases import Case, Shape, make_case
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 SINKS = (torch.tensor([-3.0, 0.0, 2.0, 9.0]), torch.full((4,), -torch.inf), torch.full((4,), 60.0))
@@ -53,8 +53,8 @@ def test_sinks_are_a_column_of_the_softmax(
     plain, plain_lse = with_a_column(case, masks, sink_logits, dtype)
     _, total = oracle.magnitudes(case, masks, 0.0)
     # Two roundings in the dtype of out: of attention itself, and with its share.
-    oracle._bounded(out, plain, truth, 2 * torch.finfo(dtype).eps * total, "out")
-    oracle._bounded(lse, plain_lse, true_lse, torch.finfo(dtype).eps * 4, "lse")
+    oracle.assert_bounded(out, plain, truth, 2 * torch.finfo(dtype).eps * total, "out")
+    oracle.assert_bounded(lse, plain_lse, true_lse, torch.finfo(dtype).eps * 4, "lse")
 
 
 def test_rows_that_see_nothing_stay_zero() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from cases import Case, Shape, empty_pages, make_case, random_config, random_shape
 from hipserve import BackendError, HiPConfig, hip_attention
 from hipserve.attention import absorb_sinks
 from hipserve.ops import (
@@ -25,8 +24,9 @@ from hipserve.ops import (
 )
 from hipserve.plan import BatchLayout
 from hipserve.platform import interpreting
+from hipserve.testing.cases import Case, Shape, empty_pages, make_case, random_config, random_shape
+from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, PagedKV
-from oracle import assert_as_exact, readable
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not (GPU or interpreting()), reason="no GPU and no interpreter")

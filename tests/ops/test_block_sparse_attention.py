@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import every_backend, using
-from cases import Case, Shape, in_pages, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.plan import pruning_rule
+from hipserve.testing.cases import Case, Shape, in_pages, make_case, random_config, random_shape
+from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection
-from oracle import assert_as_exact, readable
 
 SEEDS = st.integers(0, 2**31 - 1)
 HALF = (torch.float32, torch.bfloat16, torch.float16)

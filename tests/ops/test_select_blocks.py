@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import every_backend, every_tier, native, using
-from cases import Shape, make_case, random_config, random_shape
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
 from hipserve.ops.select_blocks.reference import Search, sample_rows
 from hipserve.ops.select_blocks.spec import search_spec
-from laws import assert_lawful
+from hipserve.testing.cases import Shape, make_case, random_config, random_shape
+from hipserve.testing.laws import assert_lawful
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -100,7 +100,7 @@ def test_future_keys_change_no_earlier_block(backend: str, selector: str) -> Non
     )
     long = make_case(Shape((1500,), (1500,), page_size=256))
     short = Shape((1024,), (1024,), page_size=256)
-    from cases import in_pages
+    from hipserve.testing.cases import in_pages
 
     kv, layout = in_pages([long.ks[0][:1024]], [long.vs[0][:1024]], short)
     with using(backend) as name:
@@ -122,7 +122,7 @@ def test_bounds_find_every_needle(backend: str, selector: str) -> None:
         needle = case.q[:, :2].mean(dim=(0, 1)) * 0 + 1.5
         case.q += needle
         case.ks[0][place] = needle * 4
-        from cases import in_pages
+        from hipserve.testing.cases import in_pages
 
         kv, layout = in_pages(case.ks, case.vs, case.shape)
         with using(backend) as name:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from backends import TIERS, using
-from cases import Shape, make_case
 from hipserve import HiPConfig, platform
 from hipserve.cli import doctor
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.platform import NativeLibrary, native_library
-from oracle import assert_as_exact, readable
+from hipserve.testing.cases import Shape, make_case
+from hipserve.testing.oracle import assert_as_exact, readable
 
 amx = pytest.mark.skipif("amx" not in TIERS, reason=native_library().amx_refusal or "no kernels")
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import every_backend, using
-from cases import Shape, empty_pages
 from hipserve.ops import compute_bounds, write_kv
 from hipserve.plan import bound_levels, bound_offsets
+from hipserve.testing.cases import Shape, empty_pages
 from hipserve.types import PagedKV
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hipserve.attention import SelectionReuse, attend
 from hipserve.attention.crossover import rule_of
 from hipserve.bench.inputs import LayerShape, make_decode
-from hipserve.bench.numerics import Check, check_rows, keys_of
+from hipserve.bench.numerics import Check, check_rows, keys_read
 from hipserve.bench.timing import Contender, fastest
 from hipserve.cache.pages import empty_pages
 from hipserve.config import HiPConfig
@@ -132,10 +132,9 @@ class Decode:
     def checks(self) -> list[Check]:
         turn = self.cycle - 1
         q, kv, positions = self.query(turn), (self.k, self.v), torch.tensor([self.length - 1])
-        sizes = (self.config.key_block_size, self.config.num_sink_tokens)
         everything = [torch.arange(self.length)]
         pruned = self.layouts[-1].may_prune(self.rule)
-        keys = keys_of(self.select(turn), 0, self.length, *sizes) if pruned else everything
+        keys = keys_read(self.select(turn), 0, self.length, self.config) if pruned else everything
         sparse, dense = self.step(turn, None), self.attend(turn, None)
         name = f"decode at {self.length}, attention over the chosen keys"
         return [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hipserve.config import HiPConfig
 from hipserve.errors import NumericsError
+from hipserve.testing.oracle import Reading, bound, largest, output_band, read_by
 from hipserve.types import BlockSelection
 
 
@@ -44,7 +47,7 @@ def check_rows(
 ) -> Check:
     """Rows of attention against float64 over the same keys.
 
-    The error may be twice that of plain torch in the same precision, plus its rounding.
+    The error may be twice that of plain torch in the same precision, plus its rounding band.
 
     Args:
         out, q: `[rows, num_q_heads, head_dim]`.
@@ -52,11 +55,25 @@ def check_rows(
         positions: `[rows]`, of the rows; later keys are hidden.
         keys: positions that each of several equal ranges of query heads reads.
     """
-    truth = _attention(q, k, v, positions, keys, torch.float64)
-    plain = _attention(q, k, v, positions, keys, q.dtype)
-    rounding = torch.finfo(q.dtype).eps * truth.abs().max().item()
-    allowed = 2 * (plain.double() - truth).abs().max().item() + rounding
-    return Check(name, (out.double() - truth).abs().max().item(), allowed)
+    parts = list(_readings(q, k, v, positions, keys))
+    truth, plain = (
+        torch.cat([part.attend(dtype).out for part in parts], dim=1)
+        for dtype in (torch.float64, q.dtype)
+    )
+    band = output_band(largest([part.scales() for part in parts]), q.dtype)
+    return Check(name, *bound(out, plain, truth, band))
+
+
+def _readings(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys: list[Tensor]
+) -> Iterator[Reading]:
+    """One for each list of keys, with its heads and only its keys; `q` `[rows, ...]` as above."""
+    group, heads = q.shape[1] // k.shape[1], q.shape[1] // len(keys)
+    for i, read in enumerate(keys):
+        mine = slice(i * heads, (i + 1) * heads)
+        kv = slice(mine.start // group, -(-mine.stop // group))
+        mask = (read <= positions[:, None]).expand(heads, -1, -1)
+        yield Reading(q[:, mine], k[read, kv], v[read, kv], mask)
 
 
 def check_equal(name: str, got: Tensor, expected: Tensor) -> Check:
@@ -65,28 +82,7 @@ def check_equal(name: str, got: Tensor, expected: Tensor) -> Check:
     return Check(name, float((got != expected).sum()) if same_shape else float("inf"), 0.0)
 
 
-def keys_of(selection: BlockSelection, i: int, last: int, size: int, sinks: int) -> list[Tensor]:
-    """For each head of query block i, the positions below `last` that it reads."""
-    window = min(int(selection.window_start[i]), last)
-    ends = [torch.arange(min(sinks, window)), torch.arange(window, last)]
-    keys: list[Tensor] = []
-    for blocks in selection.indices[i].long():
-        chosen = blocks[blocks >= 0, None] * size + torch.arange(size)
-        keys.append(torch.cat([ends[0], chosen.flatten(), ends[1]]))
-    return keys
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys: list[Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Softmax attention by definition, scores in float32 at least, weights in `dtype`."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(q.shape, dtype=dtype)
-    heads_per_list, group = q.shape[1] // len(keys), q.shape[1] // k.shape[1]
-    for head in range(q.shape[1]):
-        read = keys[head // heads_per_list]
-        kk, vv = k[read, head // group], v[read, head // group]
-        scores = q[:, head].to(wide) @ kk.to(wide).T * q.shape[2] ** -0.5
-        weights = scores.masked_fill(read > positions[:, None], -torch.inf).softmax(dim=1)
-        out[:, head] = weights.to(dtype) @ vv.to(dtype)
-    return out
+def keys_read(selection: BlockSelection, i: int, last: int, config: HiPConfig) -> list[Tensor]:
+    """For each row of the selection of query block i, the positions below `last` that it reads."""
+    heads = range(selection.indices.shape[1])
+    return [read_by(selection, i, head, last, config).nonzero()[:, 0] for head in heads]

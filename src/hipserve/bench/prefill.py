@@ -14,7 +14,7 @@ from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen
 from hipserve.attention.hip import hip_attention, whole_sequences
 from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
-from hipserve.bench.numerics import Check, check_equal, check_rows, keys_of
+from hipserve.bench.numerics import Check, check_equal, check_rows, keys_read
 from hipserve.bench.timing import Contender, fastest
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
@@ -140,8 +140,7 @@ class Prefill:
         for i in picked:
             _, row, count, position = blocks[i].tolist()
             rows, last = slice(row, row + count), position + count
-            sizes = (self.config.key_block_size, self.config.num_sink_tokens)
-            keys = keys_of(self.selection, i, last, *sizes)
+            keys = keys_read(self.selection, i, last, self.config)
             positions = torch.arange(position, last)
             kv = (self.k[0], self.v[0])
             checks.append(check_rows(name, out[rows], self.q[rows], *kv, positions, keys))

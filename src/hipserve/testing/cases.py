@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hipserve import HiPConfig
+from hipserve.config import HiPConfig
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, runs_of_pages
 from hipserve.types import PagedKV
@@ -63,8 +63,12 @@ class Case:
         kv, layout = self.kv, self.layout
         assert kv.k_bounds is not None
         pages = (x.to(device) for x in (kv.k_cache, kv.v_cache, kv.k_bounds))
-        batch = (x.to(device) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
-        return replace(self, q=self.q.to(device), kv=PagedKV(*pages), layout=BatchLayout(*batch))
+        batch = BatchLayout(
+            layout.block_table.to(device),
+            layout.seq_lens.to(device),
+            layout.cu_seqlens_q.to(device),
+        )
+        return replace(self, q=self.q.to(device), kv=PagedKV(*pages), layout=batch)
 
 
 def random_values(

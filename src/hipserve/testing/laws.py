@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cases import Case
-from hipserve import HiPConfig
+from hipserve.config import HiPConfig
 from hipserve.plan import pruning_rule
+from hipserve.testing.cases import Case
 from hipserve.types import BlockSelection
 
 

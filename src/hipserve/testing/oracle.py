@@ -2,12 +2,90 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from cases import Case
-from hipserve import HiPConfig
+from hipserve.config import HiPConfig
+from hipserve.testing.cases import Case
 from hipserve.types import BlockSelection
+
+
+class Attended(NamedTuple):
+    """`out` `[rows, num_q_heads, head_dim]` and `lse` `[rows, num_q_heads]`, natural log."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Scales(NamedTuple):
+    """What is rounded: the maximum of |score| before a softcap, and of the sum of |weight v|."""
+
+    score: float
+    total: float
+
+
+class Bound(NamedTuple):
+    """The error that was found, and the one that is allowed."""
+
+    error: float
+    allowed: float
+
+
+class Reading(NamedTuple):
+    """Rows, keys and values, and which row reads which key.
+
+    q: `[rows, num_q_heads, head_dim]`.
+    k, v: `[kv_len, num_kv_heads, head_dim]`.
+    mask: `[num_q_heads, rows, kv_len]`, True where a row reads a key.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+
+    def attend(self, dtype: torch.dtype, softcap: float = 0.0) -> Attended:
+        """Softmax attention, weights and values in `dtype`; float64 gives the truth."""
+        q, k, v = self._heads(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scores = q.to(wide) @ k.to(wide).mT * self.q.shape[-1] ** -0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~self.mask, -torch.inf)
+        lse = scores.logsumexp(-1)
+        weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0)[..., None])
+        return Attended((weights.to(dtype) @ v).transpose(0, 1), lse.T)
+
+    def scales(self, softcap: float = 0.0) -> Scales:
+        if not len(self.q):
+            return Scales(0.0, 0.0)
+        q, k, v = self._heads(torch.float32)
+        scores = (q @ k.mT) * self.q.shape[-1] ** -0.5
+        score = scores.abs().masked_fill(~self.mask, 0.0).max().item()
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = scores.masked_fill(~self.mask, -torch.inf).softmax(-1).nan_to_num()
+        return Scales(score, (weights @ v.abs()).max().item())
+
+    def _heads(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """`q k v`, each `[num_q_heads, rows or kv_len, head_dim]`."""
+        group = self.q.shape[1] // self.k.shape[1]
+        q, k, v = (x.to(dtype).transpose(0, 1) for x in (self.q, self.k, self.v))
+        return q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+
+
+def read_by(
+    selection: BlockSelection, block: int, row: int, kv_len: int, config: HiPConfig
+) -> Tensor:
+    """`[kv_len]` bool: what row `row` of the selection of query block `block` may read, if visible.
+
+    Sinks, chosen blocks and the window.
+    """
+    keys, chosen = torch.arange(kv_len), selection.indices[block, row]
+    allowed = keys < config.num_sink_tokens
+    allowed |= keys >= selection.window_start[block]
+    return allowed | torch.isin(keys // config.key_block_size, chosen[chosen >= 0])
 
 
 def readable(
@@ -22,98 +100,88 @@ def readable(
         if sliding_window:
             mask &= keys > positions - sliding_window
         masks.append(mask.expand(num_q_heads, -1, -1).clone())
-    if selection is not None:
-        for i, block in enumerate(case.layout.query_blocks(config.query_block_size).tolist()):
-            _prune(case, masks, selection, config, i, block)
+    if selection is None:
+        return masks
+    for i, block in enumerate(case.layout.query_blocks(config.query_block_size).tolist()):
+        seq, _, num_rows, position = block
+        n, query_len = case.shape.seq_lens[seq], case.shape.query_lens[seq]
+        first = position - (n - query_len)
+        for head in range(num_q_heads):
+            row = head * selection.indices.shape[1] // num_q_heads
+            allowed = read_by(selection, i, row, n, config)
+            masks[seq][head, first : first + num_rows] &= allowed
     return masks
 
 
-def _prune(
-    case: Case,
-    masks: list[Tensor],
-    selection: BlockSelection,
-    config: HiPConfig,
-    i: int,
-    block: list[int],
-) -> None:
-    seq, _, num_rows, position = block
-    n, query_len = case.shape.seq_lens[seq], case.shape.query_lens[seq]
-    first = position - (n - query_len)
-    size, keys = config.key_block_size, torch.arange(n)
-    for head in range(masks[seq].shape[0]):
-        row = head * selection.indices.shape[1] // masks[seq].shape[0]
-        chosen = selection.indices[i, row]
-        allowed = keys < config.num_sink_tokens
-        allowed |= keys >= selection.window_start[i]
-        allowed |= torch.isin(keys // size, chosen[chosen >= 0])
-        masks[seq][head, first : first + num_rows] &= allowed
+def readings(case: Case, masks: list[Tensor]) -> list[Reading]:
+    """The rows of every sequence; `masks` are those of `readable`, `[heads, rows, kv_len]`."""
+    parts = case.q.split(list(case.shape.query_lens))
+    pairs = zip(parts, case.ks, case.vs, masks, strict=True)
+    return [Reading(q, k, v, mask) for q, k, v, mask in pairs]
 
 
 def attention(
     case: Case, masks: list[Tensor], dtype: torch.dtype, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over `masks`, weights and values in `dtype`; float64 gives the truth."""
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    start = 0
-    group = case.shape.group_size
-    for k, v, rows, mask in zip(case.ks, case.vs, case.shape.query_lens, masks, strict=True):
-        q = case.q[start : start + rows].to(dtype).transpose(0, 1)
-        start += rows
-        kk, vv = (x.to(dtype).transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        scores = q.to(wide) @ kk.to(wide).mT * case.q.shape[-1] ** -0.5
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, -torch.inf)
-        lse = scores.logsumexp(-1)
-        weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0)[..., None])
-        outs.append((weights.to(dtype) @ vv).transpose(0, 1))
-        lses.append(lse.T)
-    return torch.cat(outs), torch.cat(lses)
+) -> Attended:
+    """The rows of all sequences in turn; `masks` are those of `readable`, `[heads, rows, keys]`."""
+    parts = [reading.attend(dtype, softcap) for reading in readings(case, masks)]
+    return Attended(torch.cat([x.out for x in parts]), torch.cat([x.lse for x in parts]))
+
+
+def magnitudes(case: Case, masks: list[Tensor], softcap: float) -> Scales:
+    """The scales of all sequences; `masks` are those of `readable`, `[heads, rows, keys]`."""
+    return largest([reading.scales(softcap) for reading in readings(case, masks)])
+
+
+def largest(scales: list[Scales]) -> Scales:
+    return Scales(max(x.score for x in scales), max(x.total for x in scales))
+
+
+def output_band(scales: Scales, dtype: torch.dtype, softcap: float = 0.0) -> float:
+    """What roundings may change of `out` beyond what plain torch shows.
+
+    One rounding of the weighted sum in its own precision, at the scale of its terms, and what one
+    float32 rounding of the scores, at theirs, does to it.
+    """
+    return (torch.finfo(dtype).eps + score_band(scales, softcap)) * scales.total
+
+
+def score_band(scales: Scales, softcap: float = 0.0) -> float:
+    """One float32 rounding of the scores."""
+    return torch.finfo(torch.float32).eps * max(scales.score, softcap)
+
+
+def bound(got: Tensor, plain: Tensor, truth: Tensor, band: float) -> Bound:
+    """The error against float64 may be twice that of plain torch, plus a band.
+
+    got, plain, truth: of one shape, `[rows, num_q_heads, head_dim]` or `[rows, num_q_heads]`.
+    """
+    error = (got.double() - truth).abs().max().item()
+    return Bound(error, 2 * (plain.double() - truth).abs().max().item() + band)
 
 
 def assert_as_exact(out: Tensor, lse: Tensor, case: Case, masks: list[Tensor]) -> None:
     """The error against float64 is at most twice that of plain torch, plus its rounding band.
 
-    The band is one rounding of the weighted sum in its own precision, at the scale of its terms,
-    and what one float32 rounding of the scores, at theirs, does to it.
+    out, lse: `[rows, num_q_heads, head_dim]` and `[rows, num_q_heads]`.
+    masks: of `readable`, `[num_q_heads, rows, kv_len]` each.
     """
     softcap, dtype = case.shape.softcap, case.q.dtype
     truth, true_lse = attention(case, masks, torch.float64, softcap)
     plain, plain_lse = attention(case, masks, dtype, softcap)
-    score, total = magnitudes(case, masks, softcap)
-    scores = torch.finfo(torch.float32).eps * max(score, softcap)
-    _bounded(out, plain, truth, (torch.finfo(dtype).eps + scores) * total, "out")
+    scales = magnitudes(case, masks, softcap)
+    assert_bounded(out, plain, truth, output_band(scales, dtype, softcap), "out")
     seen = ~true_lse.isinf()
     assert bool((lse.isinf() == ~seen).all()), "rows without keys have lse = -inf"
     if seen.any():
         # The sum of weights may be that of weights rounded to the dtype: log(1 + eps) is eps.
         logs = torch.finfo(torch.float32).eps * true_lse[seen].abs().max().item()
-        band = torch.finfo(dtype).eps + logs + scores
-        _bounded(lse[seen], plain_lse[seen], true_lse[seen], band, "lse")
+        band = torch.finfo(dtype).eps + logs + score_band(scales, softcap)
+        assert_bounded(lse[seen], plain_lse[seen], true_lse[seen], band, "lse")
 
 
-def magnitudes(case: Case, masks: list[Tensor], softcap: float) -> tuple[float, float]:
-    """The scales of what is rounded: the greatest |score| before a softcap, and sum of |w v|."""
-    score, total, start = 0.0, 0.0, 0
-    for k, v, rows, mask in zip(case.ks, case.vs, case.shape.query_lens, masks, strict=True):
-        q = case.q[start : start + rows].float().transpose(0, 1)
-        start += rows
-        if not rows:
-            continue
-        group = case.shape.group_size
-        kk, vv = (x.float().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-        scores = (q @ kk.mT) * case.q.shape[-1] ** -0.5
-        score = max(score, scores.abs().masked_fill(~mask, 0.0).max().item())
-        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
-        total = max(total, (weights @ vv.abs()).max().item())
-    return score, total
-
-
-def _bounded(got: Tensor, plain: Tensor, truth: Tensor, band: float, what: str) -> None:
+def assert_bounded(got: Tensor, plain: Tensor, truth: Tensor, band: float, what: str) -> None:
+    """`bound`, as an assertion that says `what`; the tensors are `[rows, ...]` of one shape."""
     assert bool(got.isfinite().all()), f"{what} is not finite: poison was read"
-    error = (got.double() - truth).abs().max().item()
-    allowed = 2 * (plain.double() - truth).abs().max().item() + band
+    error, allowed = bound(got, plain, truth, band)
     assert error <= allowed, f"{what}: error {error:.3g}, plain torch allows {allowed:.3g}"

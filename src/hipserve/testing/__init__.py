@@ -1,0 +1,1 @@
+"""Random cases, laws of selections, and the oracle: for tests, benchmarks and GPU checks."""
