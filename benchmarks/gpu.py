@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
-from hipserve.ops.select_blocks import triton as selection
+from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.testing.cases import make_case, random_config, random_shape
 from hipserve.testing.oracle import assert_as_exact, readable
@@ -360,15 +360,15 @@ def tune_one(
     say(f"tune {what}: attend {1000 * timed(attend):.1f} us, select {1000 * timed(search):.1f} us")
     usual = selection.tile_keys
     for tile in tiles:
-        selection.tile_keys = lambda *_, t=tile: t
-        selection.make_tiling.cache_clear()
+        selection.tile_keys = lambda *_, t=tile: selection.TileSizes(*t)
+        selection.plan.cache_clear()
         try:
             say(f"tune {what}: select, {tile}: {1000 * timed(search):.1f} us")
         except Exception as error:  # what does not fit is no option
             say(f"tune {what}: {tile}: {type(error).__name__} {str(error)[:80]}")
         finally:
             selection.tile_keys = usual
-            selection.make_tiling.cache_clear()
+            selection.plan.cache_clear()
 
 
 TILES = [(128, 64, 32, 2), (128, 64, 64, 1), (128, 32, 32, 2), (64, 64, 32, 2), (128, 128, 64, 2)]

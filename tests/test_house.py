@@ -19,8 +19,6 @@ TO_BE_CUT = {
     "csrc/attention.h",
     "csrc/select_blocks.h",
     "csrc/tile.h",
-    "src/hipserve/ops/block_sparse_attention/triton.py",
-    "src/hipserve/ops/select_blocks/triton.py",
 }
 PACKAGES = (
     "hipserve",

@@ -22,9 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hipserve import HiPConfig
-from hipserve.ops.block_sparse_attention import triton as attention
-from hipserve.ops.select_blocks import triton as selection
+from hipserve.ops.block_sparse_attention.triton import launch as attention
+from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
 from hipserve.ops.select_blocks.spec import search_spec
+from hipserve.ops.select_blocks.triton import barrier
+from hipserve.ops.select_blocks.triton import launch as selection
+from hipserve.ops.select_blocks.triton import tiling as selection_tiling
 from hipserve.ops.write_kv import triton as writing
 from hipserve.plan import bound_offsets
 
@@ -124,7 +127,7 @@ def select(
     config: HiPConfig,
     head_dim: int = 128,
 ) -> None:
-    for name in ("rate", "search"):
+    for name in ("baseline", "search"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
@@ -159,9 +162,10 @@ def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(NamedTarget(capability))
     knobs.nvidia.dump_ptxas_log = True
-    attention.gpu_shared_memory = lambda device: SHARED[capability]
-    attention.chains_launches = selection.chains_launches = lambda device: capability >= 90
-    selection.gpu_processors = lambda device: 132
+    attention_tiling.gpu_shared_memory = lambda device: SHARED[capability]
+    for module in (attention_tiling, selection_tiling):
+        module.chains_launches = lambda device: capability >= 90
+    barrier.gpu_processors = lambda device: 132
     found: dict[str, dict[str, int]] = {}
     recorders: dict[str, Recorder] = {}
     for module in (attention, selection, writing):

@@ -23,7 +23,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}
 KERNELS = {
     "attention_kernel",
     "merge_kernel",
-    "rate_kernel",
+    "baseline_kernel",
     "search_kernel",
     "write_kernel",
     "bounds_kernel",
@@ -72,18 +72,18 @@ class Nothing:
 def test_kernels_that_compile_for_minutes_are_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hipserve.ops.select_blocks import triton
     from hipserve.ops.select_blocks.spec import search_spec
+    from hipserve.ops.select_blocks.triton import launch
 
-    for kernel in ("rate_kernel", "search_kernel"):
-        monkeypatch.setattr(triton, kernel, Nothing())
+    for kernel in ("baseline_kernel", "search_kernel"):
+        monkeypatch.setattr(launch, kernel, Nothing())
     for budget in (4096, 65536):
         config = HiPConfig(budget=budget)
         q, pages = torch.zeros(1, 4, 64), torch.zeros(1, 256, 2, 64)
         bounds = torch.zeros(1, bound_offsets(256, 16)[-1], 2, 2, 64)
         table, blocks = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(1, 4).int()
         rows = (table, blocks, blocks[:, 0])
-        triton.select_blocks(q, pages, bounds, *rows, search_spec(config))
+        launch.select_blocks(q, pages, bounds, *rows, search_spec(config))
     assert [record.getMessage().split("(")[1].split(",")[0] for record in caplog.records] == [
         "budget=65536"
     ]

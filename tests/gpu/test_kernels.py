@@ -140,12 +140,12 @@ def test_only_flagged_blocks_select_anew(backend: str) -> None:
 
 
 def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hipserve.ops.select_blocks import triton
+    from hipserve.ops.select_blocks.triton import launch
 
     case = make_case(Shape((400,), (64,), num_kv_heads=1, kind="grid"))
     q, kv, layout = moved(case)
     whole = select_blocks(q, kv, layout, config=SMALL, backend="triton")
-    monkeypatch.setattr(triton, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
     assert torch.equal(
         whole.indices, select_blocks(q, kv, layout, config=SMALL, backend="triton").indices
     )

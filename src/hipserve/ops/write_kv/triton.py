@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipserve.ops.gather import load_tile, power_of_2
+from hipserve.ops._triton.tiles import load_tile, power_of_2
 from hipserve.plan import bound_levels, bound_offsets
 
 Levels = tuple[int, ...]

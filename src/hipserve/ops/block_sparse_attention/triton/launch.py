@@ -1,0 +1,104 @@
+"""Launches attention and, where key lists are split, the merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
+from hipserve.ops.block_sparse_attention.triton.tiling import Call, plan
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    indices: Tensor | None,
+    window_start: Tensor | None,
+    *,
+    num_sink_tokens: int,
+    key_block_size: int,
+    sliding_window: int,
+    sm_scale: float,
+    softcap: float,
+    query_block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """See `hipserve.ops.block_sparse_attention`.
+
+    Returns:
+        out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
+        lse: `[num_tokens, num_q_heads]` float32.
+    """
+    tokens, num_q_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((tokens, num_q_heads), dtype=torch.float32, device=q.device)
+    blocks = query_blocks.shape[0]
+    if not blocks:
+        return out, lse
+    k_strides, v_strides = k_cache.stride(), v_cache.stride()
+    call = Call(
+        q_shape=q.shape,
+        k_shape=k_cache.shape,
+        longest=block_table.shape[1] * k_cache.shape[1],
+        blocks=blocks,
+        selected=None if indices is None else indices.shape,
+        max_rows=min(query_block_size, tokens - blocks + 1),
+        num_sink_tokens=num_sink_tokens,
+        key_block_size=key_block_size,
+        windowed=sliding_window > 0,
+        capped=softcap > 0,
+        same_strides=k_strides == v_strides,
+        element_size=q.element_size(),
+        device=q.device,
+    )
+    geometry, tiling = plan(call)
+    parts, part_lse = out, lse
+    if tiling.splits > 1:
+        shape = (tiling.splits * tokens, num_q_heads, head_dim)
+        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
+    attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](
+        q=q,
+        q_strides=q.stride()[:2],
+        k=k_cache,
+        k_strides=k_strides[:3],
+        v=v_cache,
+        v_strides=v_strides[:3],
+        out=parts,
+        out_strides=parts.stride()[:2],
+        lse=part_lse,
+        lse_stride=tokens,
+        block_table=block_table,
+        table_stride=block_table.stride(0),
+        query_blocks=query_blocks,
+        num_query_blocks=blocks,
+        indices=query_blocks if indices is None else indices,
+        window_start=query_blocks if window_start is None else window_start,
+        page_size=k_cache.shape[1],
+        sliding_window=sliding_window,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        GEOMETRY=geometry,
+        TILING=tiling,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        launch_pdl=tiling.chained,
+    )
+    if tiling.splits > 1:
+        merge_kernel[(tokens, num_q_heads)](
+            parts=parts,
+            part_lse=part_lse,
+            out=out,
+            out_strides=out.stride()[:2],
+            lse=lse,
+            num_tokens=tokens,
+            SPLITS=power_of_2(tiling.splits),
+            GEOMETRY=geometry,
+            TILING=tiling,
+            num_warps=8 if geometry.dim > 256 else 2,
+            launch_pdl=tiling.chained,
+        )
+    return out, lse

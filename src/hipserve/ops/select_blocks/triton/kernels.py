@@ -1,0 +1,166 @@
+"""The two kernels: baselines, and the steps of the search."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hipserve.ops._triton.chain import dependent_launch_signal, dependent_launch_wait
+from hipserve.ops._triton.pages import BoundStrides, CacheStrides, PagedRows
+from hipserve.ops._triton.rows import RowStrides, kv_head_of, load_position, load_query_block
+from hipserve.ops.select_blocks.triton.barrier import grid_barrier
+from hipserve.ops.select_blocks.triton.baseline import store_baselines
+from hipserve.ops.select_blocks.triton.bounds import count_kept, keep_level, score_level
+from hipserve.ops.select_blocks.triton.item import (
+    Item,
+    program_item,
+    selected_blocks,
+    wants_refresh,
+)
+from hipserve.ops.select_blocks.triton.queries import queries_of
+from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
+from hipserve.ops.select_blocks.triton.scratch import scratch_of
+from hipserve.ops.select_blocks.triton.tree import search_tree
+from hipserve.ops.select_blocks.triton.union import unite
+
+
+@triton.jit
+def baseline_kernel(
+    q,
+    q_strides,
+    k,
+    k_strides,
+    block_table,
+    table_stride,
+    page_size,
+    query_blocks,
+    num_blocks,
+    window_starts,
+    baselines,
+    arrivals,
+    refresh,
+    indices,
+    window_start,
+    GEOMETRY: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    """Finds the baseline of each row: max over sinks and window of q k, as far as all rows see it.
+
+    Also writes the window start and an empty list of chosen blocks, and resets the barrier.
+    """
+    dependent_launch_wait(TILING.chained)
+    dependent_launch_signal(TILING.chained)
+    item = program_item(num_blocks, TILING.baseline_programs, GEOMETRY)
+    position = load_position(query_blocks, item.block)
+    end = tl.load(window_starts + item.block)
+    # It is never below 0: asked here, the block's numbers come with the flag and not after it.
+    if not (wants_refresh(refresh, item.block) & (position >= 0)):
+        return
+    rows = load_query_block(query_blocks, item.block)
+    k_strides = CacheStrides(*k_strides)
+    kv_head = kv_head_of(item.head, GEOMETRY)
+    table = block_table + rows.seq.to(tl.int64) * table_stride
+    row = item.row.to(tl.int64)
+    baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
+    arrivals += row
+    queries = queries_of(q, RowStrides(*q_strides), rows, item.head, baselines, GEOMETRY)
+    keys = PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size)
+    begin = GEOMETRY.spec.num_sink_tokens
+    if tl.program_id(0) % TILING.baseline_programs == 0:
+        if item.head == 0:
+            tl.store(window_start + item.block, end)
+        tl.store(arrivals, 0)
+        i = tl.arange(0, GEOMETRY.list_size)
+        out = selected_blocks(indices, item, GEOMETRY)
+        tl.store(out + i, tl.zeros_like(i) - 1, mask=i < GEOMETRY.spec.max_selected)
+    if end > begin:
+        store_baselines(queries, keys, begin, end, position + 1, GEOMETRY, TILING)
+
+
+@triton.jit
+def search_kernel(
+    q,
+    q_strides,
+    k,
+    k_strides,
+    bounds,
+    bounds_strides,
+    block_table,
+    table_stride,
+    page_size,
+    query_blocks,
+    num_blocks,
+    window_starts,
+    scores,
+    lists,
+    baselines,
+    arrivals,
+    refresh,
+    indices,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    """The steps [FIRST, END) of a search; the last one writes the chosen blocks.
+
+    Each of the others keeps the best of what the one before it scored, and scores what is in them:
+    runs of the next bound level, or at last keys.
+    """
+    dependent_launch_wait(TILING.chained)
+    item_id = program_item(num_blocks, TILING.search_programs, GEOMETRY)
+    begin, end = GEOMETRY.spec.num_sink_tokens, tl.load(window_starts + item_id.block)
+    if not (wants_refresh(refresh, item_id.block) & (end > begin)):
+        return
+    rows = load_query_block(query_blocks, item_id.block)
+    row = item_id.row.to(tl.int64)
+    baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
+    k_strides, bounds_strides = CacheStrides(*k_strides), BoundStrides(*bounds_strides)
+    kv_head = kv_head_of(item_id.head, GEOMETRY)
+    table = block_table + rows.seq.to(tl.int64) * table_stride
+    item = Item(
+        queries=queries_of(q, RowStrides(*q_strides), rows, item_id.head, baselines, GEOMETRY),
+        keys=PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
+        bounds=PagedRows(bounds + kv_head * bounds_strides.head, bounds_strides, table, page_size),
+        scratch=scratch_of(scores, lists, arrivals, row, GEOMETRY),
+        begin=begin,
+        end=end,
+    )
+    kept = 0
+    LEVELS: tl.constexpr = GEOMETRY.levels
+    STEPS: tl.constexpr = GEOMETRY.steps
+    for n in tl.static_range(LEVELS):
+        if n >= FIRST and n < END:
+            score_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
+            if n + 1 < END:
+                grid_barrier(item.scratch.arrivals, n + 1, TILING)
+        if n + 1 >= FIRST and n + 1 < END:
+            keep_level(item, kept, LEVELS - 1 - n, GEOMETRY)
+        kept = count_kept(item, kept, LEVELS - 1 - n, GEOMETRY)
+    if FIRST <= STEPS - 2 and STEPS - 2 < END and STEPS > LEVELS + 1:
+        score_kept(item, kept, GEOMETRY, TILING)
+        if STEPS == END:
+            grid_barrier(item.scratch.arrivals, LEVELS + 1, TILING)
+    if STEPS == END:
+        if tl.program_id(0) % TILING.search_programs == 0:
+            choose(item, kept, selected_blocks(indices, item_id, GEOMETRY), GEOMETRY, TILING)
+
+
+@triton.jit
+def choose(item, kept, out, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """Writes the chosen blocks: the best of the kept runs, what the tree finds, or their union."""
+    SPEC: tl.constexpr = GEOMETRY.spec
+    scratch = item.scratch
+    if SPEC.uses_bounds:
+        found = scratch.bound_blocks if SPEC.uses_tree else out
+        n = choose_in_runs(item, kept, found, GEOMETRY)
+        tl.debug_barrier()
+    if SPEC.uses_tree:
+        m = search_tree(item, GEOMETRY, TILING)
+        SIZE: tl.constexpr = GEOMETRY.list_size
+        if SPEC.uses_bounds:
+            unite(found, n, scratch.left_edges, m, scratch.ranks, out, SIZE)
+        else:
+            i = tl.arange(0, SIZE)
+            chosen = tl.load(scratch.left_edges + i, mask=i < m, other=-1)  # [SIZE]
+            tl.store(out + i, chosen, mask=i < SPEC.max_selected)

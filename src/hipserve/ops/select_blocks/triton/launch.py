@@ -1,0 +1,126 @@
+"""Launches a search: baselines, then its steps; in chunks where scratch memory is short."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.errors import BackendError
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.ops.select_blocks.triton.geometry import Call
+from hipserve.ops.select_blocks.triton.kernels import baseline_kernel, search_kernel
+from hipserve.ops.select_blocks.triton.scratch import ScratchSizes
+from hipserve.ops.select_blocks.triton.tiling import plan
+
+SCRATCH_BYTES = 256 * 2**20
+
+
+def select_blocks(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    window_starts: Tensor,
+    spec: SearchSpec,
+) -> Tensor:
+    """See `hipserve.ops.select_blocks`.
+
+    Returns:
+        indices: `[num_query_blocks, heads, max_selected]` int32.
+    """
+    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
+    shape = (query_blocks.shape[0], heads, spec.max_selected)
+    indices = torch.empty(shape, dtype=torch.int32, device=q.device)
+    tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
+    refresh_blocks(*tensors, spec, None, indices, window_starts)
+    return indices
+
+
+def refresh_blocks(
+    q: Tensor,
+    k_cache: Tensor,
+    k_bounds: Tensor | None,
+    block_table: Tensor,
+    query_blocks: Tensor,
+    window_starts: Tensor,
+    spec: SearchSpec,
+    refresh: Tensor | None,
+    indices: Tensor,
+    window_start: Tensor,
+) -> None:
+    """Selects in place, for the query blocks whose entry in `refresh` (int32) is not 0.
+
+    Launches depend on shapes only, so a call can be captured into a CUDA graph.
+    """
+    check_block_size(spec.key_block_size)
+    heads, blocks = indices.shape[1], query_blocks.shape[0]
+    call = Call(
+        q_shape=q.shape,
+        k_shape=k_cache.shape,
+        num_runs=0 if k_bounds is None else k_bounds.shape[1],
+        longest=block_table.shape[1] * k_cache.shape[1],
+        blocks=blocks,
+        heads=heads,
+        element_size=q.element_size(),
+        device=q.device,
+    )
+    geometry, tiling, sizes = plan(call, spec)
+    chunk = min(max(SCRATCH_BYTES // (4 * sum(sizes) * heads), 1), blocks)
+    scores, lists, baselines, arrivals = allocate(sizes, chunk * heads, q.device)
+    inputs = {
+        "q": q,
+        "q_strides": q.stride()[:2],
+        "k": k_cache,
+        "k_strides": k_cache.stride()[:3],
+        "block_table": block_table,
+        "table_stride": block_table.stride(0),
+        "page_size": k_cache.shape[1],
+        "query_blocks": query_blocks,
+        "window_starts": window_starts,
+        "baselines": baselines,
+        "arrivals": arrivals,
+        "refresh": refresh,
+        "indices": indices,
+        "GEOMETRY": geometry,
+        "TILING": tiling,
+        "num_warps": tiling.num_warps,
+        "launch_pdl": tiling.chained,
+    }
+    bounds = q if k_bounds is None else k_bounds
+    bounds_strides = (0, 0, 0, 0) if k_bounds is None else k_bounds.stride()[:4]
+    for end in range(blocks, 0, -max(chunk, 1)):
+        items = min(chunk, end) * heads
+        baseline_kernel[(items * tiling.baseline_programs,)](
+            **inputs, num_blocks=end, window_start=window_start
+        )
+        for step in range(0, geometry.steps, tiling.together):
+            search_kernel[(items * tiling.search_programs,)](
+                **inputs,
+                num_blocks=end,
+                bounds=bounds,
+                bounds_strides=bounds_strides,
+                scores=scores,
+                lists=lists,
+                FIRST=step,
+                END=step + tiling.together,
+                num_stages=tiling.stages,
+            )
+
+
+def check_block_size(size: int) -> None:
+    """Blocks of a tile have to fill it."""
+    if size & (size - 1):
+        raise BackendError(
+            f"the Triton kernels need a key_block_size that is a power of two, not {size}; "
+            'change it or use backend="reference"'
+        )
+
+
+def allocate(sizes: ScratchSizes, items: int, device: torch.device) -> list[Tensor]:
+    """Scores, lists, baselines and arrivals of so many query blocks and heads."""
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.int32)
+    return [
+        torch.empty(items * size, dtype=dtype, device=device)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    ]

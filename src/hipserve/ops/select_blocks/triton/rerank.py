@@ -1,0 +1,59 @@
+"""The re-rank: blocks in the runs that the bounds kept, by the exact scores of their keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys, score_blocks
+from hipserve.ops.select_blocks.triton.queries import load_queries
+from hipserve.ops.select_blocks.triton.scratch import level_runs
+from hipserve.ops.select_blocks.triton.threshold import keep_best
+
+
+@triton.jit
+def run_keys(i, total, item, SIZE: tl.constexpr):
+    """Pointers to the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
+    runs = level_runs(item.scratch, 0)
+    positions = tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
+    return key_rows(item.keys, positions, i < total)
+
+
+@triton.jit
+def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """Scores the blocks in the `kept` finest runs, with the programs that share them."""
+    SIZE: tl.constexpr = GEOMETRY.spec.bound_block_size
+    WIDTH: tl.constexpr = GEOMETRY.spec.key_block_size
+    BLOCKS: tl.constexpr = TILING.keys // WIDTH
+    STEP: tl.constexpr = TILING.search_programs * TILING.keys
+    total = kept * SIZE
+    queries = load_queries(item.queries, 0, GEOMETRY, TILING)
+    begin = tl.program_id(0) % TILING.search_programs * TILING.keys
+    i = tl.arange(0, TILING.keys)
+    rows = run_keys(begin + i, total, item, SIZE)
+    for start in range(begin, total, STEP):
+        there = start + i < total
+        k_tile = load_keys(rows, there, GEOMETRY)  # [KEYS, DIM]
+        # What is next is looked up while these are on their way.
+        rows = run_keys(start + STEP + i, total, item, SIZE)
+        best = score_blocks(queries, item.queries, k_tile, there, GEOMETRY, TILING)
+        block = start // WIDTH + tl.arange(0, BLOCKS)
+        tl.store(item.scratch.block_scores + block, best, mask=block < total // WIDTH)  # [BLOCKS]
+
+
+@triton.jit
+def choose_in_runs(item, kept, out, GEOMETRY: tl.constexpr):
+    """Writes the best blocks of the kept runs to `out`, ascending; returns how many."""
+    SPEC: tl.constexpr = GEOMETRY.spec
+    PER_RUN: tl.constexpr = SPEC.bound_block_size // SPEC.key_block_size
+    KEEP: tl.constexpr = SPEC.bound_budget // SPEC.key_block_size
+    n = kept * PER_RUN
+    c = tl.arange(0, GEOMETRY.blocks)
+    run = tl.load(level_runs(item.scratch, 0) + c // PER_RUN, mask=c < n, other=0)  # [BLOCKS]
+    block = run * PER_RUN + c % PER_RUN
+    if not SPEC.rerank:
+        tl.store(out + c, block, mask=c < n)
+        return n
+    chosen, index = keep_best(item.scratch.block_scores, n, KEEP, GEOMETRY.blocks)
+    tl.store(out + index, block, mask=chosen)
+    return tl.minimum(n, KEEP)
