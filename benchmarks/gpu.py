@@ -33,12 +33,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.pages import empty_pages
-from hipserve.ops import block_sparse_attention, compute_bounds, refresh_blocks, select_blocks
+from hipserve.ops import block_sparse_attention, build_index, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.testing.cases import make_case, random_config, random_shape
 from hipserve.testing.oracle import assert_as_exact, readable
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -62,15 +62,17 @@ def check_one(seed: int) -> None:
         shape = dataclasses.replace(shape, kind="grid")
     case = make_case(shape, config.bound_block_size)
     gpu = case.on("cuda")
-    chosen = select_blocks(gpu.q, gpu.kv, gpu.layout, config=config)
+    chosen = select_blocks(gpu.q, gpu.index, gpu.layout, config=config)
     host = BlockSelection(chosen.indices.cpu(), chosen.window_start.cpu())
     if shape.kind == "grid":
-        expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+        expected = select_blocks(
+            case.q, case.index, case.layout, config=config, backend="reference"
+        )
         assert torch.equal(host.indices, expected.indices), "selection differs"
         assert torch.equal(host.window_start, expected.window_start)
     for choice, mask in ((chosen, host), (None, None)):
         out, lse = block_sparse_attention(
-            gpu.q, gpu.kv, gpu.layout, choice, config=config, softcap=shape.softcap
+            gpu.q, gpu.pool, gpu.layout, choice, config=config, softcap=shape.softcap
         )
         assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, mask, config))
 
@@ -160,16 +162,18 @@ def fastest(
     return min(times.items(), key=lambda item: item[1], default=("none", float("nan")))
 
 
-def paged(k: Tensor, v: Tensor, query_len: int, config: HiPConfig) -> tuple[PagedKV, BatchLayout]:
+def paged(
+    k: Tensor, v: Tensor, query_len: int, config: HiPConfig
+) -> tuple[KeyPool, KeyIndex, BatchLayout]:
     batch, length = k.shape[:2]
-    bounds = compute_bounds(k, bound_block_size=config.bound_block_size)
+    index = build_index(k, run_size=config.bound_block_size)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     layout = BatchLayout(
         torch.arange(batch, **ints)[:, None],
         torch.full((batch,), length, **ints),
         torch.arange(batch + 1, **ints) * query_len,
     )
-    return PagedKV(k, v, bounds), layout
+    return KeyPool(k, v), index, layout
 
 
 def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
@@ -177,14 +181,14 @@ def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
     runs = 3 if length > 65536 else 5
     layers = min(max(2**18 // length, 4), 32)
     name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs, layers)
-    kv, layout = paged(k, v, length, config)
+    pool, index, layout = paged(k, v, length, config)
     rows = q[0]
-    chosen = select_blocks(rows, kv, layout, config=config, check=False)
+    chosen = select_blocks(rows, index, layout, config=config, check=False)
     parts = {
-        "bounds": lambda: compute_bounds(k, bound_block_size=config.bound_block_size),
-        "select": lambda: select_blocks(rows, kv, layout, config=config, check=False),
+        "index": lambda: build_index(k, run_size=config.bound_block_size),
+        "select": lambda: select_blocks(rows, index, layout, config=config, check=False),
         "attend": lambda: block_sparse_attention(
-            rows, kv, layout, chosen, config=config, check=False
+            rows, pool, layout, chosen, config=config, check=False
         ),
         "hip": lambda: hip_attention(q, k, v, config=config),
     }
@@ -219,7 +223,7 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def decode_inputs(
     length: int, batch: int, config: HiPConfig, seed: int = 0
-) -> tuple[Tensor, PagedKV, BatchLayout]:
+) -> tuple[Tensor, KeyPool, KeyIndex, BatchLayout]:
     """One row for each of `batch` sequences in shuffled pages, the same pages for every seed.
 
     The pages are those of `HiPCache`: a head's keys lie together.
@@ -234,12 +238,13 @@ def decode_inputs(
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     options["generator"] = g.manual_seed(seed)
     q = torch.randn(batch, HEADS, DIM, **options)
-    kv = empty_pages(batch * count, PAGE, config.bound_block_size, q[:, :KV_HEADS])
-    assert kv.k_bounds is not None
-    for x in (kv.k_cache, kv.v_cache):
+    pool, index = empty_pages(batch * count, PAGE, config.bound_block_size, q[:, :KV_HEADS])
+    assert index.summaries is not None
+    for x in (pool.k_cache, pool.v_cache):
         x.normal_(generator=g)
-    kv.k_bounds.copy_(compute_bounds(kv.k_cache, bound_block_size=config.bound_block_size))
-    return q, kv, layout
+    made = build_index(pool.k_cache, run_size=config.bound_block_size).summaries
+    index.summaries.copy_(made)
+    return q, pool, index, layout
 
 
 def contiguous(x: Tensor, block_table: Tensor) -> Tensor:
@@ -257,7 +262,8 @@ def decode(
     keys, or these alone if 0. Where nothing in it can be pruned, nothing is searched.
     """
     made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
-    q, kvs, layout = [m[0] for m in made], [m[1] for m in made], made[0][2]
+    q, pools, indexes, layouts = zip(*made, strict=True)
+    layout = layouts[0]
     columns = layout.block_table.shape[1]
     if room:
         wide = F.pad(layout.block_table, (0, room // PAGE - columns))
@@ -277,13 +283,12 @@ def decode(
 
     def step() -> None:
         outs.clear()
-        for i, kv in enumerate(kvs):
+        for i, (pool, index) in enumerate(zip(pools, indexes, strict=True)):
             if prunes:
-                refresh_blocks(q[i], kv, layout, chosen[i], refresh, config=config)
+                refresh_blocks(q[i], index, layout, chosen[i], refresh, config=config)
             selection = chosen[i] if prunes else None
-            outs.append(
-                block_sparse_attention(q[i], kv, layout, selection, config=config, check=False)[0]
-            )
+            options: dict[str, Any] = {"config": config, "check": False}
+            outs.append(block_sparse_attention(q[i], pool, layout, selection, **options)[0])
 
     graph = capture(step)
     graph.replay()
@@ -293,11 +298,11 @@ def decode(
     reused = milliseconds(graph.replay, 20)
     assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), "replays differ"
     if prunes:
-        eager = select_blocks(q[0], kvs[0], layout, config=config, check=False)
+        eager = select_blocks(q[0], indexes[0], layout, config=config, check=False)
         assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
 
     table = layout.block_table[:, :columns]
-    whole = [[contiguous(x, table) for x in (kv.k_cache, kv.v_cache)] for kv in kvs]
+    whole = [[contiguous(x, table) for x in (pool.k_cache, pool.v_cache)] for pool in pools]
 
     def dense(name: str) -> Callable[[], None]:
         def all_layers() -> None:
@@ -334,29 +339,27 @@ def tune(length: int) -> None:
     """Times tiles of the search (`tile_keys`), of prefill and of decode, and attention as it is."""
     config = HiPConfig()
     q, k, v = inputs(length)
-    kv, layout = paged(k, v, length, config)
-    tune_one("prefill", functools.partial(milliseconds, runs=4), q[0], kv, layout, TILES)
-    del q, k, v, kv
+    pool, index, layout = paged(k, v, length, config)
+    timed = functools.partial(milliseconds, runs=4)
+    tune_one("prefill", timed, (q[0], pool, index, layout), TILES)
+    del q, k, v, pool, index
     for batch in (1, 8):
-        q, kv, layout = decode_inputs(131072, batch, config)
+        made = decode_inputs(131072, batch, config)
         name = f"decode, batch {batch}"
-        tune_one(
-            name, lambda call: milliseconds(capture(call).replay, 20), q, kv, layout, LONE_TILES
-        )
+        tune_one(name, lambda call: milliseconds(capture(call).replay, 20), made, LONE_TILES)
 
 
 def tune_one(
     what: str,
     timed: Callable[[Callable[[], object]], float],
-    q: Tensor,
-    kv: PagedKV,
-    layout: BatchLayout,
+    made: tuple[Tensor, KeyPool, KeyIndex, BatchLayout],
     tiles: list[tuple[int, int, int, int]],
 ) -> None:
     config = HiPConfig()
-    chosen = select_blocks(q, kv, layout, config=config, check=False)
-    attend = lambda: block_sparse_attention(q, kv, layout, chosen, config=config, check=False)  # noqa: E731
-    search = lambda: select_blocks(q, kv, layout, config=config, check=False)  # noqa: E731
+    q, pool, index, layout = made
+    chosen = select_blocks(q, index, layout, config=config, check=False)
+    attend = lambda: block_sparse_attention(q, pool, layout, chosen, config=config, check=False)  # noqa: E731
+    search = lambda: select_blocks(q, index, layout, config=config, check=False)  # noqa: E731
     say(f"tune {what}: attend {1000 * timed(attend):.1f} us, select {1000 * timed(search):.1f} us")
     usual = selection.tile_keys
     for tile in tiles:

@@ -12,9 +12,9 @@ import torch
 
 import hipserve
 from hipserve import ArgumentError, BackendError, ConfigError, HiPConfig
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.ops import block_sparse_attention, build_index, select_blocks, write_kv
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 Q, K = torch.zeros(1, 4, 4, 64), torch.zeros(1, 8, 2, 64)
 HIP: dict[str, Any] = {"q": Q, "k": K, "v": K}
@@ -80,12 +80,23 @@ def paged(**changes: Any) -> dict[str, Any]:
         "q": torch.zeros(5, 4, 64),
         "k_cache": pages,
         "v_cache": pages,
-        "k_bounds": torch.zeros(3, 5, 2, 2, 64),
+        "summaries": torch.zeros(3, 5, 2, 2, 64),
         **changes,
     }
     layout = BatchLayout(fields["block_table"], fields["seq_lens"], fields["cu_seqlens_q"])
-    kv = PagedKV(fields["k_cache"], fields["v_cache"], fields["k_bounds"])
-    return {"q": fields["q"], "kv": kv, "layout": layout}
+    pool = KeyPool(fields["k_cache"], fields["v_cache"])
+    index = KeyIndex(fields["k_cache"], fields["summaries"])
+    return {"q": fields["q"], "pool": pool, "index": index, "layout": layout}
+
+
+def searched(**changes: Any) -> dict[str, Any]:
+    """What `select_blocks` takes."""
+    return {name: x for name, x in paged(**changes).items() if name != "pool"}
+
+
+def attended(**changes: Any) -> dict[str, Any]:
+    """What `block_sparse_attention` takes."""
+    return {name: x for name, x in paged(**changes).items() if name != "index"}
 
 
 def ints(*values: Any) -> torch.Tensor:
@@ -107,19 +118,38 @@ def ints(*values: Any) -> torch.Tensor:
         ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 6, 5)}),
         ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 5)}),
         ("q", {"q": torch.zeros(5, 3, 64)}),
-        ("k_cache", {"k_cache": torch.zeros(3, 64, 2, 64, dtype=torch.bfloat16)}),
-        ("v_cache", {"v_cache": torch.zeros(3, 32, 2, 64)}),
-        ("k_bounds", {"k_bounds": None}),
-        ("k_bounds", {"k_bounds": torch.zeros(3, 4, 2, 2, 64)}),
+        ("codes", {"k_cache": torch.zeros(3, 64, 2, 64, dtype=torch.bfloat16)}),
+        ("summaries", {"summaries": None}),
+        ("summaries", {"summaries": torch.zeros(3, 4, 2, 2, 64)}),
     ],
 )
 def test_select_blocks(argument: str, changes: dict[str, Any]) -> None:
-    refused(argument, lambda: select_blocks(**paged(**changes)))
+    refused(argument, lambda: select_blocks(**searched(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("k_cache", {"k_cache": torch.zeros(3, 64, 2, 64, dtype=torch.bfloat16)}),
+        ("v_cache", {"v_cache": torch.zeros(3, 32, 2, 64)}),
+    ],
+)
+def test_pages_that_do_not_fit(argument: str, changes: dict[str, Any]) -> None:
+    refused(argument, lambda: block_sparse_attention(**attended(**changes)))
+
+
+def test_an_index_of_other_runs_or_of_another_kind_is_refused() -> None:
+    fields = searched()
+    refused(
+        "index", lambda: select_blocks(**fields, config=hipserve.HiPConfig(bound_block_size=32))
+    )
+    refused("index", lambda: select_blocks(**{**fields, "index": KeyPool(K, K)}))
+    refused("pool", lambda: block_sparse_attention(**{**attended(), "pool": fields["index"]}))
 
 
 def test_pages_that_runs_would_straddle() -> None:
     pages, bounds = torch.zeros(3, 80, 2, 64), torch.zeros(3, 7, 2, 2, 64)
-    odd = paged(k_cache=pages, v_cache=pages, k_bounds=bounds)
+    odd = searched(k_cache=pages, v_cache=pages, summaries=bounds)
     refused("page_size", lambda: select_blocks(**odd))
 
 
@@ -142,7 +172,7 @@ def test_pages_that_runs_would_straddle() -> None:
 )
 def test_block_sparse_attention(argument: str, selection: Any, options: dict[str, Any]) -> None:
     chosen = BlockSelection(*selection) if selection else None
-    refused(argument, lambda: block_sparse_attention(**paged(), selection=chosen, **options))
+    refused(argument, lambda: block_sparse_attention(**attended(), selection=chosen, **options))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +190,13 @@ def test_block_sparse_attention(argument: str, selection: Any, options: dict[str
 )
 def test_write_kv(argument: str, changes: dict[str, Any]) -> None:
     k = torch.zeros(5, 2, 64)
-    fields = {"k": k, "v": k, "slot_mapping": torch.arange(5), **changes}
-    refused(argument, lambda: write_kv(**fields, kv=paged()["kv"]))
+    fields, pages = {"k": k, "v": k, "slot_mapping": torch.arange(5), **changes}, paged()
+    refused(argument, lambda: write_kv(**fields, pool=pages["pool"], index=pages["index"]))
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5])
 def test_sizes_of_bounds(size: Any) -> None:
-    refused("bound_block_size", lambda: compute_bounds(K, bound_block_size=size))
+    refused("run_size", lambda: build_index(K, run_size=size))
 
 
 @pytest.mark.parametrize(

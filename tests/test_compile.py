@@ -63,9 +63,9 @@ def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
     c = case()
     blocks = c.layout.query_blocks(CONFIG.query_block_size)
     for config in (CONFIG, CONFIG.replace(share_group=False), CONFIG.replace(selector="tree")):
-        bounds = c.kv.k_bounds if config.uses_bounds else None
+        bounds = c.kv.index.summaries if config.uses_bounds else None
         starts = c.layout.window_starts(pruning_rule(config, "cpu"))
-        tensors = (c.q, c.kv.k_cache, bounds, c.layout.block_table, blocks, starts)
+        tensors = (c.q, c.kv.pool.k_cache, bounds, c.layout.block_table, blocks, starts)
         search = search_spec(config).dumps()
         torch.library.opcheck(selection._operator, (*tensors, search, backend))
 
@@ -74,8 +74,8 @@ def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
 def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
     c = case()
     blocks = c.layout.query_blocks(CONFIG.query_block_size)
-    chosen = select_blocks(c.q, c.kv, c.layout, config=CONFIG, backend=backend)
-    pages = (c.kv.k_cache.nan_to_num(), c.kv.v_cache.nan_to_num(), c.layout.block_table)
+    chosen = select_blocks(c.q, c.index, c.layout, config=CONFIG, backend=backend)
+    pages = (c.kv.pool.k_cache.nan_to_num(), c.kv.pool.v_cache.nan_to_num(), c.layout.block_table)
     sizes = (CONFIG.num_sink_tokens, CONFIG.key_block_size)
     numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, backend)
     for read in ((chosen.indices, chosen.window_start), (None, None)):
@@ -83,12 +83,12 @@ def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
 
 
 @every
-def test_write_kv_and_compute_bounds_are_lawful_operators(backend: str) -> None:
+def test_write_kv_and_build_index_are_lawful_operators(backend: str) -> None:
     c = case()
-    pages = [x.nan_to_num() for x in (c.kv.k_cache, c.kv.v_cache, c.kv.k_bounds)]
+    pages = [x.nan_to_num() for x in (c.kv.pool.k_cache, c.kv.pool.v_cache, c.kv.index.summaries)]
     k, slots = torch.randn(20, 2, 64), torch.arange(20)
     torch.library.opcheck(writing._operator, (k, k, *pages, slots, 16, backend))
-    torch.library.opcheck(writing._bounds_operator, (pages[0], 16, backend))
+    torch.library.opcheck(writing._summarize_operator, (pages[0], 16, backend))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -19,12 +19,12 @@ from backends import native
 from hipserve import HiPConfig, hip_attention, platform
 from hipserve.attention import crossover, dense, torch_dense
 from hipserve.attention.crossover import CONTEXTS, STEP, dense_kernel, rule_for
-from hipserve.ops import compute_bounds, select_blocks
+from hipserve.ops import build_index, select_blocks
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.plan.rule import BREAK_EVEN, SINGLE_ROW
-from hipserve.testing.cases import Case, make_case, random_config, random_shape
+from hipserve.testing.cases import Case, Pages, make_case, random_config, random_shape
 from hipserve.testing.oracle import assert_as_exact, readable
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyPool
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 KIND = (torch.device("cpu"), torch.bfloat16, 128, 4)
@@ -48,7 +48,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def some_selection(case: Case, config: HiPConfig) -> BlockSelection:
-    return select_blocks(case.q, case.kv, case.layout, config=config)
+    return select_blocks(case.q, case.index, case.layout, config=config)
 
 
 @pytest.mark.usefixtures("by_torch")
@@ -62,7 +62,7 @@ def test_chunks_in_pages_are_exact(seed: int) -> None:
     case = make_case(shape, config.bound_block_size)
     for selection in (None, some_selection(case, config)):
         out, lse = dense.attend_chosen(
-            case.q, case.kv, case.layout, selection, config=config, softcap=shape.softcap
+            case.q, case.kv.pool, case.layout, selection, config=config, softcap=shape.softcap
         )
         assert_as_exact(out, lse, case, readable(case, selection, config))
 
@@ -86,9 +86,9 @@ def test_what_torch_cannot_do_stays_with_our_kernel() -> None:
     q, k = torch.randn(200, 4, 64), torch.randn(1, 200, 2, 64)
     layout = BatchLayout.of(torch.zeros(1, 1, dtype=torch.int32), [200], [200])
     for option in ({"softcap": 30.0}, {"sliding_window": 20}, {"backend": "reference"}):
-        dense.attend_chosen(q, PagedKV(k, k), layout, None, **option)
+        dense.attend_chosen(q, KeyPool(k, k), layout, None, **option)
     assert not calls
-    dense.attend_chosen(q, PagedKV(k, k), layout, None)
+    dense.attend_chosen(q, KeyPool(k, k), layout, None)
     assert calls
 
 
@@ -263,9 +263,9 @@ def test_single_rows_have_a_crossover_of_their_own(data: st.DataObject) -> None:
     k = torch.randint(-3, 4, (len(lens), 400, 2, 64)).float()
     q = torch.randint(-3, 4, (sum(rows), 4, 64)).float()
     pages = torch.arange(len(lens), dtype=torch.int32)[:, None]
-    layout, kv = BatchLayout.of(pages, lens, rows), PagedKV(k, k, compute_bounds(k))
+    layout, kv = BatchLayout.of(pages, lens, rows), Pages(KeyPool(k, k), build_index(k))
     found, defined = (
-        select_blocks(q, kv, layout, config=config, backend=backend)
+        select_blocks(q, kv.index, layout, config=config, backend=backend)
         for backend in ("cpu", "reference")
     )
     assert torch.equal(found.window_start, defined.window_start)

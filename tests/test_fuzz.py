@@ -17,10 +17,18 @@ from backends import NAMES, using
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.plan import BatchLayout
-from hipserve.testing.cases import Case, Shape, in_pages, make_case, random_config, random_shape
+from hipserve.testing.cases import (
+    Case,
+    Pages,
+    Shape,
+    in_pages,
+    make_case,
+    random_config,
+    random_shape,
+)
 from hipserve.testing.laws import assert_lawful
 from hipserve.testing.oracle import assert_as_exact, readable
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection
 
 DEFAULT = 150
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,19 +66,18 @@ def run(shape: Shape, config: HiPConfig, backend: str) -> Run:
 
 
 def attend(
-    q: Tensor, kv: PagedKV, layout: BatchLayout, shape: Shape, config: HiPConfig, backend: str
+    q: Tensor, kv: Pages, layout: BatchLayout, shape: Shape, config: HiPConfig, backend: str
 ) -> tuple[BlockSelection, Tensor, Tensor]:
-    selection = select_blocks(q, kv, layout, config=config, backend=backend)
+    selection = select_blocks(q, kv.index, layout, config=config, backend=backend)
     options = {"config": config, "softcap": shape.softcap, "backend": backend}
-    return selection, *block_sparse_attention(q, kv, layout, selection, **options)
+    return selection, *block_sparse_attention(q, kv.pool, layout, selection, **options)
 
 
 def check(shape: Shape, config: HiPConfig, backend: str, reference: Run) -> None:
     """Exact pages and bounds, a lawful selection, exact attention, and no trace of page order."""
     got = reference if backend == "reference" else run(shape, config, backend)
-    for name in ("k_cache", "v_cache", "k_bounds"):
-        pair = (getattr(x.case.kv, name) for x in (got, reference))
-        assert torch.equal(*(x.nan_to_num(7.0) for x in pair)), name
+    for pair in zip(got.case.kv.tensors, reference.case.kv.tensors, strict=True):
+        assert torch.equal(*(x.nan_to_num(7.0) for x in pair))
     assert_lawful(got.selection, got.case, config)
     if shape.kind == "grid":
         assert torch.equal(got.selection.indices, reference.selection.indices)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 import hipserve
 from backends import every_backend, using
 from hipserve import HiPConfig
-from hipserve.attention import SelectionReuse, attend
+from hipserve.attention import AttentionLayer, HeldKeys, SelectionReuse
+from hipserve.attention.crossover import rule_of
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, bound_offsets
 from hipserve.plan.rule import BREAK_EVEN
-from hipserve.types import PagedKV
+from hipserve.testing.cases import Pages, attend
+from hipserve.types import KeyPool
 
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"budget": 64, "num_sink_tokens": 16, "sliding_window": 32, "dense_below": 0}
@@ -57,8 +59,8 @@ def test_a_head_dim_that_the_kernels_do_not_take_is_computed_all_the_same(
 ) -> None:
     q = torch.randn(1, 90, 4, head_dim).to(dtype)
     k, v = torch.randn(2, 1, 300, 2, head_dim).to(dtype)
-    pages = PagedKV(torch.empty(2, 256, 2, head_dim, dtype=dtype), v.new_empty(2, 256, 2, head_dim))
-    write_kv(k[0], v[0], pages, torch.arange(300))
+    pages = KeyPool(torch.empty(2, 256, 2, head_dim, dtype=dtype), v.new_empty(2, 256, 2, head_dim))
+    write_kv(k[0], v[0], pages, None, torch.arange(300))
     assert torch.equal(pages.k_cache.flatten(0, 1)[:300], k[0])
     close = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     for config in (HiPConfig(), HiPConfig(**SMALL).replace(budget=320)):
@@ -102,27 +104,23 @@ class Sequence:
         pages, self.size, self.backend, self.config = -(-length // 256), 256, backend, config
         shape = (pages, self.size, 2, 64)
         runs = bound_offsets(self.size, config.bound_block_size)[-1]
-        self.kv = PagedKV(
-            *(
-                torch.full(s, torch.nan, dtype=dtype)
-                for s in (shape, shape, (pages, runs, 2, 2, 64))
-            )
-        )
+        shapes = (shape, shape, (pages, runs, 2, 2, 64))
+        tensors = (torch.full(s, torch.nan, dtype=dtype) for s in shapes)
+        self.kv = Pages.of(*tensors, config.bound_block_size)
         self.table = torch.randperm(pages).int()
         self.length = 0
 
     def extend(self, q, k, v, reuse: SelectionReuse | None = None) -> torch.Tensor:
         positions = torch.arange(self.length, self.length + len(k))
         slots = self.table[positions // self.size].long() * self.size + positions % self.size
-        write_kv(k, v, self.kv, slots, backend=self.backend)
+        write_kv(k, v, self.kv.pool, self.kv.index, slots, backend=self.backend)
         self.length += len(k)
         layout = BatchLayout(
             self.table[None],
             torch.tensor([self.length], dtype=torch.int32),
             torch.tensor([0, len(k)], dtype=torch.int32),
         )
-        options = {"config": self.config, "reuse": reuse, "backend": self.backend}
-        return attend(q, self.kv, layout, **options)[0]
+        return attend(q, self.kv, layout, self.config, reuse, backend=self.backend)[0]
 
 
 @every_backend
@@ -219,16 +217,17 @@ def test_scale_and_softcap_are_applied_once(backend: str) -> None:
 def test_compiled_equals_eager() -> None:
     """torch.compile sees custom operators, not their insides."""
     from hipserve.attention.hip import whole_sequences
-    from hipserve.ops import compute_bounds
+    from hipserve.ops import build_index
 
     q, k, v = qkv(128, 900)
     config = HiPConfig(**SMALL)
     layout = whole_sequences(1, 128, 900, q.device)
     layout.query_blocks(64)
-    kv = PagedKV(k, v, compute_bounds(k))
+    keys = HeldKeys(KeyPool(k, v), build_index(k), layout)
+    attention = AttentionLayer(config, rule_of(config, q[0], 2))
 
     def layer(q: torch.Tensor) -> torch.Tensor:
-        return attend(q * 2, kv, layout, config=config, check=False)[0] + 1
+        return attention.forward(q * 2, keys)[0] + 1
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q[0]), layer(q[0]))

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from backends import every_backend, using
 from hipserve import HiPConfig, hip_attention
-from hipserve.attention import SelectionReuse, attend, layer
-from hipserve.ops import compute_bounds, select_blocks
+from hipserve.attention import Account, SelectionReuse, layer
+from hipserve.ops import build_index, select_blocks
 from hipserve.ops.block_sparse_attention.reference import read_keys
 from hipserve.plan import BatchLayout, bound_levels, kept_runs, pruning_rule, runs_of_pages
 from hipserve.plan.rule import SINGLE_ROW
-from hipserve.types import PagedKV
+from hipserve.testing.cases import Pages, attend
+from hipserve.types import KeyPool
 
 CONFIG = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
 lengths = st.lists(st.integers(0, 400), min_size=1, max_size=4)
@@ -92,7 +93,7 @@ def test_decode_steps_are_pruned_from_their_own_crossover_on() -> None:
 @every_backend
 def test_short_sequences_are_never_searched(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 90, 4, 64), *torch.randn(2, 1, 100, 2, 64)
-    kv = PagedKV(k, v, compute_bounds(k))
+    kv = Pages(KeyPool(k, v), build_index(k))
     known = BatchLayout.of(table(1), [100], [90])
     unknown = BatchLayout(known.block_table, known.seq_lens, known.cu_seqlens_q)
     with using(backend) as name:
@@ -107,12 +108,12 @@ def test_short_sequences_are_never_searched(backend: str, monkeypatch: pytest.Mo
 def test_counts_are_those_of_the_keys_read(known: bool, share_group: bool) -> None:
     config = CONFIG.replace(share_group=share_group)
     k = torch.randn(2, 400, 2, 64)
-    kv, q = PagedKV(k, k, compute_bounds(k)), torch.randn(310, 4, 64)
+    kv, q = Pages(KeyPool(k, k), build_index(k)), torch.randn(310, 4, 64)
     layout = BatchLayout.of(table(2), [400, 90], [300, 10])
     if not known:
         layout = BatchLayout(layout.block_table, layout.seq_lens, layout.cu_seqlens_q)
-    selection, reuse = select_blocks(q, kv, layout, config=config), SelectionReuse()
-    attend(q, kv, layout, config=config, reuse=reuse)
+    selection, account = select_blocks(q, kv.index, layout, config=config), Account()
+    attend(q, kv, layout, config, account=account)
     read = 0.0
     blocks = layout.query_blocks(config.query_block_size).tolist()
     for i, (_, _, rows, position) in enumerate(blocks):
@@ -120,23 +121,24 @@ def test_counts_are_those_of_the_keys_read(known: bool, share_group: bool) -> No
         keys = read_keys(selection.indices[i], config.key_block_size, 16, start, last)
         for p in range(position, last):
             read += ((keys >= 0) & (keys <= p)).double().sum(1).mean().item()
-    assert reuse.keys_read == pytest.approx(read)
-    assert 0 < read < reuse.keys_visible
+    assert account.keys_read == pytest.approx(read)
+    assert 0 < read < account.keys_visible
 
 
 def test_counting_later_counts_the_same() -> None:
     """Steps that select, reuse a selection or read everything, and another budget on the way."""
     k = torch.randn(1, 400, 2, 64)
-    kv, reuse = PagedKV(k, k, compute_bounds(k)), SelectionReuse()
+    kv, reuse = Pages(KeyPool(k, k), build_index(k)), SelectionReuse()
+    account = Account()
     read = visible = 0.0
     for end in [*range(90, 100), *range(200, 300)]:
         config = CONFIG.replace(refresh_interval=3, budget=64 if end < 250 else 96)
         layout = BatchLayout.of(table(1), [end], [1])
-        attend(torch.randn(1, 4, 64), kv, layout, config=config, reuse=reuse)
+        attend(torch.randn(1, 4, 64), kv, layout, config, reuse, account)
         if reuse.selection is None:
             counts: tuple[Any, Any] = (end, end)
         else:
             counts = reuse.selection.keys_read(layout, config)
         read, visible = read + float(counts[0]), visible + float(counts[1])
-    assert reuse.keys_read == pytest.approx(read)
-    assert reuse.keys_visible == visible == sum([*range(90, 100), *range(200, 300)])
+    assert account.keys_read == pytest.approx(read)
+    assert account.keys_visible == visible == sum([*range(90, 100), *range(200, 300)])

@@ -6,18 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipserve.attention import (
+from hipserve.attention import RequestSelections
+from hipserve.config import HiPConfig
+from hipserve.ops import build_index, select_blocks
+from hipserve.plan import (
+    BatchLayout,
     DecodeBuffers,
     RefreshSchedule,
-    RequestSelections,
     SequenceStep,
     StepPlan,
+    pruning_rule,
     split_batch,
 )
-from hipserve.config import HiPConfig
-from hipserve.ops import compute_bounds, select_blocks
-from hipserve.plan import BatchLayout, pruning_rule
-from hipserve.types import PagedKV
 
 CONFIG = HiPConfig(
     selector="bound",
@@ -101,7 +101,7 @@ class Engine:
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.k = torch.randn(count * 8, PAGE, 2, 16, generator=generator)
-        self.kv = PagedKV(self.k, self.k, compute_bounds(self.k, backend="reference"))
+        self.index = build_index(self.k, backend="reference")
         self.schedule = RefreshSchedule(count, CONFIG.refresh_interval)
         self.selections = RequestSelections(count)
         self.lengths = [150 + 37 * i for i in range(count)]
@@ -129,8 +129,8 @@ def test_every_row_uses_its_own_selection(orders: list[list[int]], data: st.Data
         rows = order[: data.draw(st.integers(1, 4))]
         q, layout, decisions = engine.step(rows)
         plan = StepPlan.make(layout, RULE, decisions)
-        selection = engine.selections.select(q, engine.kv, plan, CONFIG, "reference")
-        now = select_blocks(q, engine.kv, layout, config=CONFIG, backend="reference")
+        selection = engine.selections.select(q, engine.index, plan, CONFIG, "reference")
+        now = select_blocks(q, engine.index, layout, config=CONFIG, backend="reference")
         for row, (request, (_, fresh)) in enumerate(zip(rows, decisions, strict=True)):
             if fresh:
                 held[request] = (now.indices[row], now.window_start[row])
@@ -152,10 +152,10 @@ def test_captured_plans_keep_their_addresses_and_give_the_same_selections() -> N
     for rows in ([0, 1, 2], [2, 0, 1], [1, 2, 3], [3, 1, 0], [0, 3, 2], [2, 3, 0]):
         q, layout, decisions = plain.step(rows)
         plan = StepPlan.make(layout, RULE, decisions)
-        expected = plain.selections.select(q, plain.kv, plan, CONFIG, "reference")
+        expected = plain.selections.select(q, plain.index, plan, CONFIG, "reference")
         q, layout, decisions = captured.step(rows)
         replayed = buffers.plan(layout, RULE, decisions)
-        got = captured.selections.select(q, captured.kv, replayed, CONFIG, "reference")
+        got = captured.selections.select(q, captured.index, replayed, CONFIG, "reference")
         assert torch.equal(got.indices, expected.indices)
         assert torch.equal(got.window_start, expected.window_start)
         assert torch.equal(replayed.layout.query_blocks(16), plan.layout.query_blocks(16))
@@ -227,7 +227,7 @@ def test_plans_without_decisions_select_everywhere() -> None:
     engine = Engine(2)
     q, layout, _ = engine.step([0, 1])
     plan = StepPlan.make(layout, RULE)
-    selection = engine.selections.select(q, engine.kv, plan, CONFIG, "reference")
-    now = select_blocks(q, engine.kv, layout, config=CONFIG, backend="reference")
+    selection = engine.selections.select(q, engine.index, plan, CONFIG, "reference")
+    now = select_blocks(q, engine.index, layout, config=CONFIG, backend="reference")
     assert torch.equal(selection.indices, now.indices)
     assert not engine.selections.indices.numel()

@@ -44,9 +44,9 @@ def test_sinks_are_a_column_of_the_softmax(
     pruned: bool, dtype: torch.dtype, sink_logits: Tensor
 ) -> None:
     case = make_case(Shape((500, 130, 1), (90, 1, 1), dtype=dtype))
-    chosen = select_blocks(case.q, case.kv, case.layout, config=CONFIG) if pruned else None
+    chosen = select_blocks(case.q, case.index, case.layout, config=CONFIG) if pruned else None
     masks = oracle.readable(case, chosen, CONFIG)
-    out, lse = block_sparse_attention(case.q, case.kv, case.layout, chosen, config=CONFIG)
+    out, lse = block_sparse_attention(case.q, case.pool, case.layout, chosen, config=CONFIG)
     out, lse = absorb_sinks(out, lse, sink_logits)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     truth, true_lse = with_a_column(case, masks, sink_logits, torch.float64)

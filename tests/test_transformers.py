@@ -153,10 +153,10 @@ def test_a_decode_step_copies_no_cache() -> None:
     ids = prompts(1, 200)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        before = [layer.pages.pages.k_cache.data_ptr() for layer in cache.layers]
+        before = [layer.pages.pool.k_cache.data_ptr() for layer in cache.layers]
         for _ in range(5):
             model(ids[:, :1], past_key_values=cache)
-    assert before == [layer.pages.pages.k_cache.data_ptr() for layer in cache.layers]
+    assert before == [layer.pages.pool.k_cache.data_ptr() for layer in cache.layers]
 
 
 def test_crop_and_reset() -> None:
@@ -281,7 +281,7 @@ def test_a_cache_serves_what_it_was_made_for() -> None:
         with pytest.raises(ArgumentError, match="page_size"):
             HiPCache(build("llama", PRUNED).config, page_size=bad)  # pyright: ignore
     wide = {"bound_block_size": 48, "key_block_size": 16, "budget": 96, "num_sink_tokens": 48}
-    assert HiPCache(build("llama", wide).config).layers[0].pages.page_size == 768
+    assert HiPCache(build("llama", wide).config).layers[0].pages.index.page_size == 768
     with pytest.raises(ArgumentError, match=r"config: expected model\.config"):
         HiPCache(model)
 

@@ -14,9 +14,9 @@ from hipserve import HiPCache, HiPConfig, HipserveError, hip_attention
 from hipserve.errors import ArgumentError, FitError
 from hipserve.evaluate import Document, PerplexityReport, evaluate_perplexity
 from hipserve.models import Conversation, Statistics, load
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks, write_kv
+from hipserve.ops import block_sparse_attention, build_index, select_blocks, write_kv
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyPool
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,11 +31,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_pages(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, layout: BatchLayout) -> Tensor:
     """q `[num_tokens, num_q_heads, head_dim]`; k and v with num_kv_heads; slots `[num_tokens]`."""
     pages = torch.empty(8, 256, k.shape[1], k.shape[2])
-    kv = PagedKV(pages, pages.clone(), compute_bounds(pages))
-    write_kv(k, v, kv, slots)
-    selection = select_blocks(q, kv, layout)
+    pool, index = KeyPool(pages, pages.clone()), build_index(pages)
+    write_kv(k, v, pool, index, slots)
+    selection = select_blocks(q, index, layout)
     assert_type(selection, BlockSelection)
-    out, lse = block_sparse_attention(q, kv, layout, selection)
+    out, lse = block_sparse_attention(q, pool, layout, selection)
     assert_type(lse, Tensor)
     return out
 

@@ -12,20 +12,16 @@ from hipserve.plan import BatchLayout
 
 
 @dataclass(frozen=True, slots=True)
-class PagedKV:
-    """Keys and values of one layer, in pages.
+class KeyPool:
+    """The exact keys and values of one layer, in pages: what attention reads.
 
     Attributes:
         k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`; any strides with a
             contiguous last axis.
-        k_bounds: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of `k_cache`:
-            elementwise minimum and maximum of the keys of each run (`bound_offsets` gives the
-            places of the levels), or None where no bound selector is used.
     """
 
     k_cache: Tensor
     v_cache: Tensor
-    k_bounds: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -38,6 +34,39 @@ class PagedKV:
     @property
     def head_dim(self) -> int:
         return self.k_cache.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyIndex:
+    """What a search reads of one layer's keys, in the same pages as the keys.
+
+    An index describes keys and does not own them: a search never touches a `KeyPool`.
+
+    Attributes:
+        codes: `[num_pages, page_size, num_kv_heads, head_dim]`: a code of every key, which orders
+            the candidates of a search. Of 16 or more bits a code is the key itself: the pool's
+            `k_cache`.
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of the keys: two
+            vectors for each run of keys (`bound_offsets` gives the places of the levels), or None
+            for the tree, which descends through the codes.
+        run_size: keys of the finest run.
+    """
+
+    codes: Tensor
+    summaries: Tensor | None = None
+    run_size: int = 16
+
+    @property
+    def page_size(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.codes.shape[3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +83,10 @@ class BlockSelection:
 
     indices: Tensor
     window_start: Tensor
+
+    def rows(self, order: Tensor) -> BlockSelection:
+        """Entry i is the former entry `order[i]`; order: `[n]` int64."""
+        return BlockSelection(self.indices[order], self.window_start[order])
 
     def keys_read(self, layout: BatchLayout, config: HiPConfig) -> tuple[Tensor, Tensor]:
         """Keys that all rows read, mean over heads, and keys that dense attention would read.
@@ -75,3 +108,13 @@ class BlockSelection:
         left = (self.window_start - config.num_sink_tokens).clamp(min=0) - chosen
         dense = (rows * (position + (rows + 1) / 2)).sum()
         return dense - rows @ left, dense
+
+
+def __getattr__(name: str) -> object:
+    if name == "PagedKV":
+        raise AttributeError(
+            "hipserve.types.PagedKV became KeyPool(k_cache, v_cache), which attention reads, and "
+            "KeyIndex(codes, summaries, run_size), which a search reads; hipserve.ops.build_index "
+            "makes the second"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -155,7 +155,7 @@ def write(head_dim: int) -> None:
     runs = bound_offsets(256, 16)[-1]
     bounds = torch.empty(4, runs, 8, 2, head_dim, dtype=torch.bfloat16)
     writing.write_kv(k, k, pages, pages, bounds, torch.zeros(64, dtype=torch.int64), 16)
-    writing.compute_bounds(pages, 16)
+    writing.build_index(pages, 16)
 
 
 def main() -> None:

@@ -17,16 +17,24 @@ from hipserve import BackendError, HiPConfig, hip_attention
 from hipserve.attention import absorb_sinks
 from hipserve.ops import (
     block_sparse_attention,
-    compute_bounds,
+    build_index,
     refresh_blocks,
     select_blocks,
     write_kv,
 )
 from hipserve.plan import BatchLayout
 from hipserve.platform import interpreting
-from hipserve.testing.cases import Case, Shape, empty_pages, make_case, random_config, random_shape
+from hipserve.testing.cases import (
+    Case,
+    Pages,
+    Shape,
+    empty_pages,
+    make_case,
+    random_config,
+    random_shape,
+)
 from hipserve.testing.oracle import assert_as_exact, readable
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyPool
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not (GPU or interpreting()), reason="no GPU and no interpreter")
@@ -39,7 +47,7 @@ SMALL = HiPConfig(
 CASES = 300 if GPU else 6
 
 
-def moved(case: Case) -> tuple[torch.Tensor, PagedKV, BatchLayout]:
+def moved(case: Case) -> tuple[torch.Tensor, Pages, BatchLayout]:
     there = case.on(DEVICE)
     return there.q, there.kv, there.layout
 
@@ -63,8 +71,8 @@ def test_selection_equals_the_definition(seed: int) -> None:
     shape, config = small(seed)
     case = make_case(replace(shape, kind="grid"), config.bound_block_size)
     q, kv, layout = moved(case)
-    got = select_blocks(q, kv, layout, config=config, backend="triton")
-    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    got = select_blocks(q, kv.index, layout, config=config, backend="triton")
+    expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     assert torch.equal(got.indices.cpu(), expected.indices)
     assert torch.equal(got.window_start.cpu(), expected.window_start)
 
@@ -74,10 +82,10 @@ def test_attention_is_exact_over_what_was_chosen(seed: int) -> None:
     shape, config = small(1000 + seed)
     case = make_case(shape, config.bound_block_size)
     q, kv, layout = moved(case)
-    chosen = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    chosen = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     there = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
     out, lse = block_sparse_attention(
-        q, kv, layout, there, config=config, softcap=shape.softcap, backend="triton"
+        q, kv.pool, layout, there, config=config, softcap=shape.softcap, backend="triton"
     )
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, chosen, config))
 
@@ -87,7 +95,7 @@ def test_dense_and_windowed_layers(sliding_window: int) -> None:
     case = make_case(Shape((150, 1, 70), (20, 1, 0), group_size=3, head_dim=80))
     q, kv, layout = moved(case)
     out, lse = block_sparse_attention(
-        q, kv, layout, sliding_window=sliding_window, backend="triton"
+        q, kv.pool, layout, sliding_window=sliding_window, backend="triton"
     )
     masks = readable(case, None, HiPConfig(), sliding_window)
     assert_as_exact(out.cpu(), lse.cpu(), case, masks)
@@ -96,7 +104,7 @@ def test_dense_and_windowed_layers(sliding_window: int) -> None:
 def test_decode_splits_its_keys_and_merges_them() -> None:
     case = make_case(Shape((700, 3), (1, 1), num_kv_heads=1, group_size=4))
     q, kv, layout = moved(case)
-    out, lse = block_sparse_attention(q, kv, layout, backend="triton")
+    out, lse = block_sparse_attention(q, kv.pool, layout, backend="triton")
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, None, HiPConfig()))
 
 
@@ -107,11 +115,11 @@ def test_heads_as_wide_as_gemma_4s(head_dim: int, query_lens: tuple[int, ...]) -
     shape = Shape((200,), query_lens, 1, group_size=2, head_dim=head_dim, kind="grid")
     case = make_case(shape)
     q, kv, layout = moved(case)
-    expected = select_blocks(case.q, case.kv, case.layout, config=SMALL, backend="reference")
-    got = select_blocks(q, kv, layout, config=SMALL, backend="triton")
+    expected = select_blocks(case.q, case.index, case.layout, config=SMALL, backend="reference")
+    got = select_blocks(q, kv.index, layout, config=SMALL, backend="triton")
     assert torch.equal(got.indices.cpu(), expected.indices)
     assert bool((expected.indices >= 0).any())
-    out, lse = block_sparse_attention(q, kv, layout, got, config=SMALL, backend="triton")
+    out, lse = block_sparse_attention(q, kv.pool, layout, got, config=SMALL, backend="triton")
     assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, expected, SMALL))
 
 
@@ -119,8 +127,10 @@ def test_learned_sinks_are_absorbed() -> None:
     case = make_case(Shape((60, 9), (5, 1)))
     q, kv, layout = moved(case)
     sinks = torch.tensor([-1.0, 0.5, 3.0, -torch.inf])
-    got = absorb_sinks(*block_sparse_attention(q, kv, layout, backend="triton"), sinks.to(DEVICE))
-    dense = block_sparse_attention(case.q, case.kv, case.layout, backend="reference")
+    got = absorb_sinks(
+        *block_sparse_attention(q, kv.pool, layout, backend="triton"), sinks.to(DEVICE)
+    )
+    dense = block_sparse_attention(case.q, case.pool, case.layout, backend="reference")
     for one, other in zip(got, absorb_sinks(*dense, sinks), strict=True):
         torch.testing.assert_close(one.cpu(), other)
 
@@ -129,10 +139,10 @@ def test_learned_sinks_are_absorbed() -> None:
 def test_only_flagged_blocks_select_anew(backend: str) -> None:
     case = make_case(Shape((400, 300, 350), (1, 1, 1), kind="grid"))
     q, kv, layout = moved(case)
-    fresh = select_blocks(q, kv, layout, config=SMALL, backend=backend)
+    fresh = select_blocks(q, kv.index, layout, config=SMALL, backend=backend)
     kept = BlockSelection(torch.full_like(fresh.indices, 7), torch.full_like(fresh.window_start, 9))
     flags = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
-    refresh_blocks(q, kv, layout, kept, flags, config=SMALL, backend=backend)
+    refresh_blocks(q, kv.index, layout, kept, flags, config=SMALL, backend=backend)
     assert torch.equal(kept.indices[[0, 2]], fresh.indices[[0, 2]])
     assert torch.equal(kept.window_start[[0, 2]], fresh.window_start[[0, 2]])
     assert bool((kept.indices[1] == 7).all())
@@ -144,10 +154,10 @@ def test_scratch_in_several_launches_changes_nothing(monkeypatch: pytest.MonkeyP
 
     case = make_case(Shape((400,), (64,), num_kv_heads=1, kind="grid"))
     q, kv, layout = moved(case)
-    whole = select_blocks(q, kv, layout, config=SMALL, backend="triton")
+    whole = select_blocks(q, kv.index, layout, config=SMALL, backend="triton")
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
     assert torch.equal(
-        whole.indices, select_blocks(q, kv, layout, config=SMALL, backend="triton").indices
+        whole.indices, select_blocks(q, kv.index, layout, config=SMALL, backend="triton").indices
     )
 
 
@@ -161,16 +171,16 @@ def test_heads_may_lie_further_apart_than_32_bits_count() -> None:
 
     q, k, v = torch.randn(3, 8, 3, 16).half()
     layout = BatchLayout.of(torch.zeros(1, 1, dtype=torch.int32), [8], [8])
-    expected, _ = block_sparse_attention(q, PagedKV(k[None], v[None]), layout, backend="reference")
+    expected, _ = block_sparse_attention(q, KeyPool(k[None], v[None]), layout, backend="reference")
     layout = BatchLayout.of(torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), [8], [8])
     near = [x.to(DEVICE) for x in (q, k, v)]
     for far in range(3):
         q, k, v = (spread(x) if i == far else x for i, x in enumerate(near))
-        kv = PagedKV(k[None], v[None])
-        out, _ = block_sparse_attention(q, kv, layout, backend="triton")
+        out, _ = block_sparse_attention(q, KeyPool(k[None], v[None]), layout, backend="triton")
         torch.testing.assert_close(out.cpu(), expected, atol=2e-3, rtol=2e-3)
-        got = compute_bounds(kv.k_cache, backend="triton").cpu()
-        assert torch.equal(got, compute_bounds(near[1][None].cpu(), backend="reference"))
+        got = build_index(k[None], backend="triton").summaries
+        expected_index = build_index(near[1][None].cpu(), backend="reference")
+        assert torch.equal(got.cpu(), expected_index.summaries)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -179,10 +189,8 @@ def test_pages_and_bounds(seed: int) -> None:
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     shape = Shape((1,), (1,), num_kv_heads=rng.choice([1, 2, 3]), page_size=rng.choice([16, 64]))
     pages = [empty_pages(4, shape, 16) for _ in range(2)]
-    first = pages[0]
-    assert first.k_bounds is not None
-    moved_pages = (x.to(DEVICE) for x in (first.k_cache, first.v_cache, first.k_bounds))
-    pages[0] = PagedKV(*moved_pages)
+    pages[0] = pages[0].map(lambda x: x.to(DEVICE))
+    there, here = pages
     for _ in range(4):
         count = rng.choice([1, 3, 20])
         slots = torch.randperm(4 * shape.page_size, generator=g)[:count]
@@ -190,19 +198,19 @@ def test_pages_and_bounds(seed: int) -> None:
             slots = slots[0] % (3 * shape.page_size) + torch.arange(count)
         slots[torch.rand(count, generator=g) < 0.1] = -1
         k = torch.randn(count, shape.num_kv_heads, shape.head_dim, generator=g)
-        write_kv(k.to(DEVICE), 2 * k.to(DEVICE), pages[0], slots.to(DEVICE), backend="triton")
-        write_kv(k, 2 * k, pages[1], slots, backend="reference")
-        for name in ("k_cache", "v_cache", "k_bounds"):
-            got, expected = getattr(pages[0], name).cpu(), getattr(pages[1], name)
+        moved_k, moved_slots = k.to(DEVICE), slots.to(DEVICE)
+        write_kv(moved_k, 2 * moved_k, there.pool, there.index, moved_slots, backend="triton")
+        write_kv(k, 2 * k, here.pool, here.index, slots, backend="reference")
+        for got, expected in zip(there.tensors, here.tensors, strict=True):
             seen = expected.isfinite()
-            assert torch.equal(got[seen], expected[seen]), name
+            assert torch.equal(got.cpu()[seen], expected[seen])
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 300])
 def test_bounds_of_whole_sequences(length: int) -> None:
     k = torch.randn(2, length, 2, 80)
-    got = compute_bounds(k.to(DEVICE), backend="triton").cpu()
-    assert torch.equal(got, compute_bounds(k, backend="reference"))
+    got = build_index(k.to(DEVICE), backend="triton").summaries
+    assert torch.equal(got.cpu(), build_index(k, backend="reference").summaries)
 
 
 def test_a_budget_of_everything_is_dense_attention() -> None:
@@ -219,4 +227,4 @@ def test_key_blocks_that_are_no_power_of_two_are_refused() -> None:
     q, kv, layout = moved(case)
     config = HiPConfig(key_block_size=24, budget=48, num_sink_tokens=0, selector="tree")
     with pytest.raises(BackendError, match="power of two, not 24"):
-        select_blocks(q, kv, layout, config=config, backend="triton")
+        select_blocks(q, kv.index, layout, config=config, backend="triton")

@@ -24,7 +24,7 @@ HALF = (torch.float32, torch.bfloat16, torch.float16)
 def random_selection(case: Case, config: HiPConfig, rng: random.Random) -> BlockSelection:
     """Any blocks of the middle, not only those a search would choose."""
     blocks = case.layout.query_blocks(config.query_block_size)
-    heads = case.kv.num_kv_heads if config.share_group else case.q.shape[1]
+    heads = case.kv.pool.num_kv_heads if config.share_group else case.q.shape[1]
     indices = torch.full((blocks.shape[0], heads, config.max_selected), -1, dtype=torch.int32)
     starts = torch.empty(blocks.shape[0], dtype=torch.int32)
     for i, (_, _, rows, position) in enumerate(blocks.tolist()):
@@ -65,7 +65,7 @@ def test_a_selection_may_be_a_view(backend: str) -> None:
     case = make_case(Shape((400,), (64,)), 16)
     config = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
     with using(backend) as name:
-        whole = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        whole = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
         few = [whole.indices[..., :2], whole.indices[..., :2].clone()]
         outs = [
             block_sparse_attention(
@@ -109,8 +109,10 @@ def test_pages_and_strides_change_nothing_bit_for_bit(backend: str) -> None:
     with using(backend) as name:
 
         def run(kv, layout, q):
-            selection = select_blocks(q, kv, layout, config=config, backend=name)
-            return block_sparse_attention(q, kv, layout, selection, config=config, backend=name)
+            selection = select_blocks(q, kv.index, layout, config=config, backend=name)
+            return block_sparse_attention(
+                q, kv.pool, layout, selection, config=config, backend=name
+            )
 
         out, lse = run(case.kv, case.layout, case.q)
         wide = torch.zeros(case.q.shape[0], 9, 128, dtype=torch.bfloat16)
@@ -128,13 +130,13 @@ def test_runs_are_deterministic(backend: str) -> None:
     config = HiPConfig(budget=128, sliding_window=64, num_sink_tokens=16, dense_below=0)
     threads = torch.get_num_threads()
     with using(backend) as name:
-        selection = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        selection = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
         results = []
         for run in range(10 if name == "reference" else 100):
             torch.set_num_threads(1 + run % 2)
             results.append(
                 block_sparse_attention(
-                    case.q, case.kv, case.layout, selection, config=config, backend=name
+                    case.q, case.kv.pool, case.layout, selection, config=config, backend=name
                 )[0]
             )
     torch.set_num_threads(threads)
@@ -148,7 +150,7 @@ def test_few_rows_over_many_keys(backend: str, rows: int) -> None:
     shape = Shape((5000, 40), (rows, 1), num_kv_heads=1, group_size=4, page_size=256)
     case = make_case(shape)
     with using(backend) as name:
-        out, lse = block_sparse_attention(case.q, case.kv, case.layout, backend=name)
+        out, lse = block_sparse_attention(case.q, case.pool, case.layout, backend=name)
     assert_as_exact(out, lse, case, readable(case, None, HiPConfig()))
 
 
@@ -161,9 +163,9 @@ def test_wide_heads(backend: str, head_dim: int, dtype: torch.dtype) -> None:
     case = make_case(shape)
     config = HiPConfig(budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0)
     with using(backend) as name:
-        chosen = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        chosen = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
         for selection in (None, chosen):
             out, lse = block_sparse_attention(
-                case.q, case.kv, case.layout, selection, config=config, backend=name
+                case.q, case.kv.pool, case.layout, selection, config=config, backend=name
             )
             assert_as_exact(out, lse, case, readable(case, selection, config))

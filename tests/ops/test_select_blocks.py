@@ -29,7 +29,7 @@ def test_selections_are_lawful(backend: str, seed: int) -> None:
     config = random_config(rng, shape.page_size)
     case = make_case(shape, config.bound_block_size)
     with using(backend) as name:
-        selection = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        selection = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert_lawful(selection, case, config)
 
 
@@ -42,9 +42,9 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
     config = random_config(rng, shape.page_size)
     case = make_case(replace(shape, kind="grid"), config.bound_block_size)
-    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     with using(f"cpu:{tier}") as name:
-        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        got = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert torch.equal(got.window_start, expected.window_start)
     assert torch.equal(got.indices, expected.indices)
 
@@ -56,12 +56,14 @@ def test_pages_that_coarse_runs_would_straddle_have_fine_ones_only(
 ) -> None:
     case = make_case(Shape((900, 333), (70, 1), page_size=page_size, kind="grid"))
     config = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
-    assert case.kv.k_bounds is not None
-    assert case.kv.k_bounds.shape[1] == page_size // 16
+    assert case.kv.index.summaries is not None
+    assert case.kv.index.summaries.shape[1] == page_size // 16
     pages = make_case(replace(case.shape, page_size=16))
-    expected = select_blocks(pages.q, pages.kv, pages.layout, config=config, backend="reference")
+    expected = select_blocks(
+        pages.q, pages.kv.index, pages.layout, config=config, backend="reference"
+    )
     with using(backend) as name:
-        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        got = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert torch.equal(got.indices, expected.indices)
 
 
@@ -75,9 +77,9 @@ def test_native_search_of_wide_heads_equals_the_definition(
     shape = Shape((1100,), (rows,), head_dim=head_dim, dtype=torch.bfloat16, kind="grid")
     case = make_case(shape)
     config = HiPConfig(budget=128, sliding_window=16, num_sink_tokens=16, dense_below=0)
-    expected = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
+    expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     with using(f"cpu:{tier}") as name:
-        got = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        got = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert bool((expected.indices >= 0).any())
     assert torch.equal(got.indices, expected.indices)
 
@@ -87,7 +89,7 @@ def test_a_budget_of_everything_selects_nothing_and_reads_all(backend: str) -> N
     case = make_case(Shape((700,), (700,)))
     config = HiPConfig(budget=704, sliding_window=16, num_sink_tokens=16, dense_below=0)
     with using(backend) as name:
-        selection = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        selection = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert bool((selection.window_start == 16).all())
     assert bool((selection.indices == -1).all())
 
@@ -104,8 +106,8 @@ def test_future_keys_change_no_earlier_block(backend: str, selector: str) -> Non
 
     kv, layout = in_pages([long.ks[0][:1024]], [long.vs[0][:1024]], short)
     with using(backend) as name:
-        whole = select_blocks(long.q, long.kv, long.layout, config=config, backend=name)
-        part = select_blocks(long.q[:1024], kv, layout, config=config, backend=name)
+        whole = select_blocks(long.q, long.index, long.layout, config=config, backend=name)
+        part = select_blocks(long.q[:1024], kv.index, layout, config=config, backend=name)
     assert torch.equal(whole.indices[:16], part.indices)
     assert torch.equal(whole.window_start[:16], part.window_start)
 
@@ -126,7 +128,7 @@ def test_bounds_find_every_needle(backend: str, selector: str) -> None:
 
         kv, layout = in_pages(case.ks, case.vs, case.shape)
         with using(backend) as name:
-            selection = select_blocks(case.q, kv, layout, config=config, backend=name)
+            selection = select_blocks(case.q, kv.index, layout, config=config, backend=name)
         found = (selection.indices == place // config.key_block_size).any(dim=2)
         assert bool(found.all()), place
 
@@ -223,6 +225,6 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
 def test_scaling_q_keeps_the_selection() -> None:
     case = make_case(Shape((1200,), (200,)))
     config = HiPConfig(budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0)
-    one = select_blocks(case.q, case.kv, case.layout, config=config, backend="reference")
-    two = select_blocks(case.q * 4, case.kv, case.layout, config=config, backend="reference")
+    one = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
+    two = select_blocks(case.q * 4, case.index, case.layout, config=config, backend="reference")
     assert torch.equal(one.indices, two.indices)

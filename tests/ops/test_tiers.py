@@ -70,7 +70,7 @@ def test_tile_registers_are_given_back(threads: int) -> None:
         with using("cpu:amx"):
             outs = []
             for _ in range(3):
-                ours = block_sparse_attention(case.q, case.kv, case.layout, backend="cpu")[0]
+                ours = block_sparse_attention(case.q, case.pool, case.layout, backend="cpu")[0]
                 torchs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 outs.append((ours, torchs))
     finally:
@@ -92,10 +92,10 @@ def test_blocks_of_rows_that_fill_no_register(rows: int, head_dim: int) -> None:
     case = make_case(shape)
     config = HiPConfig(budget=64, sliding_window=33, num_sink_tokens=16, dense_below=0)
     with using("cpu:amx") as name:
-        chosen = select_blocks(case.q, case.kv, case.layout, config=config, backend=name)
+        chosen = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
         for selection in (None, chosen):
             out, lse = block_sparse_attention(
-                case.q, case.kv, case.layout, selection, config=config, backend=name
+                case.q, case.kv.pool, case.layout, selection, config=config, backend=name
             )
             assert_as_exact(out, lse, case, readable(case, selection, config))
 

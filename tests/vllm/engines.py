@@ -117,17 +117,18 @@ def preemptions(llm: Any) -> list[int]:
 def wrong_bounds(llm: Any) -> dict[str, int]:
     """Blocks that hold whole cached prefixes, and those whose bounds are not their keys' bounds."""
     from hipserve.integrations.vllm.kv_block import page_views
-    from hipserve.ops import compute_bounds
+    from hipserve.ops import build_index
 
     pool = core(llm).scheduler.kv_cache_manager.block_pool
     cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
     wrong = 0
     for layer in runner(llm).compilation_config.static_forward_context.values():
-        if not layer.impl.keeps_bounds(layer):
+        if not layer.impl.keeps_index(layer):
             continue
         pages = page_views(layer.kv_cache, 16)
-        expected = compute_bounds(pages.k_cache[cached].contiguous(), backend="reference")
-        wrong += int((pages.k_bounds[cached] != expected).flatten(1).any(1).sum())
+        made = build_index(pages.pool.k_cache[cached].contiguous(), backend="reference")
+        expected = made.summaries
+        wrong += int((pages.index.summaries[cached] != expected).flatten(1).any(1).sum())
     return {"cached": len(cached), "wrong": wrong}
 
 

@@ -73,7 +73,7 @@ def watching_bounds() -> Iterator[dict[str, int]]:
     def watched(impl: Any, layer: Any, *tensors: Any, **more: Any) -> Any:
         result = forward(impl, layer, *tensors, **more)
         kv_cache, step = tensors[3], tensors[4]
-        if step is not None and impl.keeps_bounds(layer):
+        if step is not None and impl.keeps_index(layer):
             compare_bounds(kv_cache, step.plan.layout, seen)
         return result
 
@@ -86,12 +86,14 @@ def watching_bounds() -> Iterator[dict[str, int]]:
 
 def compare_bounds(kv_cache: Any, layout: Any, seen: dict[str, int]) -> None:
     pages = kv_block.page_views(kv_cache, 16)
-    assert pages.k_bounds is not None
+    assert pages.index.summaries is not None
     for table, length in zip(layout.block_table, layout.seq_lens.tolist(), strict=True):
-        used = table[: -(-length // pages.page_size)].long()
-        keys = pages.k_cache[used].flatten(0, 1)[None, : length // 16 * 16]
+        used = table[: -(-length // pages.index.page_size)].long()
+        keys = pages.pool.k_cache[used].flatten(0, 1)[None, : length // 16 * 16]
         expected = run_bounds(keys, 16)[0] if keys.shape[1] else keys[0]
-        found = pages.k_bounds[used, : pages.page_size // 16].flatten(0, 1)[: length // 16]
+        found = pages.index.summaries[used, : pages.index.page_size // 16].flatten(0, 1)[
+            : length // 16
+        ]
         seen["runs"] += length // 16
         if length >= 16:
             seen["wrong"] += int((found != expected).flatten(1).any(1).sum())

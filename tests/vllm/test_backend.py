@@ -17,7 +17,7 @@ from hipserve import BackendError, HiPConfig
 from hipserve.integrations.vllm import compat, kv_block, layer, metrics
 from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.step import sequences
-from hipserve.ops import compute_bounds, write_kv
+from hipserve.ops import build_index, write_kv
 from hipserve.plan import pruning_rule
 from hipserve.serving import address, environment, log_words
 from hipserve.serving.command_line import Server
@@ -48,20 +48,22 @@ def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
     pages = kv_block.page_views(cache, 16)
     k, v = torch.randn(2, size, 2, dim)
     slots = 2 * size + torch.arange(size)  # block 2, whole
-    write_kv(k, v, pages, slots)
+    write_kv(k, v, pages.pool, pages.index, slots)
     assert torch.equal(cache[2, 1, :, :dim], k[:, 1])
     assert torch.equal(cache[2, 1, :, dim:], v[:, 1])
-    assert pages.k_bounds is not None
-    assert torch.equal(pages.k_bounds[2], compute_bounds(k[None], backend="reference")[0])
+    assert pages.index.summaries is not None
+    assert torch.equal(
+        pages.index.summaries[2], build_index(k[None], backend="reference").summaries[0]
+    )
     assert torch.isnan(cache[[0, 1, 3]]).all()
-    assert torch.isnan(pages.k_bounds[[0, 1, 3]]).all()
+    assert torch.isnan(pages.index.summaries[[0, 1, 3]]).all()
 
 
 def test_padding_slots_write_nothing() -> None:
     cache = kv_blocks(2, 64, 2, 64)
     pages = kv_block.page_views(cache, 16)
     k, v = torch.randn(2, 3, 2, 64)
-    write_kv(k, v, pages, torch.tensor([-1, 64, -1]))
+    write_kv(k, v, pages.pool, pages.index, torch.tensor([-1, 64, -1]))
     assert torch.equal(cache[1, :, 0, :64], k[1])
     assert torch.isnan(cache[0]).all()
     assert torch.isnan(cache[1, :, 1:]).all()
@@ -71,13 +73,13 @@ def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
     cache = kv_blocks(2, 64, 2, 64)
     pages = kv_block.page_views(cache, 16)
     k, v = 100 * torch.randn(2, 64, 2, 64)
-    write_kv(k, v, pages, 64 + torch.arange(64))
+    write_kv(k, v, pages.pool, pages.index, 64 + torch.arange(64))
     fresh, v = torch.randn(2, 5, 2, 64)
-    write_kv(fresh, v, pages, 64 + torch.arange(5))
-    assert pages.k_bounds is not None
+    write_kv(fresh, v, pages.pool, pages.index, 64 + torch.arange(5))
+    assert pages.index.summaries is not None
     expected = torch.stack([fresh.amin(0), fresh.amax(0)], dim=1)
-    assert torch.equal(pages.k_bounds[1, 0], expected)
-    assert torch.equal(pages.k_bounds[1, 4], expected)  # the run of 64 keys above it
+    assert torch.equal(pages.index.summaries[1, 0], expected)
+    assert torch.equal(pages.index.summaries[1, 4], expected)  # the run of 64 keys above it
 
 
 def test_a_layer_without_bounds_pads_nothing() -> None:

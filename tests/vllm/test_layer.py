@@ -21,13 +21,12 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve import BackendError, ConfigError, HiPConfig
-from hipserve.attention import RefreshSchedule, SequenceStep
 from hipserve.integrations.vllm import backend, block_size, builder, compat, kv_block, settings
 from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.layer import SEARCH_BYTES, scratch_bytes
 from hipserve.integrations.vllm.step import HiPStep, found_keys, found_pages
-from hipserve.ops import compute_bounds
-from hipserve.plan import bound_levels, runs_of_pages
+from hipserve.ops import build_index
+from hipserve.plan import RefreshSchedule, SequenceStep, bound_levels, runs_of_pages
 
 GIB = 1 << 30
 
@@ -49,22 +48,24 @@ def test_bounds_of_found_pages_are_made_from_their_keys(size: int, num_runs: int
     cache = kv_blocks(5, size, 2, 64)
     pages = kv_block.page_views(cache, 16)
     k = torch.randn(5, size, 2, 64)
-    pages.k_cache.copy_(k)
-    kv_block.remake_bounds(pages, torch.tensor([3, 1]), 16)
-    expected = compute_bounds(k, backend="reference")[:, :num_runs]
-    assert pages.k_bounds is not None
-    assert torch.equal(pages.k_bounds[[1, 3]], expected[[1, 3]])
-    assert torch.isnan(pages.k_bounds[[0, 2, 4]]).all()
-    assert torch.equal(pages.k_cache, k)
+    pages.pool.k_cache.copy_(k)
+    kv_block.rebuild_index(pages.index, torch.tensor([3, 1]))
+    expected = build_index(k, backend="reference").summaries[:, :num_runs]
+    assert pages.index.summaries is not None
+    assert torch.equal(pages.index.summaries[[1, 3]], expected[[1, 3]])
+    assert torch.isnan(pages.index.summaries[[0, 2, 4]]).all()
+    assert torch.equal(pages.pool.k_cache, k)
 
 
 def test_many_found_pages_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_block, "COPY_BYTES", 2 * 64 * 2 * 64 * 4)
     pages = kv_block.page_views(kv_blocks(9, 64, 2, 64), 16)
-    pages.k_cache.normal_()
-    kv_block.remake_bounds(pages, torch.arange(9), 16)
-    assert pages.k_bounds is not None
-    assert torch.equal(pages.k_bounds, compute_bounds(pages.k_cache.contiguous()))
+    pages.pool.k_cache.normal_()
+    kv_block.rebuild_index(pages.index, torch.arange(9))
+    assert pages.index.summaries is not None
+    assert torch.equal(
+        pages.index.summaries, build_index(pages.pool.k_cache.contiguous()).summaries
+    )
 
 
 def test_only_requests_that_start_behind_keys_find_some() -> None:
@@ -196,7 +197,7 @@ def layers(count: int, config: HiPConfig) -> dict[str, Any]:
         schedule = RefreshSchedule(4, config.refresh_interval)
         impl = SimpleNamespace(
             schedule=schedule, is_local=lambda _: False, is_dense=lambda _: False,
-            keeps_bounds=lambda _: True,
+            keeps_index=lambda _: True,
         )  # fmt: skip
         made[f"layers.{i}"] = Layer(impl=impl, layer_name=f"layers.{i}")
     return made

@@ -1,28 +1,30 @@
-"""One attention layer, whole: select, attend, and when to select again."""
+"""One attention layer, whole: append, select, fetch, attend, account."""
 
-from hipserve.attention.hip import hip_attention
-from hipserve.attention.layer import SelectionReuse, attend
-from hipserve.attention.requests import (
-    CapturedPlan,
-    DecodeBuffers,
-    RefreshSchedule,
+from hipserve.attention.account import Account, KeyCounter
+from hipserve.attention.hip import WholeKeys, hip_attention, whole_sequences
+from hipserve.attention.layer import AttentionLayer, HeldKeys, LayerKeys
+from hipserve.attention.selections import (
     RequestSelections,
-    SequenceStep,
-    StepPlan,
-    split_batch,
+    Search,
+    SelectionReuse,
+    Selections,
+    StepSelections,
 )
 from hipserve.attention.sinks import absorb_sinks
 
 __all__ = [
-    "CapturedPlan",
-    "DecodeBuffers",
-    "RefreshSchedule",
+    "Account",
+    "AttentionLayer",
+    "HeldKeys",
+    "KeyCounter",
+    "LayerKeys",
     "RequestSelections",
+    "Search",
     "SelectionReuse",
-    "SequenceStep",
-    "StepPlan",
+    "Selections",
+    "StepSelections",
+    "WholeKeys",
     "absorb_sinks",
-    "attend",
     "hip_attention",
-    "split_batch",
+    "whole_sequences",
 ]

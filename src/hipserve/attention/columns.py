@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.block_sparse_attention import reference
-from hipserve.types import PagedKV
+from hipserve.types import KeyPool
 
 ROWS = 512
 """Rows that are computed at once: the keys that they read lie close to each other."""
@@ -54,7 +54,7 @@ def attend_columns(
                 q[seq, rows][counted],
                 columns[first:last][counted],
                 near,
-                PagedKV(k, v),
+                KeyPool(k, v),
                 page,
                 sliding_window,
                 scale,

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from hipserve.attention.torch_dense import attend_rows
 from hipserve.config import HiPConfig
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
+from hipserve.ops import block_sparse_attention, build_index, select_blocks
 from hipserve.plan import BatchLayout, PruningRule, pruning_rule
 from hipserve.platform import cpu_identity, cpu_refusal, logger, measured, measuring
-from hipserve.types import PagedKV
+from hipserve.types import KeyIndex, KeyPool
 
 DenseKernel = Literal["native", "sdpa"]
 
@@ -183,19 +183,19 @@ class _Case:
         k, v = (
             torch.randn(1, length, 1, kind.head_dim, **options).to(kind.dtype) for _ in range(2)
         )
-        bounds = None
+        self.pool, self.index, self.config = KeyPool(k, v), KeyIndex(k), config
         if config and config.uses_bounds:
-            bounds = compute_bounds(k, bound_block_size=config.bound_block_size)
-        self.kv, self.config, self.position = PagedKV(k, v, bounds), config, length - rows
+            self.index = build_index(k, run_size=config.bound_block_size)
+        self.position = length - rows
         self.pages = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
         self.layout = BatchLayout.of(self.pages, [length], [rows])
 
     def native(self) -> object:
-        return block_sparse_attention(self.q, self.kv, self.layout, check=False)
+        return block_sparse_attention(self.q, self.pool, self.layout, check=False)
 
     def sdpa(self) -> object:
         scale = self.q.shape[-1] ** -0.5
-        parts: Iterator[Any] = attend_rows(self.q, self.kv, self.pages[0], self.position, scale)
+        parts: Iterator[Any] = attend_rows(self.q, self.pool, self.pages[0], self.position, scale)
         out = torch.empty_like(self.q)
         for heads, part, _ in parts:
             out[:, heads] = part
@@ -203,8 +203,8 @@ class _Case:
 
     def pruned(self) -> object:
         options: dict[str, Any] = {"config": self.config, "check": False}
-        selection = select_blocks(self.q, self.kv, self.layout, **options)
-        return block_sparse_attention(self.q, self.kv, self.layout, selection, **options)
+        selection = select_blocks(self.q, self.index, self.layout, **options)
+        return block_sparse_attention(self.q, self.pool, self.layout, selection, **options)
 
 
 def _quickest(*calls: Callable[[], object]) -> list[float]:

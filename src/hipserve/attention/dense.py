@@ -15,7 +15,7 @@ from hipserve.attention.torch_dense import Rows, attend_rows
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import block_sparse_attention
 from hipserve.plan import BatchLayout, PruningRule, dense_rows
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyPool
 
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
@@ -67,7 +67,7 @@ def _takes_torch(q: Tensor, num_kv_heads: int, softcap: float, backend: str) -> 
 
 def attend_chosen(
     q: Tensor,
-    kv: PagedKV,
+    pool: KeyPool,
     layout: BatchLayout,
     selection: BlockSelection | None,
     *,
@@ -85,17 +85,17 @@ def attend_chosen(
     config = config or DEFAULT
     options = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
     many = q.device.type == "cpu" and q.shape[0] >= FEWEST_ROWS and not sliding_window
-    able = many and _takes_torch(q, kv.num_kv_heads, softcap, backend)
+    able = many and _takes_torch(q, pool.num_kv_heads, softcap, backend)
     spans, rest = _dense_spans(layout, selection, config) if able else ([], q[:0])
     if not spans:
         options = {**options, "sliding_window": sliding_window, "config": config, "check": False}
-        return block_sparse_attention(q, kv, layout, selection, **options)  # pyright: ignore
-    return _by_both(q, kv, layout, selection, config, spans, rest, options)
+        return block_sparse_attention(q, pool, layout, selection, **options)  # pyright: ignore
+    return _by_both(q, pool, layout, selection, config, spans, rest, options)
 
 
 def _by_both(
     q: Tensor,
-    kv: PagedKV,
+    pool: KeyPool,
     layout: BatchLayout,
     selection: BlockSelection | None,
     config: HiPConfig,
@@ -107,9 +107,9 @@ def _by_both(
     if len(rest):
         others = layout.only(config.query_block_size, rest)
         if selection is not None:
-            selection = BlockSelection(selection.indices[rest], selection.window_start[rest])
+            selection = selection.rows(rest)
         out, lse = block_sparse_attention(
-            q, kv, others, selection, config=config, check=False, **options
+            q, pool, others, selection, config=config, check=False, **options
         )
     else:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -118,7 +118,7 @@ def _by_both(
     with torch.no_grad():
         for span in spans:
             rows, pages = slice(span.begin, span.end), layout.block_table[span.seq]
-            for heads, part, part_lse in attend_rows(q[rows], kv, pages, span.position, scale):
+            for heads, part, part_lse in attend_rows(q[rows], pool, pages, span.position, scale):
                 out[rows, heads], lse[rows, heads] = part, part_lse
     return out, lse
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, overload
+from dataclasses import dataclass
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from hipserve.attention.crossover import rule_of
-from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.inference import without_gradient
-from hipserve.attention.layer import attend
+from hipserve.attention.layer import AttentionLayer
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.ops import checks, compute_bounds
+from hipserve.ops import build_index, checks
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.platform import resolve_backend
-from hipserve.types import PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -66,9 +66,9 @@ def hip_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Hierarchically pruned attention (arXiv 2406.09827), in the layout of `flash_attn_func`.
 
-    A bound selector has to make the bounds of `k` in every call. For a single row that costs more
-    than it spares, so that such a row reads all keys unless `config.dense_below` says from where to
-    prune. Where keys stay (`PagedKV`, `HiPCache`), their bounds stay too.
+    The index of `k` is built in every call. For a single row that costs more than it saves, so such
+    a row reads all keys unless `config.dense_below` says from where to prune. Where keys stay
+    (`HiPCache`, an engine's pages), their index stays too.
 
     >>> import torch, hipserve
     >>> q = torch.randn(1, 4096, 8, 64, dtype=torch.bfloat16)
@@ -97,55 +97,65 @@ def hip_attention(
     """
     config = DEFAULT if config is None else config
     _check(q, k, v, config, causal, sm_scale, softcap)
-    reads_all = config.dense_below is None and config.uses_bounds and q.shape[1] == 1
-    rule = rule_of(config, q, k.shape[2])
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
-    options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
-    out, lse = _attend_whole(q, k, v, config, None if reads_all else rule, return_lse, options)
-    if backend != "reference":  # eager torch has gradients
-        out = without_gradient(out, q, k, v)
-    return (out, lse) if return_lse else out
-
-
-def _attend_whole(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: HiPConfig,
-    rule: PruningRule | None,
-    return_lse: bool,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; the latter only if asked for where torch's dense kernels compute.
-
-    Without a rule every row reads everything.
-    """
-    batch, query_len, num_q_heads, head_dim = q.shape
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        return torch.empty_like(q), lse
-    head = q[:, :0] if return_lse else dense_head(q, k, v, rule, **options)
-    rows = head.shape[1]
-    if rows == query_len:
-        return head, head
-    layout = whole_sequences(batch, query_len, k.shape[1], q.device)
-    if rows:
-        layout = layout.behind(rows, config.query_block_size)
-    options = {**options, "config": config}
-    packed = q.reshape(batch * query_len, num_q_heads, head_dim)
-    if rule is None or not layout.may_prune(rule):
-        out, lse = attend_chosen(packed, PagedKV(k, v), layout, None, **options)
-    else:
-        bounds = None
-        if config.uses_bounds:
-            size, backend = config.bound_block_size, options["backend"]
-            bounds = compute_bounds(k, bound_block_size=size, backend=backend)
-        out, lse = attend(packed, PagedKV(k, v, bounds), layout, rule=rule, check=False, **options)
-    out = out.view(batch, query_len, num_q_heads, head_dim)
-    if rows:
-        out[:, :rows] = head
-    return out, lse.view(batch, query_len, num_q_heads)
+        return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
+    rule = rule_of_whole(config, q, k.shape[2])
+    layer = AttentionLayer(config, rule, sm_scale=sm_scale, softcap=softcap, backend=backend)
+    keys = WholeKeys(k, v, q.shape[1], layer.run_size, backend)
+    out, lse = layer.forward_batch(q, keys, head=not return_lse)
+    if backend != "reference":  # eager torch has gradients
+        out = without_gradient(out, q, k, v)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule | None:
+    """The rule where the index of all keys is built in the same call.
+
+    None for a single row, which would pay for the index alone, unless `dense_below` is given.
+    """
+    if q.shape[1] == 1 and config.dense_below is None and config.uses_bounds:
+        return None
+    return rule_of(config, q, num_kv_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeKeys:
+    """Whole, contiguous sequences, each of them one page: `LayerKeys`.
+
+    Attributes:
+        k, v: `[batch, kv_len, num_kv_heads, head_dim]`.
+        query_len: rows of each sequence, its last positions.
+        run_size: keys of the finest run with a summary; None where no search reads any.
+        backend: builds the index.
+    """
+
+    k: Tensor
+    v: Tensor
+    query_len: int
+    run_size: int | None
+    backend: str = "auto"
+
+    def append(self) -> BatchLayout:
+        return whole_sequences(self.k.shape[0], self.query_len, self.k.shape[1], self.k.device)
+
+    @property
+    def fresh(self) -> tuple[Tensor, Tensor] | None:
+        return (self.k, self.v) if self.k.shape[1] == self.query_len else None
+
+    @property
+    def index(self) -> KeyIndex:
+        if self.run_size is None:
+            return KeyIndex(self.k)
+        return build_index(self.k, run_size=self.run_size, backend=self.backend)
+
+    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+        return KeyPool(self.k, self.v)
 
 
 def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.device) -> BatchLayout:
@@ -170,6 +180,14 @@ def _check(
     checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
     kind = isinstance(cast("object", config), HiPConfig)
     checks.require(kind, "config", "a HiPConfig", type(config).__name__, "build one")
+    check_whole(q, k, v)
+    if sm_scale is not None:
+        checks.check_scale(sm_scale)
+    checks.check_softcap(softcap)
+
+
+def check_whole(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ArgumentError where q, k and v, as in `hip_attention`, do not fit each other."""
     checks.check_floats("q", q, _Q_DIMS)
     for argument, x in (("k", k), ("v", v)):
         checks.check_floats(argument, x, _KV_DIMS)
@@ -183,6 +201,3 @@ def _check(
         expected = f"at least the {q.shape[1]} keys of q's own rows"
         hint = "pass the keys of the whole sequence"
         raise ArgumentError("k", expected, str(k.shape[1]), hint)
-    if sm_scale is not None:
-        checks.check_scale(sm_scale)
-    checks.check_softcap(softcap)

@@ -1,176 +1,193 @@
-"""One attention layer over pages: select, reuse, attend."""
+"""One attention layer, whole: append, select, fetch, attend, account."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from hipserve.attention.crossover import rule_of
-from hipserve.attention.dense import attend_chosen
-from hipserve.config import HiPConfig
+from hipserve.attention.account import KeyCounter
+from hipserve.attention.dense import attend_chosen, dense_head
+from hipserve.attention.selections import Search, Selections
+from hipserve.attention.sinks import absorb_sinks
+from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import select_blocks
 from hipserve.plan import BatchLayout, PruningRule
-from hipserve.types import BlockSelection, PagedKV
-
-COUNTED_TOGETHER = 64
-"""Query blocks whose keys are counted at once: counting a decode step alone costs more than it."""
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 
-@dataclass(slots=True)
-class SelectionReuse:
-    """The last selection of a layer and how many decode steps have used it.
+class LayerKeys(Protocol):
+    """The keys and values of one layer in one call: where they are and what the call adds."""
 
-    Belongs to one batch of sequences that decode together; `clear` it when a sequence is replaced,
-    truncated or resumed. Also counts the keys that rows read and those that they could have read.
+    def append(self) -> BatchLayout:
+        """Writes what the call adds, pool and index; returns the batch with it."""
+        ...
+
+    @property
+    def fresh(self) -> tuple[Tensor, Tensor] | None:
+        """What `append` added, k and v `[batch, new, num_kv_heads, head_dim]`, where that is all
+        that the layer holds: then torch's dense kernels can read it."""
+        ...
+
+    @property
+    def index(self) -> KeyIndex:
+        """What a search reads; asked for only if something is searched."""
+        ...
+
+    def fetch(self, selection: BlockSelection | None) -> KeyPool:
+        """Pages in which the chosen keys and values are present, and those that are always read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKeys:
+    """Keys that are written already, all of them where attention reads them: `LayerKeys`."""
+
+    pool: KeyPool
+    index: KeyIndex
+    layout: BatchLayout
+    fresh: None = None
+
+    def append(self) -> BatchLayout:
+        return self.layout
+
+    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+        return self.pool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """How one layer attends. Every caller goes through it, whatever holds its keys.
+
+    Attributes:
+        config: what is pruned and kept.
+        rule: which query blocks are pruned; None where none is.
+        sliding_window: the model's own window of this layer; 0 for none. Such a layer has no rule.
+        sm_scale, softcap, backend: as in `hip_attention`.
+        sink_logits: `[num_q_heads]` that the model has learned, as in `absorb_sinks`, or None.
+        selections: selections that later steps use again; None selects in every step.
+        account: counts the keys that are read; None counts nothing.
     """
 
-    selection: BlockSelection | None = None
-    uses: int = 0
-    _read: Tensor | float = 0.0
-    _visible: Tensor | float = 0.0
-    _uncounted: list[tuple[BlockSelection, Tensor, HiPConfig]] = field(
-        default_factory=list[tuple[BlockSelection, Tensor, HiPConfig]]
-    )
-    _num_uncounted: int = 0
+    config: HiPConfig = DEFAULT
+    rule: PruningRule | None = None
+    sliding_window: int = 0
+    sm_scale: float | None = None
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+    backend: str = "auto"
+    selections: Selections | None = None
+    account: KeyCounter | None = None
 
     @property
-    def keys_read(self) -> float:
-        self._count()
-        return float(self._read)
+    def run_size(self) -> int | None:
+        """Keys of the finest run that a search reads a summary of; None where none is read."""
+        searches = self.rule is not None and self.config.uses_bounds
+        return self.config.bound_block_size if searches else None
 
-    @property
-    def keys_visible(self) -> float:
-        self._count()
-        return float(self._visible)
+    def forward(self, q: Tensor, keys: LayerKeys) -> tuple[Tensor, Tensor]:
+        """Attention of packed rows.
 
-    def clear(self) -> None:
-        self.selection, self.uses = None, 0
-
-    def reorder(self, order: Tensor) -> None:
-        """Follows a batch whose row i continues the former row `order[i]` (beam search).
-
-        order: `[batch]` int64.
-        """
-        if self.selection is not None:
-            taken = (self.selection.indices[order], self.selection.window_start[order])
-            self.selection = BlockSelection(*taken)
-
-    def note(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
-    ) -> None:
-        """Remembers one call; selections are counted when asked for, or many steps at a time."""
-        if selection is None:
-            return self._add(layout.keys_visible or 0, layout.keys_visible or 0)
-        if self._uncounted and not self._alike(selection, config):
-            self._count()
-        blocks = layout.query_blocks(config.query_block_size)
-        self._uncounted.append((selection, blocks, config))
-        self._num_uncounted += blocks.shape[0]
-        if self._num_uncounted >= COUNTED_TOGETHER:
-            self._count()
-
-    def _alike(self, selection: BlockSelection, config: HiPConfig) -> bool:
-        """It can be counted together with those that wait."""
-        other, _, settings = self._uncounted[0]
-        return settings == config and other.indices.shape[1:] == selection.indices.shape[1:]
-
-    def _count(self) -> None:
-        if not self._uncounted:
-            return
-        selections, blocks, configs = zip(*self._uncounted, strict=True)
-        indices = torch.cat([selection.indices for selection in selections])
-        starts = torch.cat([selection.window_start for selection in selections])
-        read, visible = BlockSelection(indices, starts).keys_of(torch.cat(blocks), configs[0])
-        self._add(read, visible)
-        self._uncounted.clear()
-        self._num_uncounted = 0
-
-    def _add(self, read: Tensor | float, visible: Tensor | float) -> None:
-        self._read, self._visible = self._read + read, self._visible + visible
-
-    def count_dense(self, batch: int, rows: int) -> None:
-        """Adds the keys of the first rows of whole sequences, which read all they may."""
-        keys = batch * rows * (rows + 1) // 2
-        self._add(keys, keys)
-
-    def valid(self, layout: BatchLayout, num_tokens: int, refresh_interval: int) -> bool:
-        """A decode step of the same sequences may use the selection once more."""
-        decode = layout.decodes(num_tokens)
-        same = self.selection is not None and self.selection.indices.shape[0] == num_tokens
-        return decode and same and self.uses < refresh_interval
-
-
-def attend(
-    q: Tensor,
-    kv: PagedKV,
-    layout: BatchLayout,
-    *,
-    config: HiPConfig,
-    rule: PruningRule | None = None,
-    reuse: SelectionReuse | None = None,
-    sm_scale: float | None = None,
-    softcap: float = 0.0,
-    backend: str = "auto",
-    check: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """HiP attention of one layer over its pages; keys of this call are already written.
-
-    Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        kv, layout, sm_scale, softcap, backend, check: as in `hipserve.ops`.
-        config: what to keep.
-        rule: which query blocks are pruned; that of `rule_of` if None.
-        reuse: carries the selection from one decode step to the next (`config.refresh_interval`);
-            a step with more than one row a sequence selects again and leaves nothing behind.
 
-    Returns:
-        out like q, and lse `[num_tokens, num_q_heads]`, as from `block_sparse_attention`.
+        Returns:
+            out like q, and lse `[num_tokens, num_q_heads]`, as from `block_sparse_attention`.
+        """
+        return self._attend(q, keys, keys.append())
 
-    Raises:
-        ArgumentError: a tensor or number does not fit the others.
-        BackendError: the backend asked for cannot run.
-    """
-    rule = rule or rule_of(config, q, kv.num_kv_heads)
-    selection = _select(q, kv, layout, config, rule, reuse, backend, check)
-    if reuse:
-        reuse.note(selection, layout, config)
-    return attend_chosen(
-        q,
-        kv,
-        layout,
-        selection,
-        config=config,
-        sm_scale=sm_scale,
-        softcap=softcap,
-        backend=backend,
-    )
+    def forward_batch(
+        self, q: Tensor, keys: LayerKeys, *, head: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of sequences with equally many rows.
 
+        The first rows of whole sequences read everything: torch's dense kernels compute them.
 
-def _select(
-    q: Tensor,
-    kv: PagedKV,
-    layout: BatchLayout,
-    config: HiPConfig,
-    rule: PruningRule,
-    reuse: SelectionReuse | None,
-    backend: str,
-    check: bool,
-) -> BlockSelection | None:
-    """The selection of every query block; None where all of them read everything."""
-    if not layout.may_prune(rule):
-        if reuse:
-            reuse.clear()
-        return None
-    if reuse and reuse.selection and reuse.valid(layout, q.shape[0], config.refresh_interval):
-        reuse.uses += 1
-        return reuse.selection
-    options: dict[str, Any] = {"config": config, "rule": rule, "backend": backend}
-    selection = select_blocks(q, kv, layout, check=check, **options)
-    if reuse:
-        reuse.clear()
-        if layout.decodes(q.shape[0]):
-            reuse.selection, reuse.uses = selection, 1
-    return selection
+        Args:
+            q: `[batch, query_len, num_q_heads, head_dim]`.
+            keys: of these sequences.
+            head: False computes all rows by `block_sparse_attention`, which returns their lse.
+
+        Returns:
+            out like q, and lse `[batch, query_len, num_q_heads]`; None where torch's dense kernels
+            computed some rows.
+        """
+        (batch, query_len), layout = q.shape[:2], keys.append()
+        first = self._dense_head(q, keys) if head else q[:, :0]
+        rows = first.shape[1]
+        if rows == query_len:
+            self._count_dense(batch, rows)
+            return first, None
+        if rows and self.rule is not None:
+            if layout.may_prune(self.rule):  # else all rows are counted together
+                self._count_dense(batch, rows)
+            layout = layout.behind(rows, self.rule.query_block_size)
+        out, lse = self._attend(q.flatten(0, 1), keys, layout)
+        out = out.view(batch, query_len, *out.shape[1:])
+        if not rows:
+            return out, lse.view(batch, query_len, -1)
+        out[:, :rows] = first
+        return out, None
+
+    def _dense_head(self, q: Tensor, keys: LayerKeys) -> Tensor:
+        """`[batch, rows, num_q_heads, head_dim]`: the first rows, which read everything."""
+        fresh = keys.fresh
+        if fresh is None or self.sliding_window:
+            return q[:, :0]
+        return dense_head(
+            q,
+            *fresh,
+            rule=self.rule,
+            sm_scale=self.sm_scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits,
+            backend=self.backend,
+        )
+
+    def _attend(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> tuple[Tensor, Tensor]:
+        account = self.account
+        began = time.perf_counter() if account else 0.0
+        selection = self._select(q, keys, layout)
+        selected = time.perf_counter() if account else 0.0
+        out, lse = attend_chosen(
+            q,
+            keys.fetch(selection),
+            layout,
+            selection,
+            config=self.config,
+            sliding_window=self.sliding_window,
+            sm_scale=self.sm_scale,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        if self.sink_logits is not None:
+            out, lse = absorb_sinks(out, lse, self.sink_logits, check=False)
+        if account:
+            account.add_seconds(selected - began, time.perf_counter() - selected)
+            if self.rule is not None:
+                account.add(selection, layout, self.config)
+        return out, lse
+
+    def _select(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> BlockSelection | None:
+        """The selection of every query block; None where all of them read everything."""
+        rule, selections = self.rule, self.selections
+        if rule is None or not layout.may_prune(rule):
+            if selections is not None:
+                selections.clear()
+            return None
+        if selections is not None:
+            return selections.select(q, keys.index, layout, rule, Search(self.config, self.backend))
+        return select_blocks(
+            q,
+            keys.index,
+            layout,
+            config=self.config,
+            rule=rule,
+            backend=self.backend,
+            check=False,
+        )
+
+    def _count_dense(self, batch: int, rows: int) -> None:
+        if self.account is not None and self.rule is not None:
+            self.account.add_dense(batch, rows)

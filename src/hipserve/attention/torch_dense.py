@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hipserve.types import PagedKV
+from hipserve.types import KeyPool
 
 SCRATCH = 16 * 2**20
 """Bytes of keys, and as many of values, that are gathered from pages at a time."""
@@ -40,46 +40,48 @@ class Rows:
 
 
 def attend_rows(
-    q: Tensor, kv: PagedKV, pages: Tensor, position: int, sm_scale: float
+    q: Tensor, pool: KeyPool, pages: Tensor, position: int, sm_scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Dense causal attention of rows that follow each other, some KV heads at a time.
 
     Args:
         q: `[rows, num_q_heads, head_dim]`; the first row is at `position`.
-        kv: the keys of all these rows are written.
+        pool: the keys of all these rows are written.
         pages: `[max_pages]`, of the sequence.
 
     Yields:
         which query heads, their `out` `[rows, heads, head_dim]` and `lse` `[rows, heads]`, float32.
     """
-    last, group = position + q.shape[0], q.shape[1] // kv.num_kv_heads
-    row = kv.head_dim * kv.k_cache.element_size()
-    whole = kv.page_size >= last  # then nothing is gathered
-    stretch = last if whole else max(SCRATCH // row // kv.page_size, 1) * kv.page_size
-    together = kv.num_kv_heads if whole else max(SCRATCH // (row * min(stretch, last)), 1)
-    for first in range(0, kv.num_kv_heads, together):
-        heads = slice(first, min(first + together, kv.num_kv_heads))
+    last, group = position + q.shape[0], q.shape[1] // pool.num_kv_heads
+    row = pool.head_dim * pool.k_cache.element_size()
+    whole = pool.page_size >= last  # then nothing is gathered
+    stretch = last if whole else max(SCRATCH // row // pool.page_size, 1) * pool.page_size
+    together = pool.num_kv_heads if whole else max(SCRATCH // (row * min(stretch, last)), 1)
+    for first in range(0, pool.num_kv_heads, together):
+        heads = slice(first, min(first + together, pool.num_kv_heads))
         of_queries = slice(heads.start * group, heads.stop * group)
         mine = q[:, of_queries]
-        out, lse = _own(mine, *_keys(kv, pages, position, last, heads), sm_scale)
+        out, lse = _own(mine, *_keys(pool, pages, position, last, heads), sm_scale)
         for begin in range(0, position, stretch):
-            k, v = _keys(kv, pages, begin, min(begin + stretch, position), heads)
+            k, v = _keys(pool, pages, begin, min(begin + stretch, position), heads)
             out, lse = _merge(out, lse, *_earlier(mine, k, v, sm_scale))
         yield of_queries, out, lse
 
 
-def _keys(kv: PagedKV, pages: Tensor, begin: int, end: int, heads: slice) -> tuple[Tensor, Tensor]:
+def _keys(
+    pool: KeyPool, pages: Tensor, begin: int, end: int, heads: slice
+) -> tuple[Tensor, Tensor]:
     """Keys and values `[1, heads, end - begin, head_dim]` of these positions."""
-    first = begin // kv.page_size
-    taken = pages[first : -(-end // kv.page_size)].long()
-    begin, end = begin - first * kv.page_size, end - first * kv.page_size
+    first = begin // pool.page_size
+    taken = pages[first : -(-end // pool.page_size)].long()
+    begin, end = begin - first * pool.page_size, end - first * pool.page_size
 
     def read(cache: Tensor) -> Tensor:
         if len(taken) == 1:
             return cache[int(taken), begin:end, heads].transpose(0, 1)[None]
         return cache[taken, :, heads].flatten(0, 1)[begin:end].transpose(0, 1)[None]
 
-    return read(kv.k_cache), read(kv.v_cache)
+    return read(pool.k_cache), read(pool.v_cache)
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:

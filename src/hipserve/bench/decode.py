@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hipserve.attention import SelectionReuse, attend
+from hipserve.attention import AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
 from hipserve.bench.inputs import LayerShape, make_decode
 from hipserve.bench.numerics import Check, check_rows, keys_read
@@ -23,7 +23,7 @@ from hipserve.cache.pages import empty_pages
 from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks, write_kv
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 NUM_QUERIES = 32
 """Different queries, one after the other."""
@@ -47,7 +47,7 @@ class Decode:
         self.options: dict[str, Any] = {"config": config, "backend": backend, "check": False}
         self.cycle = min(config.refresh_interval, length)
         self.layouts = [self._layout(length - self.cycle + 1 + i) for i in range(self.cycle)]
-        self.kv = self._pages()
+        self.pool, self.index = self._pages()
         self.reuse = SelectionReuse()
         self.selections: dict[int, BlockSelection] = {}
 
@@ -58,17 +58,16 @@ class Decode:
         layout.window_starts(self.rule)
         return layout
 
-    def _pages(self) -> PagedKV:
+    def _pages(self) -> tuple[KeyPool, KeyIndex]:
         count, config = -(-self.length // PAGE_SIZE), self.config
         size = config.bound_block_size if config.uses_bounds else None
-        kv = empty_pages(count, PAGE_SIZE, size, self.k)
-        self._write(kv, 0, self.length)
-        return kv
+        pages = empty_pages(count, PAGE_SIZE, size, self.k)
+        self._write(pages, 0, self.length)
+        return pages
 
-    def _write(self, kv: PagedKV, first: int, end: int) -> None:
-        slots, size = torch.arange(first, end), self.config.bound_block_size
-        k, v = self.k[first:end], self.v[first:end]
-        write_kv(k, v, kv, slots, bound_block_size=size, backend=self.backend, check=False)
+    def _write(self, pages: tuple[KeyPool, KeyIndex], first: int, end: int) -> None:
+        k, v, slots = self.k[first:end], self.v[first:end], torch.arange(first, end)
+        write_kv(k, v, *pages, slots, backend=self.backend, check=False)
 
     @property
     def reads_all(self) -> bool:
@@ -83,22 +82,21 @@ class Decode:
         """Writes one key and value and attends, selecting where `reuse` holds no selection."""
         layout = self.layouts[turn % self.cycle]
         last = self.length - self.cycle + turn % self.cycle
-        self._write(self.kv, last, last + 1)
+        self._write((self.pool, self.index), last, last + 1)
         if reuse and turn % self.cycle == 0:
             reuse.clear()
-        return attend(
-            self.query(turn), self.kv, layout, rule=self.rule, reuse=reuse, **self.options
-        )[0]
+        layer = AttentionLayer(self.config, self.rule, backend=self.backend, selections=reuse)
+        return layer.forward(self.query(turn), HeldKeys(self.pool, self.index, layout))[0]
 
     def select(self, turn: int) -> BlockSelection:
         self.selections[turn] = select_blocks(
-            self.query(turn), self.kv, self.layouts[-1], rule=self.rule, **self.options
+            self.query(turn), self.index, self.layouts[-1], rule=self.rule, **self.options
         )
         return self.selections[turn]
 
     def attend(self, turn: int, selection: BlockSelection | None) -> Tensor:
         operation, layout = block_sparse_attention, self.layouts[-1]
-        return operation(self.query(turn), self.kv, layout, selection, **self.options)[0]
+        return operation(self.query(turn), self.pool, layout, selection, **self.options)[0]
 
     def contenders(self) -> dict[str, Contender]:
         """Steps that select, steps that mostly reuse, and dense ones; SDPA's keys are its own."""

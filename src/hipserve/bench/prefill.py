@@ -17,9 +17,9 @@ from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
 from hipserve.bench.numerics import Check, check_equal, check_rows, keys_read
 from hipserve.bench.timing import Contender, fastest
 from hipserve.config import HiPConfig
-from hipserve.ops import block_sparse_attention, compute_bounds, select_blocks
+from hipserve.ops import block_sparse_attention, build_index, select_blocks
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 CHECKED_BLOCKS = 4
 """Query blocks of the timed call whose rows are compared to float64."""
@@ -60,8 +60,12 @@ class Prefill:
         return not self.layout.may_prune(self.rule)
 
     @functools.cached_property
-    def kv(self) -> PagedKV:
-        return PagedKV(self.k, self.v, self.bounds())
+    def index(self) -> KeyIndex:
+        return self.build()
+
+    @property
+    def pool(self) -> KeyPool:
+        return KeyPool(self.k, self.v)
 
     @functools.cached_property
     def selection(self) -> BlockSelection:
@@ -71,18 +75,19 @@ class Prefill:
         options: dict[str, Any] = {"config": self.config, "backend": self.backend}
         return hip_attention(self.q[None], self.k, self.v, **options)[0]
 
-    def bounds(self) -> Tensor | None:
+    def build(self) -> KeyIndex:
+        """What `hip_attention` builds in every call."""
         if not self.config.uses_bounds:
-            return None
+            return KeyIndex(self.k)
         size = self.config.bound_block_size
-        return compute_bounds(self.k, bound_block_size=size, backend=self.backend)
+        return build_index(self.k, run_size=size, backend=self.backend)
 
     def select(self) -> BlockSelection:
-        return select_blocks(self.q, self.kv, self.layout, rule=self.rule, **self.options)
+        return select_blocks(self.q, self.index, self.layout, rule=self.rule, **self.options)
 
     def attend(self, selection: BlockSelection) -> Tensor:
         options: dict[str, Any] = {"config": self.config, "backend": self.backend}
-        return attend_chosen(self.q, self.kv, self.layout, selection, **options)[0]
+        return attend_chosen(self.q, self.pool, self.layout, selection, **options)[0]
 
     def contenders(self) -> dict[str, Contender]:
         """Our operation whole and in its parts, our dense kernel, and torch's SDPA, which gets as
@@ -101,13 +106,13 @@ class Prefill:
             "sdpa": Contender(
                 lambda _: sdpa(self.length), scale, lambda _: sdpa(min(self.length, WARM_UP))
             ),
-            "bounds": Contender(lambda _: self.bounds(), scale),
+            "index": Contender(lambda _: self.build(), scale),
             "select": Contender(lambda _: self.select(), scale),
             "attend": Contender(lambda _: self.attend(self.selection), scale),
         }
 
     def dense(self, q: Tensor, layout: BatchLayout) -> Tensor:
-        return block_sparse_attention(q, self.kv, layout, None, **self.options)[0]
+        return block_sparse_attention(q, self.pool, layout, None, **self.options)[0]
 
     def sdpa(self) -> Callable[[int], Tensor]:
         """Torch's SDPA of the first n tokens, called in the way that is the fastest here."""
@@ -149,9 +154,8 @@ class Prefill:
     def _check_dense(self) -> Check:
         count = min(self.length, DENSE_ROWS)
         q, layout = self.q[-count:], whole_sequences(1, count, self.length, self.q.device)
-        kv = PagedKV(self.k, self.v)
         out, _ = block_sparse_attention(
-            q, kv, layout, config=self.config, backend=self.backend, check=False
+            q, self.pool, layout, config=self.config, backend=self.backend, check=False
         )
         positions, keys = torch.arange(self.length)[-count:], [torch.arange(self.length)]
         name = f"prefill {self.length}, dense attention"
@@ -162,11 +166,11 @@ class Prefill:
         count = min(self.length, GRID_BLOCKS * self.config.query_block_size)
         q, k = on_grid(self.q[-count:]), on_grid(self.k)
         size = self.config.bound_block_size
-        bounds = compute_bounds(k, bound_block_size=size) if self.config.uses_bounds else None
-        kv, layout = PagedKV(k, k, bounds), whole_sequences(1, count, self.length, q.device)
+        index = build_index(k, run_size=size) if self.config.uses_bounds else KeyIndex(k)
+        layout = whole_sequences(1, count, self.length, q.device)
         found, defined = (
             select_blocks(
-                q, kv, layout, config=self.config, rule=self.rule, backend=backend, check=False
+                q, index, layout, config=self.config, rule=self.rule, backend=backend, check=False
             )
             for backend in (self.backend, "reference")
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks, write_kv
 from hipserve.plan import BatchLayout, runs_of_pages
-from hipserve.types import PagedKV
+from hipserve.types import KeyIndex, KeyPool
 
 GROWTH = 0.25
 """A pool that is full grows by this share at least, so that copies stay rare."""
@@ -36,7 +36,9 @@ def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def empty_pages(pool: int, page_size: int, bound_block_size: int | None, like: Tensor) -> PagedKV:
+def empty_pages(
+    count: int, page_size: int, run_size: int | None, like: Tensor
+) -> tuple[KeyPool, KeyIndex]:
     """Pages for keys `[..., num_kv_heads, head_dim]` with the dtype and device of `like`.
 
     In memory a page holds one head after the other: a head reads its keys as one stretch, which
@@ -45,13 +47,14 @@ def empty_pages(pool: int, page_size: int, bound_block_size: int | None, like: T
     heads, dim = like.shape[-2:]
 
     def of(slots: int, *rest: int) -> Tensor:
-        shape = (pool, heads, slots, *rest)
+        shape = (count, heads, slots, *rest)
         return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
 
-    keys, values = of(page_size, dim), of(page_size, dim)
-    if bound_block_size is None:
-        return PagedKV(keys, values)
-    return PagedKV(keys, values, of(runs_of_pages(page_size, bound_block_size), 2, dim))
+    pool = KeyPool(of(page_size, dim), of(page_size, dim))
+    if run_size is None:
+        return pool, KeyIndex(pool.k_cache)
+    summaries = of(runs_of_pages(page_size, run_size), 2, dim)
+    return pool, KeyIndex(pool.k_cache, summaries, run_size)
 
 
 class PagedLayer:
@@ -62,36 +65,51 @@ class PagedLayer:
 
     Args:
         page_size: keys in a page.
-        bound_block_size: keys of the finest run that carries bounds; None keeps no bounds.
+        run_size: keys of the finest run with a summary; None keeps no summaries.
 
     Raises:
-        ArgumentError: runs of bounds would straddle pages; later, keys that do not fit.
+        ArgumentError: runs would straddle pages; later, keys that do not fit.
     """
 
-    def __init__(self, page_size: int = 256, bound_block_size: int | None = 16) -> None:
+    def __init__(self, page_size: int = 256, run_size: int | None = 16) -> None:
         checks.check_size("page_size", page_size)
-        if bound_block_size is not None:
-            num_runs = runs_of_pages(page_size, bound_block_size)
-            checks.check_page_size(page_size, bound_block_size, num_runs)
-        self.page_size, self.bound_block_size = page_size, bound_block_size
+        if run_size is not None:
+            num_runs = runs_of_pages(page_size, run_size)
+            checks.check_page_size(page_size, run_size, num_runs)
+        self.page_size, self.run_size = page_size, run_size
         self.lengths: list[int] = []
-        self.kv: PagedKV | None = None
+        self._pages: tuple[KeyPool, KeyIndex] | None = None
         self._tables: list[list[int]] = []  # the pages of each sequence, in order
         self._owners: list[int] = []  # how many sequences hold each page
         self._block_table: Tensor | None = None  # the tables as a tensor, until they change
 
     @property
-    def pages(self) -> PagedKV:
-        """The pages; there are some once anything was appended."""
-        if self.kv is None:
+    def pool(self) -> KeyPool:
+        """The keys and values; there are some once anything was appended."""
+        return self._held()[0]
+
+    @property
+    def index(self) -> KeyIndex:
+        """What a search reads of the same pages."""
+        return self._held()[1]
+
+    def _held(self) -> tuple[KeyPool, KeyIndex]:
+        if self._pages is None:
             raise RuntimeError("the layer holds no keys yet; append some first")
-        return self.kv
+        return self._pages
+
+    def _tensors(self) -> list[Tensor]:
+        """Keys, values and summaries, as far as there are any."""
+        if self._pages is None:
+            return []
+        pool, index = self._pages
+        summaries = [] if index.summaries is None else [index.summaries]
+        return [pool.k_cache, pool.v_cache, *summaries]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and bounds, used or reserved."""
-        tensors = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds) if self.kv else ()
-        return sum(t.nbytes for t in tensors if t is not None)
+        """Bytes of keys, values and summaries, used or reserved."""
+        return sum(x.nbytes for x in self._tensors())
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends k and v, `[batch, new, num_kv_heads, head_dim]` each.
@@ -110,8 +128,7 @@ class PagedLayer:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
         else:
             k, v = k[valid], v[valid]
-        size = self.bound_block_size or 16
-        write_kv(k, v, self.pages, slots, bound_block_size=size, check=False)
+        write_kv(k, v, self.pool, self.index, slots, check=False)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def _check(self, k: Tensor) -> None:
@@ -119,8 +136,8 @@ class PagedLayer:
         if self.lengths and k.shape[0] != len(self.lengths):
             expected = f"the {len(self.lengths)} sequences that the cache holds"
             raise ArgumentError("batch", expected, str(k.shape[0]), "clear it or make a new one")
-        if self.kv is not None:
-            like = self.kv.k_cache
+        if self._pages is not None:
+            like = self.pool.k_cache
             if (k.dtype, k.device, k.shape[2:]) != (like.dtype, like.device, like.shape[2:]):
                 expected = f"{like.dtype} on {like.device}, heads and head_dim {[*like.shape[2:]]}"
                 got = f"{k.dtype} on {k.device}, {[*k.shape[2:]]}"
@@ -131,7 +148,7 @@ class PagedLayer:
         if self._block_table is None:
             columns = max(1, *map(len, self._tables))
             rows = [[*table, *[0] * (columns - len(table))] for table in self._tables]
-            device = self.pages.k_cache.device
+            device = self.pool.k_cache.device
             self._block_table = torch.tensor(rows, dtype=torch.int32, device=device)
         return BatchLayout.of(self._block_table, self.lengths, query_lens)
 
@@ -167,7 +184,7 @@ class PagedLayer:
         shared = [seq for seq, count in enumerate(counts) if count and self._shares(seq)]
         ends = [self._used(n + count) for n, count in zip(self.lengths, counts, strict=True)]
         missing = [end - len(table) for end, table in zip(ends, self._tables, strict=True)]
-        if self.kv is not None and not shared and not any(missing):
+        if self._pages is not None and not shared and not any(missing):
             return
         free = self._take(len(shared) + sum(missing), k)
         for seq in shared:
@@ -184,7 +201,7 @@ class PagedLayer:
     def _take(self, count: int, k: Tensor) -> Iterator[int]:
         """Pages that nobody held; the pool grows where there are too few."""
         free = [page for page, owners in enumerate(self._owners) if not owners]
-        if len(free) < count or self.kv is None:
+        if len(free) < count or self._pages is None:
             free += self._grow(k, count - len(free))
         for page in free[:count]:
             self._owners[page] = 1
@@ -193,9 +210,8 @@ class PagedLayer:
     @ordinary_tensors
     def _copy_page(self, source: int, target: int) -> int:
         self._owners[source] -= 1
-        for pages in (self.pages.k_cache, self.pages.v_cache, self.pages.k_bounds):
-            if pages is not None:
-                pages[target] = pages[source]
+        for pages in self._tensors():
+            pages[target] = pages[source]
         return target
 
     @ordinary_tensors
@@ -203,14 +219,10 @@ class PagedLayer:
         """Moves the pages to a larger pool; returns the new ones."""
         held = len(self._owners)
         pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
-        new_kv = empty_pages(pool, self.page_size, self.bound_block_size, k)
-        if self.kv is not None:
-            held_pages = (self.kv.k_cache, self.kv.v_cache, self.kv.k_bounds)
-            new_pages = (new_kv.k_cache, new_kv.v_cache, new_kv.k_bounds)
-            for new, old in zip(new_pages, held_pages, strict=True):
-                if new is not None and old is not None:
-                    new[:held] = old
-        self.kv = new_kv
+        held_pages = self._tensors()
+        self._pages = empty_pages(pool, self.page_size, self.run_size, k)
+        for new, old in zip(self._tensors(), held_pages, strict=False):
+            new[:held] = old
         self._owners += [0] * (pool - held)
         return range(held, pool)
 

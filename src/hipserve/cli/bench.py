@@ -178,7 +178,7 @@ def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
         f"prefill of one layer ({' or '.join(map(str, ran))} of {report.shape.num_q_heads} query "
         "heads ran, with all\ncontenders; the times are scaled)"
     )
-    table = _table(title, "HiP", "ours dense", "SDPA", "x ours", "x SDPA", "bounds", "select")
+    table = _table(title, "HiP", "ours dense", "SDPA", "x ours", "x SDPA", "index", "select")
     for point in points:
         table.add_row(
             format_count(point.length),
@@ -187,7 +187,7 @@ def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
             *(format_ratio(point.ratio(name, "hip")) for name in ("dense", "sdpa")),
             *(
                 "-" if point.reads_all else f"{point.share(part):.1%}"
-                for part in ("bounds", "select")
+                for part in ("index", "select")
             ),
         )
     table.caption = _footnote(report, points)

@@ -2,12 +2,21 @@
 
 from hipserve.ops.block_sparse_attention.api import block_sparse_attention
 from hipserve.ops.select_blocks.api import refresh_blocks, select_blocks
-from hipserve.ops.write_kv.api import compute_bounds, write_kv
+from hipserve.ops.write_kv.api import build_index, write_kv
 
 __all__ = [
     "block_sparse_attention",
-    "compute_bounds",
+    "build_index",
     "refresh_blocks",
     "select_blocks",
     "write_kv",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "compute_bounds":
+        raise AttributeError(
+            "hipserve.ops.compute_bounds became build_index, which returns a KeyIndex: "
+            "build_index(k, run_size=16)"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hipserve.errors import ArgumentError
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
-from hipserve.types import PagedKV
+from hipserve.types import KeyIndex, KeyPool
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -93,31 +93,47 @@ def check_softcap(value: float) -> None:
     require(good, "softcap", "a finite number, 0 for none", value, "leave it out for none")
 
 
-def check_kv(q: Tensor, kv: PagedKV, bound_block_size: int | None) -> None:
-    """Pages agree with q and with each other; `bound_block_size` None: no bounds are used."""
+def check_pool(q: Tensor, pool: object) -> None:
+    """Pages agree with q and with each other."""
+    if not isinstance(pool, KeyPool):
+        raise ArgumentError("pool", "a KeyPool", type(pool).__name__, "pass KeyPool(k, v)")
     dims = "[num_pages, page_size, num_kv_heads, head_dim]"
-    for argument, x in (("k_cache", kv.k_cache), ("v_cache", kv.v_cache)):
+    for argument, x in (("k_cache", pool.k_cache), ("v_cache", pool.v_cache)):
         check_floats(argument, x, dims)
         check_same(argument, x, q)
-    shape = list(kv.k_cache.shape)
-    same = list(kv.v_cache.shape) == shape
-    require(same, "v_cache", f"shape {shape} as k_cache", list(kv.v_cache.shape), "match them")
-    check_heads(q, kv.num_kv_heads, kv.head_dim, "k_cache")
-    if bound_block_size is not None:
-        check_bounds(q, kv, bound_block_size)
+    shape = list(pool.k_cache.shape)
+    same = list(pool.v_cache.shape) == shape
+    require(same, "v_cache", f"shape {shape} as k_cache", list(pool.v_cache.shape), "match them")
+    check_heads(q, pool.num_kv_heads, pool.head_dim, "k_cache")
 
 
-def check_bounds(q: Tensor, kv: PagedKV, size: int) -> None:
+def check_index(q: Tensor, index: object, run_size: int | None) -> None:
+    """The index agrees with q; `run_size` None: no summaries are read."""
+    if not isinstance(index, KeyIndex):
+        hint = "build it with hipserve.ops.build_index"
+        raise ArgumentError("index", "a KeyIndex", type(index).__name__, hint)
+    check_floats("codes", index.codes, "[num_pages, page_size, num_kv_heads, head_dim]")
+    check_same("codes", index.codes, q)
+    check_heads(q, index.num_kv_heads, index.head_dim, "codes")
+    if run_size is not None:
+        check_summaries(q, index, run_size)
+
+
+def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
     dims = "[num_pages, runs_per_page, num_kv_heads, 2, head_dim]"
-    hint = "allocate it as hipserve.ops.compute_bounds does and fill it with write_kv"
-    require(kv.k_bounds is not None, "k_bounds", f"a tensor {dims}", None, hint)
-    assert kv.k_bounds is not None
-    check_floats("k_bounds", kv.k_bounds, dims)
-    check_same("k_bounds", kv.k_bounds, q)
-    known = {runs_of_pages(kv.page_size, size), bound_offsets(kv.page_size, size)[-1]}
-    runs = kv.k_bounds.shape[1] if kv.k_bounds.shape[1] in known else max(known)
-    shape = [kv.k_cache.shape[0], runs, kv.num_kv_heads, 2, kv.head_dim]
-    require(list(kv.k_bounds.shape) == shape, "k_bounds", str(shape), list(kv.k_bounds.shape), hint)
+    hint = "build the index with hipserve.ops.build_index, and keep it with write_kv"
+    require(index.summaries is not None, "summaries", f"a tensor {dims}", None, hint)
+    check_size("run_size", index.run_size)
+    own, asked = index.run_size, f"run_size={run_size}"
+    require(own == run_size, "index", f"runs of {run_size} keys", own, f"build it with {asked}")
+    assert index.summaries is not None
+    check_floats("summaries", index.summaries, dims)
+    check_same("summaries", index.summaries, q)
+    page_size, found = index.page_size, list(index.summaries.shape)
+    known = {runs_of_pages(page_size, own), bound_offsets(page_size, own)[-1]}
+    runs = found[1] if found[1] in known else max(known)
+    shape = [index.codes.shape[0], runs, index.num_kv_heads, 2, index.head_dim]
+    require(found == shape, "summaries", str(shape), found, hint)
 
 
 def check_page_size(page_size: int, size: int, num_runs: int) -> None:
@@ -132,7 +148,7 @@ def check_page_size(page_size: int, size: int, num_runs: int) -> None:
     )
 
 
-def check_layout(q: Tensor, kv: PagedKV, layout: BatchLayout) -> None:
+def check_layout(q: Tensor, keys: KeyPool | KeyIndex, layout: BatchLayout) -> None:
     """Lengths and page ids are consistent, so that no kernel reads outside the pages."""
     device = q.device
     check_ints("block_table", layout.block_table, "[num_seqs, max_pages]", device)
@@ -147,7 +163,7 @@ def check_layout(q: Tensor, kv: PagedKV, layout: BatchLayout) -> None:
             x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0], "fix"
         )
     check_lengths(q, layout)
-    check_pages(kv, layout)
+    check_pages(keys, layout)
 
 
 def check_lengths(q: Tensor, layout: BatchLayout) -> None:
@@ -171,8 +187,9 @@ def check_lengths(q: Tensor, layout: BatchLayout) -> None:
         )
 
 
-def check_pages(kv: PagedKV, layout: BatchLayout) -> None:
-    num_pages, page_size = kv.k_cache.shape[:2]
+def check_pages(keys: KeyPool | KeyIndex, layout: BatchLayout) -> None:
+    page_size = keys.page_size
+    num_pages = (keys.k_cache if isinstance(keys, KeyPool) else keys.codes).shape[0]
     for seq, seq_len in enumerate(layout.seq_lens.tolist()):
         used = -(-seq_len // page_size)
         require(

@@ -65,7 +65,15 @@ class BatchLayout:
         """False only where the host knows that every query block reads all of its keys."""
         if self.lengths is None:
             return True
-        seq_lens, starts = self.lengths
+        if torch.compiler.is_compiling():
+            return self._prunes(*self.lengths, rule)
+        asked = ("may_prune", rule)
+        if asked not in self._made:
+            self._made[asked] = self._prunes(*self.lengths, rule)
+        return self._made[asked]
+
+    @staticmethod
+    def _prunes(seq_lens: Sequence[int], starts: Sequence[int], rule: PruningRule) -> bool:
         rows = (end - begin for begin, end in itertools.pairwise(starts))
         return any(
             rule.prunes(n - 1, min(r, rule.query_block_size))

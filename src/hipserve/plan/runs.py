@@ -1,4 +1,4 @@
-"""Runs of keys that carry bounds: their lengths, their places in a page, and how many are kept."""
+"""Runs of keys that carry summaries: lengths, places in a page, how many are kept."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ COARSE_KEEP = 6
 def bound_levels(
     page_size: int, bound_block_size: int, num_runs: int | None = None
 ) -> tuple[int, ...]:
-    """Run lengths, in keys, of the bound levels that a page of `page_size` keys carries.
+    """Run lengths, in keys, of the levels of runs that a page of `page_size` keys carries.
 
-    `num_runs` is the run axis of its `k_bounds`, which tells whether there is a coarse level; None
+    `num_runs` is the run axis of its summaries, which tells whether there is a coarse level; None
     stands for a page that is a whole sequence, whose last runs may be partial.
     """
     ratio = COARSE_RATIO
@@ -51,7 +51,7 @@ def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
 def bound_offsets(
     page_size: int, bound_block_size: int, num_runs: int | None = None
 ) -> tuple[int, ...]:
-    """Where each level starts in the run axis of `k_bounds`; the last entry is the axis length.
+    """Where each level starts in the run axis of the summaries; the last entry is the axis length.
 
     Arguments as in `bound_levels`.
     """

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
+from hipserve.attention.crossover import rule_of
 from hipserve.config import HiPConfig
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, runs_of_pages
-from hipserve.types import PagedKV
+from hipserve.types import KeyIndex, KeyPool
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,28 @@ class Shape:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values, and the index of the keys."""
+
+    pool: KeyPool
+    index: KeyIndex
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, summaries: Tensor | None, run_size: int) -> Pages:
+        return cls(KeyPool(k, v), KeyIndex(k, summaries, run_size))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
+        """The same with every tensor changed."""
+        return Pages.of(*map(change, self.tensors), self.index.run_size)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and summaries."""
+        assert self.index.summaries is not None
+        return self.pool.k_cache, self.pool.v_cache, self.index.summaries
+
+
 @dataclass
 class Case:
     """A batch: packed q, pages (poisoned outside the sequences) and the plain k, v behind them."""
@@ -39,36 +64,32 @@ class Case:
     q: Tensor
     ks: list[Tensor]
     vs: list[Tensor]
-    kv: PagedKV
+    kv: Pages
     layout: BatchLayout
+
+    @property
+    def pool(self) -> KeyPool:
+        return self.kv.pool
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.kv.index
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another precision."""
-        bounds = self.kv.k_bounds
-        kv = PagedKV(
-            self.kv.k_cache.to(dtype),
-            self.kv.v_cache.to(dtype),
-            None if bounds is None else bounds.to(dtype),
-        )
         return replace(
             self,
             q=self.q.to(dtype),
             ks=[k.to(dtype) for k in self.ks],
             vs=[v.to(dtype) for v in self.vs],
-            kv=kv,
+            kv=self.kv.map(lambda x: x.to(dtype)),
         )
 
     def on(self, device: str) -> Case:
         """What kernels read, on another device; `ks` and `vs` stay where the oracle reads them."""
-        kv, layout = self.kv, self.layout
-        assert kv.k_bounds is not None
-        pages = (x.to(device) for x in (kv.k_cache, kv.v_cache, kv.k_bounds))
-        batch = BatchLayout(
-            layout.block_table.to(device),
-            layout.seq_lens.to(device),
-            layout.cu_seqlens_q.to(device),
-        )
-        return replace(self, q=self.q.to(device), kv=PagedKV(*pages), layout=batch)
+        layout, kv = self.layout, self.kv.map(lambda x: x.to(device))
+        batch = (x.to(device) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
+        return replace(self, q=self.q.to(device), kv=kv, layout=BatchLayout(*batch))
 
 
 def random_values(
@@ -111,7 +132,7 @@ def in_pages(
     bound_block_size: int = 16,
     backend: str = "reference",
     page_seed: int | None = None,
-) -> tuple[PagedKV, BatchLayout]:
+) -> tuple[Pages, BatchLayout]:
     """Writes the sequences into shuffled pages of a NaN-filled pool."""
     size, seed = shape.page_size, shape.seed if page_seed is None else page_seed
     counts = [-(-k.shape[0] // size) for k in ks]
@@ -125,16 +146,17 @@ def in_pages(
         table[i, :count] = torch.tensor(own, dtype=torch.int32)
         positions = torch.arange(k.shape[0])
         slots = table[i, positions // size].long() * size + positions % size
-        write_kv(k, v, kv, slots, bound_block_size=bound_block_size, backend=backend)
+        write_kv(k, v, kv.pool, kv.index, slots, backend=backend)
     starts = torch.tensor([0, *shape.query_lens]).cumsum(0).int()
     return kv, BatchLayout(table, torch.tensor(shape.seq_lens, dtype=torch.int32), starts)
 
 
-def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> PagedKV:
+def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> Pages:
     dims = (pool, shape.page_size, shape.num_kv_heads, shape.head_dim)
     runs = runs_of_pages(shape.page_size, bound_block_size)
     bounds = (pool, runs, shape.num_kv_heads, 2, shape.head_dim)
-    return PagedKV(*(torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds)))
+    tensors = (torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds))
+    return Pages.of(*tensors, bound_block_size)
 
 
 def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:
@@ -184,3 +206,18 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
         seed=rng.randrange(1000),
         bound_reach=rng.choice([1.0, 0.5, 0.75, 0.0]),
     )
+
+
+def attend(
+    q: Tensor,
+    kv: Pages,
+    layout: BatchLayout,
+    config: HiPConfig,
+    reuse: SelectionReuse | None = None,
+    account: Account | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One layer over keys that are written already."""
+    rule = rule_of(config, q, kv.pool.num_kv_heads)
+    layer = AttentionLayer(config, rule, backend=backend, selections=reuse, account=account)
+    return layer.forward(q, HeldKeys(kv.pool, kv.index, layout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from hipserve.attention import SelectionReuse
+from hipserve.attention import Account, SelectionReuse
 from hipserve.cache import PagedLayer
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
-from hipserve.plan import bound_levels
+from hipserve.plan import BatchLayout, bound_levels
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 PAGE_SIZE = 256
 
@@ -54,10 +56,10 @@ class HiPCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, page_size: int, bound_block_size: int | None) -> None:
+    def __init__(self, page_size: int, run_size: int | None) -> None:
         super().__init__()
-        self.pages = PagedLayer(page_size, bound_block_size)
-        self.reuse = SelectionReuse()
+        self.pages = PagedLayer(page_size, run_size)
+        self.reuse, self.account = SelectionReuse(), Account()
         self.seen = 0
         self._config: HiPConfig | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
@@ -104,15 +106,15 @@ class HiPCacheLayer(CacheLayerMixin):
         """A selection serves the configuration that it was made with, and no other.
 
         Raises:
-            ArgumentError: the pages keep other bounds than this configuration reads.
+            ArgumentError: the pages keep other summaries than this configuration reads.
         """
         if config == self._config:
             return
-        kept, wanted = self.pages.bound_block_size, config.bound_block_size
+        kept, wanted = self.pages.run_size, config.bound_block_size
         if config.uses_bounds and kept != wanted:
-            got = "one without bounds" if kept is None else f"one of runs of {kept} keys"
+            got = "one without summaries" if kept is None else f"one of runs of {kept} keys"
             hint = "make a new HiPCache(model.config) after config.hip was changed"
-            expected = f"a HiPCache with bounds of runs of {wanted} keys"
+            expected = f"a HiPCache with summaries of runs of {wanted} keys"
             raise ArgumentError("past_key_values", expected, got, hint)
         self.reuse.clear()
         self._config = config
@@ -173,6 +175,39 @@ class HiPCacheLayer(CacheLayerMixin):
         """Pages stay where they are."""
 
 
+@dataclass(slots=True)
+class PageKeys:
+    """The pages of a `HiPCache` layer in one call: `LayerKeys`.
+
+    Attributes:
+        layer: holds them.
+        query_len: rows of each sequence.
+        valid: `[batch, query_len]` bool, False for padding; None where all rows count.
+        fresh: what was appended, if the layer holds nothing else.
+    """
+
+    layer: HiPCacheLayer
+    query_len: int
+    valid: Tensor | None
+    fresh: tuple[Tensor, Tensor] | None = None
+
+    def append(self) -> BatchLayout:
+        written = self.layer.write(self.valid)
+        first = self.query_len == self.layer.seen and self.valid is None
+        self.fresh = written if first else None
+        pages = self.layer.pages
+        if self.valid is None:
+            return pages.layout([self.query_len] * len(pages.lengths))
+        return pages.layout(self.valid.sum(1).tolist())
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.layer.pages.index
+
+    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+        return self.layer.pages.pool
+
+
 def _unfinished() -> ArgumentError:
     got = "one whose last step failed half-way"
     hint = "reset it or make a new one, and read the text again"
@@ -186,32 +221,32 @@ def _length(layer: Any) -> int | None:
 
 
 class HiPCache(Cache):
-    """Keys and values in pages, with the bounds that selection reads.
+    """Keys and values in pages, with the index that a search reads.
 
     >>> model.generate(ids, past_key_values=HiPCache(model.config))  # doctest: +SKIP
 
     Args:
         config: the model's configuration; its sliding-window layers keep transformers' own cache.
-        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves bounds best. 256
-            if None and bounds fit, else 16 times `bound_block_size`.
+        page_size: keys in a page; a multiple of 16 times `bound_block_size` serves the index
+            best. 256 if None and runs fit, else 16 times `bound_block_size`.
 
     Raises:
-        ArgumentError: runs of bounds would straddle such pages.
+        ArgumentError: runs would straddle such pages.
     """
 
     def __init__(self, config: Any, page_size: int | None = None) -> None:
         if not hasattr(config, "get_text_config"):
             raise ArgumentError("config", "model.config", type(config).__name__, "pass that")
         hip = config_of(config.get_text_config(decoder=True))
-        bound = hip.bound_block_size if hip.uses_bounds else None
+        run_size = hip.bound_block_size if hip.uses_bounds else None
         if page_size is None:
-            fits = bound is None or PAGE_SIZE % bound_levels(PAGE_SIZE, bound)[-1] == 0
+            fits = run_size is None or PAGE_SIZE % bound_levels(PAGE_SIZE, run_size)[-1] == 0
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
         self._step: tuple[int | None, int] | None = None  # tokens held and new at the last update
         own = DynamicCache(config=config).layers
         super().__init__(
             layers=[
-                HiPCacheLayer(page_size, bound) if type(layer) is DynamicLayer else layer
+                HiPCacheLayer(page_size, run_size) if type(layer) is DynamicLayer else layer
                 for layer in own
             ]
         )
@@ -262,9 +297,9 @@ class HiPCache(Cache):
 
     def count_keys(self) -> tuple[float, float]:
         """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""
-        reuses = [layer.reuse for layer in self._paged()]
-        read = sum(reuse.keys_read for reuse in reuses)
-        return read, sum(reuse.keys_visible for reuse in reuses)
+        accounts = [layer.account for layer in self._paged()]
+        read = sum(account.keys_read for account in accounts)
+        return read, sum(account.keys_visible for account in accounts)
 
     def _paged(self) -> list[HiPCacheLayer]:
         return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]

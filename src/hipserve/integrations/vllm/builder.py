@@ -17,11 +17,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from hipserve.attention import CapturedPlan, DecodeBuffers, StepPlan, split_batch
 from hipserve.attention.crossover import rule_for
 from hipserve.errors import BackendError
 from hipserve.integrations.vllm import compat, settings
-from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, remake_bounds
+from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
 from hipserve.integrations.vllm.step import (
     HiPStep,
@@ -30,7 +29,14 @@ from hipserve.integrations.vllm.step import (
     host_seq_lens,
     sequences,
 )
-from hipserve.plan import BatchLayout, PruningRule
+from hipserve.plan import (
+    BatchLayout,
+    CapturedPlan,
+    DecodeBuffers,
+    PruningRule,
+    StepPlan,
+    split_batch,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +82,11 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         # Of one layer, since all builders of a group have to share it (vLLM makes several).
         self.schedule = layers[layer_names[0]].impl.schedule
         self.longest = vllm_config.model_config.max_model_len
-        self.bounded = any(layer.impl.keeps_bounds(layer) for layer in self.layers.values())
+        self.indexed = any(layer.impl.keeps_index(layer) for layer in self.layers.values())
         self._check_spec(kv_cache_spec)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
-        bounds = BlockLayout.of(kv_cache_spec, self.config).bound_bytes * blocks
-        self.tally.add("hipserve_page_bound_bytes", bounds)
+        size = BlockLayout.of(kv_cache_spec, self.config).index_bytes * blocks
+        self.tally.add("hipserve_page_bound_bytes", size)
 
     @staticmethod
     def _rule(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> PruningRule:
@@ -118,10 +124,10 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 "leave out --attention-backend CUSTOM"
             )
         needed = BlockLayout.of(spec, self.config).padded_bytes
-        if self.bounded and spec.page_size_bytes < needed:
+        if self.indexed and spec.page_size_bytes < needed:
             raise BackendError(
                 f"a KV block of {self.layer_names[0]} ({name}) has {spec.page_size_bytes} bytes, "
-                f"but with the bounds of its keys it needs {needed}; choose another --block-size, "
+                f"but with the index of its keys it needs {needed}; choose another --block-size, "
                 'or set {"hip": {"selector": "tree"}}'
             )
 
@@ -143,16 +149,15 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     def _found_pages(
         self, common: CommonAttentionMetadata, requests: compat.StepRequests, replayed: bool
     ) -> Tensor | None:
-        """Pages whose bounds the layers make; a step that graphs may replay gets them made here."""
-        found = found_keys(common, requests) if self.bounded else []
+        """Pages whose index the layers build; a step that graphs may replay gets it built here."""
+        found = found_keys(common, requests) if self.indexed else []
         self.tally.add("hipserve_found_keys", sum(keys for _, keys in found))
         pages = found_pages(common.block_table_tensor, self.kv_cache_spec.block_size, found)
         if pages is None or not replayed:
             return pages
         for layer in self.layers.values():
-            if layer.impl.keeps_bounds(layer):
-                kv = pages_of(layer.kv_cache, self.config.bound_block_size)
-                remake_bounds(kv, pages, self.config.bound_block_size)
+            if layer.impl.keeps_index(layer):
+                rebuild_index(pages_of(layer.kv_cache, self.config.bound_block_size).index, pages)
         return None
 
     def _plan(

@@ -1,9 +1,9 @@
-"""One attention layer inside vLLM: writes its keys, selects, attends."""
+"""One attention layer inside vLLM: translates steps and KV blocks."""
 
 from __future__ import annotations
 
 import functools
-import time
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,17 +13,22 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
-from hipserve.attention import RefreshSchedule, RequestSelections, StepPlan, absorb_sinks
-from hipserve.attention.dense import attend_chosen
+from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import settings
-from hipserve.integrations.vllm.kv_block import COPY_BYTES, pages_of, remake_bounds
-from hipserve.integrations.vllm.metrics import tally
+from hipserve.integrations.vllm.kv_block import (
+    COPY_BYTES,
+    BlockPages,
+    pages_of,
+    rebuild_index,
+)
+from hipserve.integrations.vllm.metrics import Tally, tally
 from hipserve.integrations.vllm.step import HiPStep, first_rows
 from hipserve.ops import write_kv
+from hipserve.plan import BatchLayout, RefreshSchedule
 from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 SEARCH_BYTES = 256 << 20
 """Scratch of a search on a GPU, as `SCRATCH_BYTES` of its kernels, which only GPUs import."""
@@ -57,8 +62,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
             raise ArgumentError("alibi_slopes", "none", "some", hint)
         vllm_config = get_current_vllm_config()
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
-        device = torch.device(current_platform.device_type)
-        refuse_without_kernels(device, vllm_config.model_config.dtype, head_size)
+        self.device = torch.device(current_platform.device_type)
+        refuse_without_kernels(self.device, vllm_config.model_config.dtype, head_size)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window or 0
@@ -72,7 +77,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.selections = RequestSelections(slots)
         if self.config.refresh_interval > 1 and not self.sliding_window:
             heads = self.num_kv_heads if self.config.share_group else num_heads
-            self.selections.allocate(device, heads, self.config.max_selected)
+            self.selections.allocate(self.device, heads, self.config.max_selected)
         self.tally = tally(vllm_config.instance_id)
 
     def is_local(self, layer: Any) -> bool:
@@ -83,8 +88,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
         """The layer reads every key, or those that the model lets it."""
         return self.is_local(layer) or layer_index(layer.layer_name) in self.config.dense_layers
 
-    def keeps_bounds(self, layer: Any) -> bool:
-        """The layer writes pages whose bounds somebody reads."""
+    def keeps_index(self, layer: Any) -> bool:
+        """The layer writes pages whose index somebody reads."""
         writes = self.kv_sharing_target_layer_name is None
         return self.config.uses_bounds and writes and not self.is_local(layer)
 
@@ -107,54 +112,94 @@ class HiPImpl(AttentionImpl[HiPStep]):
         if attn_metadata is None:
             touch_scratch(query, self.config)
             return output.fill_(0)
-        step, bound = attn_metadata, self.config.bound_block_size
-        bounded = self.config.uses_bounds and not self.is_local(layer)
-        kv = pages_of(kv_cache, bound if bounded else None)
-        if step.found_pages is not None and self.keeps_bounds(layer):
-            remake_bounds(kv, step.found_pages, bound)
+        step = attn_metadata
+        indexed = self.config.uses_bounds and not self.is_local(layer)
+        pages = pages_of(kv_cache, self.config.bound_block_size if indexed else None)
+        new = None
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            self._write(key, value, kv, step)
-        began = time.perf_counter()
-        q, selection = first_rows(query, step.num_tokens), None
-        if step.selects and not self.is_dense(layer):
-            selection = self.selections.select(q, kv, step.plan, self.config)
-        selected = time.perf_counter()
-        out, lse = attend_chosen(
-            q,
-            kv,
-            step.plan.layout,
-            selection,
-            config=self.config,
+            new = (key, value)
+        found = step.found_pages if self.keeps_index(layer) else None
+        keys = BlockKeys(pages, step, new, found)
+        q = first_rows(query, step.num_tokens)
+        out, _ = self._layer_of(layer, step).forward(q, keys)
+        first_rows(output, step.num_tokens).copy_(out)
+        return output
+
+    def _layer_of(self, layer: Any, step: HiPStep) -> AttentionLayer:
+        """How this layer attends in this step."""
+        prunes = step.selects and not self.is_dense(layer)
+        counts = step.plan.on_host and self.device.type == "cpu"
+        counted = layer.layer_name == step.counted_layer
+        return AttentionLayer(
+            self.config,
+            step.plan.rule if prunes else None,
             sliding_window=self.sliding_window,
             sm_scale=self.scale,
             softcap=self.softcap,
-        )
-        if self.sinks is not None:
-            out, _ = absorb_sinks(out, lse, self.sinks, check=False)
-        first_rows(output, step.num_tokens).copy_(out)
-        if isinstance(step.plan, StepPlan) and output.device.type == "cpu":
-            self.tally.add("hipserve_selection_seconds", selected - began)
-            self.tally.add("hipserve_attention_seconds", time.perf_counter() - selected)
-            if selection is not None and layer.layer_name == step.counted_layer:
-                self._count(selection, step.plan)
-        return output
-
-    def _write(self, key: Tensor, value: Tensor, kv: PagedKV, step: HiPStep) -> None:
-        """Writes the step's keys and values and brings the bounds of their runs up to date."""
-        write_kv(
-            first_rows(key, step.num_tokens),
-            first_rows(value, step.num_tokens),
-            kv,
-            step.slot_mapping,
-            bound_block_size=self.config.bound_block_size,
-            check=False,
+            sink_logits=self.sinks,
+            selections=StepSelections(self.selections, step.plan),
+            account=TallyAccount(self.tally, counted) if counts else None,
         )
 
-    def _count(self, selection: BlockSelection, plan: StepPlan) -> None:
-        """Reading numbers back would stall a GPU, so that only CPUs count."""
-        read, visible = selection.keys_read(plan.layout, self.config)
-        self.tally.add("hipserve_keys_read", float(read))
-        self.tally.add("hipserve_keys_visible", float(visible))
+
+@dataclass(slots=True)
+class BlockKeys:
+    """A layer's KV blocks in one step: `LayerKeys`.
+
+    Attributes:
+        pages: the blocks.
+        step: the batch, and where its keys go.
+        new: keys and values of the step, `[num_tokens, num_kv_heads, head_dim]` each, padding
+            behind them; None where another layer writes them.
+        found: `[n]` int64, pages whose index has to be built first; None for none.
+    """
+
+    pages: BlockPages
+    step: HiPStep
+    new: tuple[Tensor, Tensor] | None
+    found: Tensor | None
+    fresh: None = None
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.pages.index
+
+    def append(self) -> BatchLayout:
+        if self.found is not None:
+            rebuild_index(self.pages.index, self.found)
+        if self.new is not None:
+            k, v = (first_rows(x, self.step.num_tokens) for x in self.new)
+            pool, index = self.pages.pool, self.pages.index
+            write_kv(k, v, pool, index, self.step.slot_mapping, check=False)
+        return self.step.plan.layout
+
+    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+        return self.pages.pool
+
+
+@dataclass(frozen=True, slots=True)
+class TallyAccount:
+    """Counts into the metrics of a worker: `KeyCounter`. Reading numbers back would stall a GPU, so
+    only CPUs have one.
+    """
+
+    tally: Tally
+    counts_keys: bool
+
+    def add(self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig) -> None:
+        """As `KeyCounter.add`; of one layer only, which stands for all pruned ones."""
+        if self.counts_keys and selection is not None:
+            read, visible = selection.keys_read(layout, config)
+            self.tally.add("hipserve_keys_read", float(read))
+            self.tally.add("hipserve_keys_visible", float(visible))
+
+    def add_dense(self, batch: int, rows: int) -> None:
+        """Rows of a step are packed: there are no whole sequences."""
+
+    def add_seconds(self, search: float, attention: float) -> None:
+        """As `KeyCounter.add_seconds`."""
+        self.tally.add("hipserve_selection_seconds", search)
+        self.tally.add("hipserve_attention_seconds", attention)
 
 
 def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -188,7 +233,7 @@ def scratch_bytes(
     num_tokens: int, num_q_heads: int, head_dim: int, element_size: int, config: HiPConfig
 ) -> int:
     """What one layer of a step allocates at most: the search's scratch, a selection, output, lse,
-    and keys of blocks whose bounds are made."""
+    and keys of blocks whose index is built."""
     blocks = num_tokens // config.query_block_size + 1
     selection = blocks * num_q_heads * config.max_selected * 4
     output = num_tokens * num_q_heads * (head_dim * element_size + 4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-from hipserve.attention import CapturedPlan, SequenceStep, StepPlan
+from hipserve.plan import CapturedPlan, SequenceStep, StepPlan
 
 if TYPE_CHECKING:
     from hipserve.integrations.vllm.compat import StepRequests
@@ -29,7 +29,7 @@ class HiPStep(AttentionMetadata):
         selects: some query block is pruned, or its selection kept; else every layer is dense.
         counted_layer: the layer whose reads are counted for all pruned ones.
         found_pages: `[n]` int64, pages of keys that a request of this step found computed when it
-            started, or None: their bounds are made before anybody reads them.
+            started, or None: their index is built before anybody reads it.
     """
 
     num_tokens: int

@@ -8,12 +8,12 @@ from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.block_sparse_attention import operator
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyPool
 
 
 def block_sparse_attention(
     q: Tensor,
-    kv: PagedKV,
+    pool: KeyPool,
     layout: BatchLayout,
     selection: BlockSelection | None = None,
     *,
@@ -28,7 +28,7 @@ def block_sparse_attention(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        kv: the pages, keys and values of this call already written.
+        pool: the pages, keys and values of this call already written.
         layout: lengths and page ids of the batch.
         selection: from `select_blocks` with the same `config`; None for dense causal attention.
         config: the block sizes and sinks that the selection was made with.
@@ -49,12 +49,12 @@ def block_sparse_attention(
     """
     config = config or DEFAULT
     if check:
-        _check(q, kv, layout, selection, config, sliding_window, sm_scale, softcap)
+        _check(q, pool, layout, selection, config, sliding_window, sm_scale, softcap)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     return operator.run(
         q,
-        kv.k_cache,
-        kv.v_cache,
+        pool.k_cache,
+        pool.v_cache,
         layout.block_table,
         layout.query_blocks(config.query_block_size),
         selection.indices.contiguous() if selection else None,
@@ -71,7 +71,7 @@ def block_sparse_attention(
 
 def _check(
     q: Tensor,
-    kv: PagedKV,
+    pool: KeyPool,
     layout: BatchLayout,
     selection: BlockSelection | None,
     config: HiPConfig,
@@ -80,8 +80,8 @@ def _check(
     softcap: float,
 ) -> None:
     checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
-    checks.check_kv(q, kv, None)
-    checks.check_layout(q, kv, layout)
+    checks.check_pool(q, pool)
+    checks.check_layout(q, pool, layout)
     if sm_scale is not None:
         checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
@@ -93,11 +93,11 @@ def _check(
         "leave it out, or pass selection=None",
     )
     if selection is not None:
-        _check_selection(q, kv, layout, selection, config)
+        _check_selection(q, pool, layout, selection, config)
 
 
 def _check_selection(
-    q: Tensor, kv: PagedKV, layout: BatchLayout, selection: BlockSelection, config: HiPConfig
+    q: Tensor, pool: KeyPool, layout: BatchLayout, selection: BlockSelection, config: HiPConfig
 ) -> None:
     blocks = layout.query_blocks(config.query_block_size).shape[0]
     dims = "[num_query_blocks, heads, max_selected]"
@@ -127,9 +127,9 @@ def _check_selection(
     )
     heads = selection.indices.shape[1]
     checks.require(
-        heads in (kv.num_kv_heads, q.shape[1]),
+        heads in (pool.num_kv_heads, q.shape[1]),
         "selection.indices",
-        f"{kv.num_kv_heads} or {q.shape[1]} heads",
+        f"{pool.num_kv_heads} or {q.shape[1]} heads",
         heads,
         "select with the same heads",
     )

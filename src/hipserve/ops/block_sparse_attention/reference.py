@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.types import PagedKV
+from hipserve.types import KeyPool
 
 
 def block_sparse_attention(
@@ -25,7 +25,7 @@ def block_sparse_attention(
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
-    kv = PagedKV(k_cache, v_cache)
+    kv = KeyPool(k_cache, v_cache)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
@@ -59,7 +59,7 @@ def attend(
     rows: Tensor,
     positions: Tensor,
     keys: Tensor,
-    kv: PagedKV,
+    kv: KeyPool,
     pages: Tensor,
     sliding_window: int,
     sm_scale: float,

@@ -8,12 +8,12 @@ from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.select_blocks import operator
 from hipserve.plan import BatchLayout, PruningRule, pruning_rule
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex
 
 
 def select_blocks(
     q: Tensor,
-    kv: PagedKV,
+    index: KeyIndex,
     layout: BatchLayout,
     *,
     config: HiPConfig | None = None,
@@ -28,7 +28,8 @@ def select_blocks(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        kv: the pages, keys of this call already written; bounds too where the selector uses them.
+        index: of the pages, keys of this call already written; with summaries where the selector
+            reads them.
         layout: lengths and page ids of the batch.
         config: what to keep; the defaults if None.
         rule: which query blocks are pruned; what `config` says for q's device if None.
@@ -46,21 +47,21 @@ def select_blocks(
     config = config or DEFAULT
     if check:
         checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
-        checks.check_kv(q, kv, config.bound_block_size if config.uses_bounds else None)
-        checks.check_layout(q, kv, layout)
+        checks.check_index(q, index, config.bound_block_size if config.uses_bounds else None)
+        checks.check_layout(q, index, layout)
         if config.uses_bounds and layout.block_table.shape[1] > 1:
-            assert kv.k_bounds is not None
-            num_runs = kv.k_bounds.shape[1]
-            checks.check_page_size(kv.page_size, config.bound_block_size, num_runs)
+            assert index.summaries is not None
+            num_runs = index.summaries.shape[1]
+            checks.check_page_size(index.page_size, config.bound_block_size, num_runs)
     rule = rule or pruning_rule(config, q.device.type)
     starts = layout.window_starts(rule)
     blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
-    return BlockSelection(operator.run(q, kv, *blocks, config, backend), starts)
+    return BlockSelection(operator.run(q, index, *blocks, config, backend), starts)
 
 
 def refresh_blocks(
     q: Tensor,
-    kv: PagedKV,
+    index: KeyIndex,
     layout: BatchLayout,
     selection: BlockSelection,
     refresh: Tensor,
@@ -75,11 +76,11 @@ def refresh_blocks(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        kv, layout, config, rule, backend: as in `select_blocks`, but unchecked.
+        index, layout, config, rule, backend: as in `select_blocks`, but unchecked.
         selection: one entry a query block; overwritten where `refresh` is not 0.
         refresh: `[num_query_blocks]` int32.
     """
     config = config or DEFAULT
     rule = rule or pruning_rule(config, q.device.type)
     blocks = (layout.query_blocks(rule.query_block_size), layout.window_starts(rule))
-    operator.refresh(q, kv, layout.block_table, *blocks, config, refresh, selection, backend)
+    operator.refresh(q, index, layout.block_table, *blocks, config, refresh, selection, backend)

@@ -11,7 +11,7 @@ from hipserve.config import HiPConfig
 from hipserve.ops.select_blocks import cpu, reference
 from hipserve.ops.select_blocks.spec import SearchSpec, search_spec
 from hipserve.platform import resolve_backend
-from hipserve.types import BlockSelection, PagedKV
+from hipserve.types import BlockSelection, KeyIndex
 
 
 def _backend(name: str, q: Tensor) -> Callable[..., Tensor]:
@@ -25,7 +25,7 @@ def _backend(name: str, q: Tensor) -> Callable[..., Tensor]:
 
 def run(
     q: Tensor,
-    kv: PagedKV,
+    index: KeyIndex,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
@@ -33,8 +33,8 @@ def run(
     backend: str,
 ) -> Tensor:
     """Calls the backend, through the custom operator while torch.compile traces."""
-    k_bounds = kv.k_bounds if config.uses_bounds else None
-    tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks, window_starts)
+    summaries = index.summaries if config.uses_bounds else None
+    tensors = (q, index.codes, summaries, block_table, query_blocks, window_starts)
     if torch.compiler.is_compiling():
         return _operator(*tensors, _text(config), backend)
     return _backend(backend, q)(*tensors, search_spec(config))
@@ -42,7 +42,7 @@ def run(
 
 def refresh(
     q: Tensor,
-    kv: PagedKV,
+    index: KeyIndex,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
@@ -56,10 +56,10 @@ def refresh(
     if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
         from hipserve.ops.select_blocks import triton
 
-        k_bounds = kv.k_bounds if config.uses_bounds else None
-        tensors = (q, kv.k_cache, k_bounds, block_table, query_blocks, window_starts)
+        summaries = index.summaries if config.uses_bounds else None
+        tensors = (q, index.codes, summaries, block_table, query_blocks, window_starts)
         return triton.refresh_blocks(*tensors, search_spec(config), due, *kept)
-    made = run(q, kv, block_table, query_blocks, window_starts, config, backend)
+    made = run(q, index, block_table, query_blocks, window_starts, config, backend)
     kept[0].copy_(torch.where(due[:, None, None] > 0, made, kept[0]))
     kept[1].copy_(torch.where(due > 0, window_starts, kept[1]))
 
@@ -73,23 +73,23 @@ def _text(config: HiPConfig) -> str:
 @torch.library.custom_op("hipserve::select_blocks", mutates_args=())
 def _operator(
     q: Tensor,
-    k_cache: Tensor,
-    k_bounds: Tensor | None,
+    codes: Tensor,
+    summaries: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
     spec: str,
     backend: str,
 ) -> Tensor:
-    tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
+    tensors = (q, codes, summaries, block_table, query_blocks, window_starts)
     return _backend(backend, q)(*tensors, SearchSpec.loads(spec))
 
 
 @_operator.register_fake
 def _(
     q: Tensor,
-    k_cache: Tensor,
-    k_bounds: Tensor | None,
+    codes: Tensor,
+    summaries: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
@@ -97,6 +97,6 @@ def _(
     backend: str,
 ) -> Tensor:
     parsed = SearchSpec.loads(spec)
-    heads = k_cache.shape[2] if parsed.share_group else q.shape[1]
+    heads = codes.shape[2] if parsed.share_group else q.shape[1]
     shape = (query_blocks.shape[0], heads, parsed.max_selected)
     return q.new_empty(shape, dtype=torch.int32)
