@@ -16,7 +16,7 @@ def held(layer: PagedLayer, seq: int) -> torch.Tensor:
     layout = layer.layout([1] * len(layer.lengths))
     positions = torch.arange(layer.lengths[seq])
     pages = layout.block_table[seq, positions // layer.page_size].long()
-    return layer.pages.pool.k_cache[pages, positions % layer.page_size]
+    return layer.pool.k_cache[pages, positions % layer.page_size]
 
 
 @given(seed=st.integers(0, 2**31 - 1))
@@ -55,7 +55,7 @@ def assert_boxed(layer: PagedLayer, seq: int, keys: torch.Tensor) -> None:
     for length in bound_levels(layer.page_size, 16):
         for run, inside in enumerate(keys.split(length)):
             page, slot = divmod(run * length, layer.page_size)
-            low, high = layer.pages.index.summaries[table[page], offset + slot // length].unbind(1)
+            low, high = layer.index.summaries[table[page], offset + slot // length].unbind(1)
             assert bool((low <= inside).all())
             assert bool((inside <= high).all())
         offset += -(-layer.page_size // length)
@@ -89,7 +89,7 @@ def test_growth_is_rare_and_accounted() -> None:
     for _ in range(300):
         k = torch.randn(1, 50, 1, 16)
         layer.append(k, k)
-        pointers.add(layer.pages.pool.k_cache.data_ptr())
+        pointers.add(layer.pool.k_cache.data_ptr())
     assert len(pointers) <= 6
-    expected = layer.pages.pool.k_cache.nbytes * 2 + layer.pages.index.summaries.nbytes
+    expected = layer.pool.k_cache.nbytes * 2 + layer.index.summaries.nbytes
     assert layer.nbytes == expected

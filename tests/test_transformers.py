@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, masking_utils
 
 import hipserve.attention.layer as attention_layer
 from hipserve import ArgumentError, HiPCache, hip_attention
+from hipserve.attention import selections as attention_selections
 from hipserve.cache import pages
 from hipserve.integrations import transformers as integration
-from hipserve.integrations.transformers import forward
 from hipserve.plan import dense_rows
 from hipserve.plan import layout as plan_layout
 from tiny_models import FAMILIES, PRUNED, SIZES, build, logits_in_parts, prompts, twins
@@ -119,13 +119,13 @@ def test_pruned_chunks_equal_one_pass_and_plain_tensors() -> None:
 def selections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Query rows of every selection made from now on."""
     calls: list[int] = []
-    select = attention_layer.select_blocks
+    select = attention_selections.select_blocks
 
     def counted(q: torch.Tensor, *args: Any, **options: Any) -> Any:
         calls.append(len(q))
         return select(q, *args, **options)
 
-    monkeypatch.setattr(attention_layer, "select_blocks", counted)
+    monkeypatch.setattr(attention_selections, "select_blocks", counted)
     return calls
 
 
@@ -265,7 +265,7 @@ def test_a_cache_serves_what_it_was_made_for() -> None:
     cache = HiPCache(model.config)
     model(ids, past_key_values=cache)
     model.config.hip = PRUNED
-    with pytest.raises(ArgumentError, match=r"past_key_values: expected a HiPCache with bounds"):
+    with pytest.raises(ArgumentError, match=r"past_key_values: expected a HiPCache with summaries"):
         model(ids[:, :1], past_key_values=cache)
     model.config.hip = {**PRUNED, "selector": "tree"}
     with pytest.raises(ArgumentError, match="one whose last step failed half-way"):
@@ -314,10 +314,8 @@ def test_a_head_by_torch_leaves_output_and_counts_alone(
         cache = HiPCache(model.config)
         return model(ids, past_key_values=cache).logits, cache.count_keys()
 
-    def by_torch(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Any, **options: Any
-    ) -> torch.Tensor:
-        rows = dense_rows(rule, q.shape[1])
+    def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        rows = dense_rows(options["rule"], q.shape[1])
         heads = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(
             *heads, is_causal=True, scale=options["sm_scale"], enable_gqa=True
@@ -325,7 +323,7 @@ def test_a_head_by_torch_leaves_output_and_counts_alone(
         return out.transpose(1, 2)
 
     expected, counts = run()
-    monkeypatch.setattr(forward, "dense_head", by_torch)
+    monkeypatch.setattr(attention_layer, "dense_head", by_torch)
     out, counts_by_torch = run()
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     assert counts_by_torch == counts

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hipserve import ArgumentError, HiPCache
 from hipserve.attention import absorb_sinks
-from hipserve.integrations.transformers import forward
+from hipserve.attention import layer as attention_layer
 from hipserve.plan import dense_rows
 from tiny_models import PRUNED, SIZES, logits_in_parts, prompts
 
@@ -103,10 +103,8 @@ def test_a_head_by_torch_has_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompts(2, 150)
     expected = model(ids, past_key_values=HiPCache(model.config)).logits
 
-    def by_torch(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Any, **options: Any
-    ) -> torch.Tensor:
-        rows, scale = dense_rows(rule, q.shape[1]), options["sm_scale"]
+    def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        rows, scale = dense_rows(options["rule"], q.shape[1]), options["sm_scale"]
         q, k, v = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         scores = q @ k.repeat_interleave(2, 1).mT * scale
@@ -115,7 +113,7 @@ def test_a_head_by_torch_has_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
         sinks = options["sink_logits"]
         return absorb_sinks(out.transpose(1, 2), lse.transpose(1, 2), sinks)[0]
 
-    monkeypatch.setattr(forward, "dense_head", by_torch)
+    monkeypatch.setattr(attention_layer, "dense_head", by_torch)
     assert_close(model(ids, past_key_values=HiPCache(model.config)).logits, expected)
 
 

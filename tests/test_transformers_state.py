@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hipserve import ArgumentError, HiPCache
+from hipserve.attention import layer as attention_layer
+from hipserve.attention import selections
 from hipserve.integrations.transformers import forward
 from tiny_models import PRUNED, build, prompts, twins
 
@@ -122,13 +124,14 @@ def interrupted(model: PreTrainedModel, place: str, ids: Tensor, cache: Any) -> 
     """A step that ends where `place` says, as a KeyboardInterrupt or an error may end it."""
     layers = model.model.layers
     module = {"mlp": layers[0].mlp, "last": layers[2].self_attn.o_proj}.get(place)
+    owner = selections if place == "select_blocks" else attention_layer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module or forward, "forward" if module else place, fail)
+        patch.setattr(module or owner, "forward" if module else place, fail)
         with pytest.raises(Interrupt):
             model(ids, past_key_values=cache)
 
 
-ALWAYS = ("mlp", "attend", "attend_chosen")
+ALWAYS = ("mlp", "select_blocks", "attend_chosen")
 PLACES = [*itertools.product(ALWAYS, (0, 200)), ("dense_head", 0)]
 
 

@@ -170,6 +170,7 @@ class SelectionReuse:
 
     def __init__(self) -> None:
         self.selection: BlockSelection | None = None
+        self._config: HiPConfig | None = None
         self._schedule = RefreshSchedule(0, 1)
         self._slots = RequestSelections(0)
 
@@ -194,19 +195,23 @@ class SelectionReuse:
         decodes = layout.decodes(q.shape[0])
         if not decodes:
             self.clear()
-        decisions = self._decide(layout, search.config.refresh_interval) if decodes else None
+        decisions = self._decide(layout, search.config) if decodes else None
         plan = StepPlan.make(layout, rule, decisions)
         selection = self._slots.select(q, index, plan, search.config, search.backend)
         self.selection = selection if decodes else None
         return selection
 
-    def _decide(self, layout: BatchLayout, refresh_interval: int) -> list[tuple[int, bool]] | None:
-        """For every sequence its slot and whether it selects again; None where nothing is kept."""
-        if refresh_interval == 1:
+    def _decide(self, layout: BatchLayout, config: HiPConfig) -> list[tuple[int, bool]] | None:
+        """For every sequence its slot and whether it selects again; None where nothing is kept.
+
+        A selection serves the configuration that it was made with, and no other.
+        """
+        if config.refresh_interval == 1:
             return None
         batch = layout.num_seqs
-        if (self._slots.num_slots, self._schedule.refresh_interval) != (batch, refresh_interval):
-            self._schedule = RefreshSchedule(batch, refresh_interval)
+        if self._slots.num_slots != batch or self._config != config:
+            self._config = config
+            self._schedule = RefreshSchedule(batch, config.refresh_interval)
             self._slots = RequestSelections(batch)
         seq_lens = layout.lengths[0] if layout.lengths else layout.seq_lens.tolist()
         return self._schedule.step([SequenceStep(i, n, True) for i, n in enumerate(seq_lens)])

@@ -47,7 +47,8 @@ class Pages:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
         """The same with every tensor changed."""
-        return Pages.of(*map(change, self.tensors), self.index.run_size)
+        k, v, summaries = map(change, self.tensors)
+        return Pages.of(k, v, summaries, self.index.run_size)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +89,12 @@ class Case:
     def on(self, device: str) -> Case:
         """What kernels read, on another device; `ks` and `vs` stay where the oracle reads them."""
         layout, kv = self.layout, self.kv.map(lambda x: x.to(device))
-        batch = (x.to(device) for x in (layout.block_table, layout.seq_lens, layout.cu_seqlens_q))
-        return replace(self, q=self.q.to(device), kv=kv, layout=BatchLayout(*batch))
+        batch = BatchLayout(
+            layout.block_table.to(device),
+            layout.seq_lens.to(device),
+            layout.cu_seqlens_q.to(device),
+        )
+        return replace(self, q=self.q.to(device), kv=kv, layout=batch)
 
 
 def random_values(
@@ -155,8 +160,8 @@ def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> Pages:
     dims = (pool, shape.page_size, shape.num_kv_heads, shape.head_dim)
     runs = runs_of_pages(shape.page_size, bound_block_size)
     bounds = (pool, runs, shape.num_kv_heads, 2, shape.head_dim)
-    tensors = (torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds))
-    return Pages.of(*tensors, bound_block_size)
+    k, v, summaries = (torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds))
+    return Pages.of(k, v, summaries, bound_block_size)
 
 
 def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:
