@@ -151,7 +151,10 @@ class StepSelections:
         rule: PruningRule,  # noqa: ARG002
         search: Search,
     ) -> BlockSelection:
-        """As `Selections.select`, with the plan's layout and rule."""
+        """As `Selections.select`, with the plan's layout and rule.
+
+        q: `[num_tokens, num_q_heads, head_dim]`.
+        """
         return self.requests.select(q, index, self.plan, search.config, search.backend)
 
     def clear(self) -> None:
@@ -191,7 +194,10 @@ class SelectionReuse:
     def select(
         self, q: Tensor, index: KeyIndex, layout: BatchLayout, rule: PruningRule, search: Search
     ) -> BlockSelection:
-        """As `Selections.select`; only steps of one row a sequence keep anything."""
+        """As `Selections.select`; only steps of one row a sequence keep anything.
+
+        q: `[num_tokens, num_q_heads, head_dim]`.
+        """
         decodes = layout.decodes(q.shape[0])
         if not decodes:
             self.clear()
