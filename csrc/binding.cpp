@@ -134,9 +134,15 @@ template <class A> A* ints(const Tensor& x) { return (A*)x.data_ptr(); }
 
 Batch batch_of(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
                const Tensor& query_blocks) {
-  return {ints<const int32_t>(block_table), block_table.stride(0),
-          ints<const hipserve::QueryBlock>(query_blocks), query_blocks.size(0), k_cache.size(1),
-          q.size(1), k_cache.size(2), q.size(2), dtype_of(q)};
+  return {ints<const int32_t>(block_table),
+          block_table.stride(0),
+          ints<const hipserve::QueryBlock>(query_blocks),
+          query_blocks.size(0),
+          k_cache.size(1),
+          q.size(1),
+          k_cache.size(2),
+          q.size(2),
+          dtype_of(q)};
 }
 
 void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,

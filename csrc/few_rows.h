@@ -1,21 +1,24 @@
 // Products of a tile with few query rows (decode): keys and values are used where they lie, and the
-// rows of the next tile are asked for meanwhile, a few at a time. There are bfloat16 pairs here
-// alone; other tiers pack tiles for few rows too.
+// rows of the next tile are asked for meanwhile, a few at a time. Only for bfloat16 pairs: other
+// tiers pack tiles for few rows too.
 #pragma once
-#include "tile.h"
+#include "pack.h"
+#include "pages.h"
+#include "rows.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
 constexpr int64_t kFewRows = 8;
 
+// Whether so many rows of `dim` values take this way.
 template <class Unit> static inline bool few_rows(int64_t rows, int64_t dim) {
   return Unit::kValues == 2 && rows <= kFewRows && dim % 64 == 0;
 }
 
 #if defined(__AVX512BF16__)
-// Lane i of the result is the sum of the lanes of x[i].
-static inline vf sums(__m512 x[16]) {
+// (sum x[0], ..., sum x[15]), the sums over the lanes of sixteen vectors
+static inline vf lane_sums(__m512 x[16]) {
   __m512 t[8], u[4], w[2];
   for (int i = 0; i < 8; ++i)
     t[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
@@ -32,21 +35,8 @@ static inline vf sums(__m512 x[16]) {
                            _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
 }
 
-// Calls f<rows>() with the number of rows as a constant.
-template <class F> static inline void with_rows(int64_t rows, const F& f) {
-  switch (rows) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
-    default: return f.template operator()<8>();
-  }
-}
-
-// scores[row][key] = q . k for kM rows and `count` keys, of which a multiple of 8 can be read.
+// scores[row][key] = q_row . k_key for kM rows and `count` keys, of which a multiple of 8 can be
+// read.
 template <int kM>
 static void score_few(const float* q, const void* const* keys, int count, int64_t dim,
                       float* scores, const TileRows& next) {
@@ -67,13 +57,13 @@ static void score_few(const float* q, const void* const* keys, int count, int64_
           acc[r * kN + n] = _mm512_dpbf16_ps(acc[r * kN + n], row, (__m512bh)load(key[n] + c));
       }
     float out[16];
-    store(out, sums(acc));
+    store(out, lane_sums(acc));
     for (int r = 0; r < kM; ++r)
       for (int n = 0; n < kN; ++n) scores[r * kKeys + j + n] = out[r * kN + n];
   }
 }
 
-// out[row] += weights[row] . values, for kM rows and `pairs` pairs of keys.
+// out[row] += sum_key weights[row][key] * values[key], for kM rows and `pairs` pairs of keys.
 template <int kM>
 static void add_few(const float* weights, const TileRows& values, int pairs, int64_t dim,
                     float* out, const TileRows& next) {

@@ -46,7 +46,7 @@ struct AttentionCall {
 struct SelectCall {
   Batch batch;
   Rows q;
-  Pages k, bounds;  // bounds.data is null for the tree alone
+  Pages k, bounds;  // bounds.data is null where only the tree searches
   int64_t heads, max_selected;
   int64_t num_runs;  // of bounds in a page
   int64_t budget, bound_budget, key_block_size, bound_block_size, query_stride;

@@ -1,6 +1,6 @@
 // Compiled once for each ISA tier; CMakeLists.txt gives the flags and the name.
-#include "attention.h"
-#include "select_blocks.h"
+#include "attention/attention.h"
+#include "select/search.h"
 #include "write_kv.h"
 
 #define HIPSERVE_JOIN2(a, b) a##b

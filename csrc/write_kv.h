@@ -1,66 +1,27 @@
-// Appending keys and values to pages, and the bounds of the runs they touch.
+// Appending keys and values to pages, and the summaries of the runs they touch.
 #pragma once
-#include "tile.h"
+#include "arena.h"
+#include "dispatch.h"
+#include "pages.h"
+#include "run_summary.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-template <int kBytes> struct IntegerOf { typedef int16_t type __attribute__((may_alias)); };
-template <> struct IntegerOf<4> { typedef int32_t type __attribute__((may_alias)); };
+constexpr int64_t kFewTokens = 64;  // up to which waking other threads does not pay
 
-// Least and greatest values, as integers that order as the values do: nothing is converted, and a
-// vector holds twice as many halves as floats.
-template <class T> struct Box {
-  using Bits = typename IntegerOf<sizeof(T)>::type;
-  static constexpr Bits kGreatest = (Bits)(~0ull >> (65 - 8 * sizeof(T)));
-  Bits low[kMaxDim], high[kMaxDim];
-  int64_t dim;
-  explicit Box(int64_t dim) : dim(dim) {
-    for (int64_t c = 0; c < dim; ++c) {
-      low[c] = kGreatest;
-      high[c] = ~kGreatest;
-    }
+// Where a slot is; no page for a token that is not kept.
+struct Slot {
+  int64_t page, offset;
+  Slot(int64_t slot, int64_t page_size) : page(-1), offset(0) {
+    if (slot < 0) return;
+    page = slot / page_size;
+    offset = slot % page_size;
   }
-  void add(const T* low_row, const T* high_row) {
-    const Bits *x = (const Bits*)low_row, *y = (const Bits*)high_row;
-    for (int64_t c = 0; c < dim; ++c) {
-      low[c] = least(ordered(x[c]), low[c]);
-      high[c] = most(ordered(y[c]), high[c]);
-    }
-  }
-  void put(T* out) const {
-    Bits* to = (Bits*)out;
-    for (int64_t c = 0; c < dim; ++c) {
-      to[c] = ordered(low[c]);
-      to[dim + c] = ordered(high[c]);
-    }
-  }
+  bool kept() const { return page >= 0; }
 };
 
-// Bounds of one page and head whose first `count` keys are there, from run `first / length` on:
-// the finest level from keys, each coarser one from the level below.
-template <class T>
-static void bound_page(const T* keys, int64_t slot_stride, T* bounds, int64_t run_stride,
-                       const BoundLevels& levels, int64_t first, int64_t count, int64_t dim) {
-  for (int level = 0; level < levels.count; ++level) {
-    const int64_t length = levels.length[level];
-    for (int64_t run = first / length; run * length < count; ++run) {
-      Box<T> box(dim);
-      int64_t end = least(count, (run + 1) * length);
-      if (level == 0)
-        for (int64_t slot = run * length; slot < end; ++slot)
-          box.add(keys + slot * slot_stride, keys + slot * slot_stride);
-      else
-        for (int64_t child = run * levels.ratio(); child * levels.length[level - 1] < end; ++child) {
-          const T* finer = bounds + (levels.offset[level - 1] + child) * run_stride;
-          box.add(finer, finer + dim);
-        }
-      box.put(bounds + (levels.offset[level] + run) * run_stride);
-    }
-  }
-}
-
-// A stretch of tokens that fills consecutive slots of one page.
+// Slots [first, end) of one page that a call fills.
 struct Stretch {
   int64_t page, first, end;
 };
@@ -70,16 +31,29 @@ static int by_page(const void* a, const void* b) {
   return (x > y) - (x < y);
 }
 
+// The stretches that consecutive tokens fill; returns how many.
+static int64_t list_stretches(const WriteCall& call, Array<Stretch>& stretches) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < call.num_tokens; ++t) {
+    const Slot slot(call.slot_mapping[t], call.page_size);
+    if (!slot.kept()) continue;
+    Stretch* last = count ? &stretches[count - 1] : nullptr;
+    if (last && last->page == slot.page && last->end == slot.offset) ++last->end;
+    else stretches[count++] = {slot.page, slot.offset, slot.offset + 1};
+  }
+  return count;
+}
+
 // Merges the stretches of each page, wherever in the call they are: its last slot decides where the
-// page ends, its first one where to begin.
-static int64_t one_per_page(Stretch* stretches, int64_t count) {
-  qsort(stretches, count, sizeof(Stretch), by_page);
+// page ends, its first one where to begin. Returns how many are left.
+static int64_t merge_stretches(Array<Stretch>& stretches, int64_t count) {
+  qsort(stretches.data, count, sizeof(Stretch), by_page);
   int64_t merged = 0;
   for (int64_t i = 0; i < count; ++i) {
-    Stretch* last = merged ? stretches + merged - 1 : nullptr;
+    Stretch* last = merged ? &stretches[merged - 1] : nullptr;
     if (last && last->page == stretches[i].page) {
-      last->first = least(last->first, stretches[i].first);
-      last->end = most(last->end, stretches[i].end);
+      last->first = minimum(last->first, stretches[i].first);
+      last->end = maximum(last->end, stretches[i].end);
     } else {
       stretches[merged++] = stretches[i];
     }
@@ -87,75 +61,63 @@ static int64_t one_per_page(Stretch* stretches, int64_t count) {
   return merged;
 }
 
-template <class T> static void write_as(const WriteCall& call) {
-  const BoundLevels levels(call.page_size, call.bound_block_size, call.num_runs);
-  const int64_t dim = call.head_dim, tokens = call.num_tokens, heads = call.num_kv_heads;
-  Stretch* stretches = (Stretch*)malloc(sizeof(Stretch) * most(tokens, (int64_t)1));
-  int64_t count = 0;
-  for (int64_t t = 0; t < tokens; ++t) {
-    int64_t slot = call.slot_mapping[t];
-    if (slot < 0) continue;
-    int64_t page = slot / call.page_size, offset = slot % call.page_size;
-    Stretch* last = count ? stretches + count - 1 : nullptr;
-    if (last && last->page == page && last->end == offset) ++last->end;
-    else stretches[count++] = {page, offset, offset + 1};
-  }
-#pragma omp parallel for if (tokens > 64) schedule(static)
-  for (int64_t t = 0; t < tokens; ++t) {
-    int64_t slot = call.slot_mapping[t];
-    if (slot < 0) continue;
-    int64_t page = slot / call.page_size, offset = slot % call.page_size;
-    for (int64_t h = 0; h < heads; ++h) {
-      auto put = [&](const Pages& pages, const Rows& rows) {
-        T* to = (T*)pages.data + page * pages.page_stride + offset * pages.slot_stride + h * pages.head_stride;
-        memcpy(to, (const T*)rows.data + t * rows.row_stride + h * rows.head_stride, dim * sizeof(T));
-      };
-      put(call.k_cache, call.k);
-      put(call.v_cache, call.v);
+template <class K> static void write_tokens(const WriteCall& call) {
+  const int64_t bytes = call.head_dim * sizeof(K);
+#pragma omp parallel for if (call.num_tokens > kFewTokens) schedule(static)
+  for (int64_t t = 0; t < call.num_tokens; ++t) {
+    const Slot slot(call.slot_mapping[t], call.page_size);
+    if (!slot.kept()) continue;
+    for (int64_t h = 0; h < call.num_kv_heads; ++h) {
+      memcpy(slot_row<K>(call.k_cache, slot.page, slot.offset, h), token_row<K>(call.k, t, h),
+             bytes);
+      memcpy(slot_row<K>(call.v_cache, slot.page, slot.offset, h), token_row<K>(call.v, t, h),
+             bytes);
     }
   }
-  if (call.bounds.data) {
-    count = one_per_page(stretches, count);
-#pragma omp parallel for if (tokens > 64) schedule(dynamic)
-    for (int64_t i = 0; i < count * heads; ++i) {
-      const Stretch& s = stretches[i / heads];
-      int64_t h = i % heads;
-      const T* keys = (const T*)call.k_cache.data + s.page * call.k_cache.page_stride + h * call.k_cache.head_stride;
-      T* bounds = (T*)call.bounds.data + s.page * call.bounds.page_stride + h * call.bounds.head_stride;
-      bound_page<T>(keys, call.k_cache.slot_stride, bounds, call.bounds.slot_stride, levels, s.first, s.end, dim);
-    }
-  }
-  free(stretches);
 }
 
-template <class T> static void bounds_as(const BoundsCall& call) {
-  const BoundLevels levels(call.page_size, call.bound_block_size, call.num_runs);
-  const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.count - 1];
-  const int64_t chunks = (call.page_size + chunk - 1) / chunk;
+// Rows of a page and head, of keys or of summaries.
+template <class T>
+static inline PageRows<T> page_rows(const Pages& pages, int64_t page, int64_t head) {
+  return {slot_row<T>(pages, page, 0, head), pages.slot_stride};
+}
+
+template <class K> static void write_all(const WriteCall& call) {
+  write_tokens<K>(call);
+  if (!call.bounds.data) return;
+  const RunLevels levels(call.page_size, call.bound_block_size, call.num_runs);
+  const int64_t heads = call.num_kv_heads;
+  Array<Stretch> stretches(call.num_tokens);
+  const int64_t count = merge_stretches(stretches, list_stretches(call, stretches));
+#pragma omp parallel for if (call.num_tokens > kFewTokens) schedule(dynamic)
+  for (int64_t i = 0; i < count * heads; ++i) {
+    const Stretch& s = stretches[i / heads];
+    const int64_t head = i % heads;
+    summarize_page<K>(page_rows<const K>(call.k_cache, s.page, head),
+                      page_rows<K>(call.bounds, s.page, head), levels, s.first, s.end,
+                      call.head_dim);
+  }
+}
+
+template <class K> static void summarize_all(const BoundsCall& call) {
+  const RunLevels levels(call.page_size, call.bound_block_size, call.num_runs);
+  const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.coarsest()];
+  const int64_t chunks = ceil_div(call.page_size, chunk);
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < call.num_pages * heads * chunks; ++i) {
     // Heads last: the keys of a chunk lie together, those of a head may not.
-    int64_t page = i / (heads * chunks), h = i % heads, first = i / heads % chunks * chunk;
-    const T* keys = (const T*)call.k.data + page * call.k.page_stride + h * call.k.head_stride;
-    T* bounds = (T*)call.bounds.data + page * call.bounds.page_stride + h * call.bounds.head_stride;
-    bound_page<T>(keys, call.k.slot_stride, bounds, call.bounds.slot_stride, levels, first,
-                  least(call.page_size, first + chunk), call.head_dim);
+    const int64_t page = i / (heads * chunks), head = i % heads, first = i / heads % chunks * chunk;
+    summarize_page<K>(page_rows<const K>(call.k, page, head), page_rows<K>(call.bounds, page, head),
+                      levels, first, minimum(call.page_size, first + chunk), call.head_dim);
   }
 }
 
 static void write_kv(const WriteCall& call) {
-  switch (call.dtype) {
-    case Dtype::bf16: return write_as<bf16>(call);
-    case Dtype::f16: return write_as<f16>(call);
-    default: return write_as<float>(call);
-  }
+  dispatch(call.dtype, call, &Kernels::write_kv, [&]<class, class K>() { write_all<K>(call); });
 }
 static void compute_bounds(const BoundsCall& call) {
-  switch (call.dtype) {
-    case Dtype::bf16: return bounds_as<bf16>(call);
-    case Dtype::f16: return bounds_as<f16>(call);
-    default: return bounds_as<float>(call);
-  }
+  dispatch(call.dtype, call, &Kernels::compute_bounds,
+           [&]<class, class K>() { summarize_all<K>(call); });
 }
 
 }  // namespace HIPSERVE_TIER

@@ -1,0 +1,81 @@
+// The small matrix product over units. A unit is 32 bits wide and holds one or two values along the
+// axis that a product sums over: one float, or a pair of bfloat16 for vdpbf16ps.
+#pragma once
+#include "storage.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+#if defined(__AVX512F__)
+constexpr int kColumns = 4;  // vectors of columns of a register tile
+#else
+constexpr int kColumns = 2;
+#endif
+constexpr int kRows = 6;  // rows of a register tile
+#if defined(__AMX_BF16__)
+constexpr int kKeys = 128;  // keys of a tile
+#else
+constexpr int kKeys = 64;
+#endif
+constexpr int kMaxDim = 512;
+
+typedef float unit __attribute__((aligned(2), may_alias));  // a unit of a row in memory
+
+struct Single {
+  static constexpr int kValues = 1, kExpDegree = 6;
+  // acc + a b
+  static inline vf madd(vf acc, float a, vf b) { return acc + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pair {
+  static constexpr int kValues = 2, kExpDegree = 4;
+  // acc + a[0] b[0] + a[1] b[1]
+  static inline vf madd(vf acc, float a, vf b) {
+    __m512bh pair = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(a));
+    return (vf)_mm512_dpbf16_ps((__m512)acc, pair, (__m512bh)b);
+  }
+};
+#endif
+
+// The unit in which queries stored as Q meet keys stored as K.
+template <class Q, class K> struct UnitOf {
+  using type = Single;
+};
+#if defined(__AVX512BF16__)
+template <> struct UnitOf<bf16, bf16> {
+  using type = Pair;
+};
+#endif
+
+// Whether products of these units are on tile registers (amx.h), unless query rows are few.
+#if defined(__AMX_BF16__)
+template <class Unit> constexpr bool kTiled = Unit::kValues == 2;
+#else
+template <class Unit> constexpr bool kTiled = false;
+#endif
+
+// acc[r][c] += sum_k a_r[k] * b[k][c], with rows a_r wherever they lie and kN vectors of columns.
+template <class Unit, int kM, int kN>
+static inline void product(const unit* const* rows, const float* b, int64_t ldb, int depth,
+                           vf acc[kM][kN]) {
+  const unit* a[kM];
+  for (int r = 0; r < kM; ++r) a[r] = rows[r];
+  for (int k = 0; k < depth; ++k) {
+    vf column[kN];
+    for (int c = 0; c < kN; ++c) column[c] = load(b + k * ldb + c * kLanes);
+    for (int r = 0; r < kM; ++r)
+      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r][k], column[c]);
+  }
+}
+
+// The same with rows that are `lda` units apart.
+template <class Unit, int kM, int kN>
+static inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+                           vf acc[kM][kN]) {
+  const unit* rows[kM];
+  for (int r = 0; r < kM; ++r) rows[r] = a + r * lda;
+  product<Unit, kM, kN>(rows, b, ldb, depth, acc);
+}
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve

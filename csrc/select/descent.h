@@ -1,0 +1,109 @@
+// The search through summaries: coarse runs first, then the fine runs of those kept, then blocks.
+#pragma once
+#include "select/summaries.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+struct BlockList {
+  const int32_t* data;
+  int64_t count;
+};
+
+// Lengths of the lists of a descent that is to find bound_budget keys in sequences up to `longest`.
+struct DescentSize {
+  int64_t runs = 0;    // candidates of a level
+  int64_t kept = 0;    // runs that a level keeps
+  int64_t blocks = 0;  // of the fine runs kept
+  DescentSize(const SelectCall& call, const RunLevels& levels, int64_t longest) {
+    if (call.bound_budget <= 0) return;
+    const int64_t keys = wanted_keys(call);
+    int64_t kept_above = -1;
+    for (int level = levels.coarsest(); level >= 0; --level) {
+      // Children of what is kept above, and less than a parent's worth at each end.
+      const int64_t candidates =
+          kept_above < 0 ? longest / levels.length[level] + 1 : (kept_above + 2) * levels.ratio();
+      kept_above = minimum(levels.kept(keys, level), candidates);
+      runs = maximum(runs, candidates);
+      kept = maximum(kept, kept_above);
+    }
+    blocks = kept_above * (levels.length[0] / call.key_block_size);
+  }
+  // Keys that the fine runs kept should hold; re-ranking leaves bound_budget of them.
+  static int64_t wanted_keys(const SelectCall& call) {
+    return call.bound_budget * maximum(call.rerank, (int64_t)1);
+  }
+};
+
+template <class Q, class K, class S> class Descent {
+ public:
+  Descent(Arena& arena, const SelectCall& call, const RunLevels& levels, const DescentSize& size,
+          BlockRank<Q, K>& blocks, RunRank<Q, S>& runs)
+      : call_(call), levels_(levels), block_rank_(blocks), run_rank_(runs) {
+    candidates_ = arena.take<int32_t>(size.runs);
+    best_runs_ = arena.take<int32_t>(size.runs);
+    kept_runs_ = arena.take<int32_t>(size.kept);
+    proposed_ = arena.take<int32_t>(size.blocks);
+    best_blocks_ = arena.take<int32_t>(size.blocks);
+    found_ = arena.take<int32_t>(size.blocks);
+  }
+
+  // Blocks of bound_budget keys, ascending.
+  BlockList find(const Middle& middle) {
+    const BlockList proposed = propose(middle);
+    if (!call_.rerank) return proposed;
+    const int64_t keep = call_.bound_budget / call_.key_block_size;
+    const int64_t n = block_rank_.best(proposed.data, proposed.count, keep, middle, best_blocks_);
+    for (int64_t i = 0; i < n; ++i) found_[i] = proposed.data[best_blocks_[i]];
+    return {found_, n};
+  }
+
+ private:
+  // The blocks of the best fine runs.
+  BlockList propose(const Middle& middle) {
+    const int64_t keys = DescentSize::wanted_keys(call_);
+    int64_t kept = -1;
+    for (int level = levels_.coarsest(); level >= 0; --level) {
+      const int64_t n = list_candidates(kept, level, middle);
+      const int64_t keep = levels_.kept(keys, level);
+      kept = run_rank_.best(candidates_, n, level, keep, middle, best_runs_);
+      for (int64_t i = 0; i < kept; ++i) kept_runs_[i] = candidates_[best_runs_[i]];
+    }
+    const int64_t per_run = levels_.length[0] / call_.key_block_size, n = kept * per_run;
+    for (int64_t i = 0; i < n; ++i)
+      proposed_[i] = (int32_t)(kept_runs_[i / per_run] * per_run + i % per_run);
+    return {proposed_, n};
+  }
+
+  // Runs of a level to score, ascending: children of the kept runs, and runs whose parent sticks
+  // out of the middle. `kept` is -1 at the coarsest level.
+  int64_t list_candidates(int64_t kept, int level, const Middle& middle) {
+    const int64_t length = levels_.length[level];
+    const int64_t begin = ceil_div(middle.begin, length), end = middle.end / length;
+    int64_t n = 0;
+    auto add = [&](int64_t from, int64_t to) {
+      for (int64_t run = from; run < to; ++run) candidates_[n++] = (int32_t)run;
+    };
+    if (kept < 0) {
+      add(begin, end);
+      return n;
+    }
+    const int64_t parent = levels_.length[level + 1], ratio = parent / length;
+    int64_t low = ceil_div(middle.begin, parent) * ratio, high = middle.end / parent * ratio;
+    if (low >= high) low = high = end;  // no parent fits: all of them, once
+    add(begin, minimum(low, end));
+    for (int64_t i = 0; i < kept; ++i) add(kept_runs_[i] * ratio, (kept_runs_[i] + 1) * ratio);
+    add(maximum(high, begin), end);
+    return n;
+  }
+
+  const SelectCall& call_;
+  const RunLevels& levels_;
+  BlockRank<Q, K>& block_rank_;
+  RunRank<Q, S>& run_rank_;
+  int32_t *candidates_, *best_runs_, *kept_runs_;  // runs of one level; positions among candidates
+  int32_t *proposed_, *best_blocks_, *found_;      // blocks; positions among those proposed
+};
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve

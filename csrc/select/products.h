@@ -1,0 +1,124 @@
+// Products of rows in memory (keys, summaries) with rows as columns, a batch of rows at a time.
+#pragma once
+#include "select/rows_as_columns.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+#if defined(__AMX_BF16__)
+constexpr int kBatch = 64;  // rows multiplied at a time, asked for a batch ahead
+constexpr int kTall = 16;   // rows of a product with a single vector of columns
+#else
+constexpr int kBatch = 48;
+constexpr int kTall = 2 * kRows;
+#endif
+
+// Units lie at any even address: in units, their distance would be rounded.
+static inline int64_t bytes_between(const void* a, const void* b) {
+  return (const char*)b - (const char*)a;
+}
+
+#if defined(__AMX_BF16__)
+// The products of multiply() on tile registers, for rows that even_rows() has spaced evenly.
+template <class Use>
+static inline void multiply_even(const unit* const* keys, int count, float* chunk, int64_t lanes,
+                                 int depth, const Use& use) {
+  alignas(64) float products[4 * kLanes * kLanes];
+  auto tall = [&](int i) { return TallRows{keys[i], bytes_between(keys[i], keys[i + 1])}; };
+  auto block = [&]<int kHigh, int kWide>(int i, int64_t c) {
+    const TallRows rows[2] = {tall(i), tall(i + (kHigh - 1) * kLanes)};
+    multiply_tiles<kHigh, kWide, false>(rows, {chunk + c, kChunk}, depth / kLanes,
+                                        {products, kWide * kLanes});
+    use(i, c, (vf(&)[kHigh * kLanes][kWide]) products);
+  };
+  for (int i = 0; i < count; i += 2 * kLanes)
+    for (int64_t c = 0; c < lanes; c += 2 * kLanes) {
+      const bool wide = c + kLanes < lanes;
+      if (i + kLanes < count)
+        wide ? block.template operator()<2, 2>(i, c) : block.template operator()<2, 1>(i, c);
+      else wide ? block.template operator()<1, 2>(i, c) : block.template operator()<1, 1>(i, c);
+    }
+}
+#endif
+
+// Makes every 16 rows lie at equal distances, and end on a whole step: neighbours in a page do, the
+// others are copied.
+static inline void even_rows(const unit** rows, int count, int64_t width, float* scratch) {
+  const int64_t wide = round_up(width, (int64_t)kStep) / 2;
+  for (int i = 0; i < count; i += kLanes) {
+    const int64_t apart = bytes_between(rows[i], rows[i + 1]);
+    bool even = width % kStep == 0;
+    for (int j = 2; j < kLanes; ++j) even &= bytes_between(rows[i + j - 1], rows[i + j]) == apart;
+    if (even) continue;
+    for (int j = i; j < i + kLanes; ++j) {
+      float* copy = scratch + j * wide;
+      memcpy(copy, rows[j], width * 2);
+      memset(copy + width / 2, 0, (wide - width / 2) * 4);
+      rows[j] = copy;
+    }
+  }
+}
+
+// Calls use(first key, first lane, products) for all products of keys and the lanes of one chunk.
+template <class Unit, class Use>
+static inline void multiply(const unit* const* keys, int count, float* chunk, int64_t lanes,
+                            int depth, const Use& use) {
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<Unit>) return multiply_even(keys, count, chunk, lanes, depth, use);
+#endif
+  constexpr int kWide = kColumns * kLanes;
+  int64_t c = 0;
+  for (; c + kWide <= lanes; c += kWide)
+    for (int i = 0; i < count; i += kRows) {
+      vf acc[kRows][kColumns] = {};
+      product<Unit, kRows, kColumns>(keys + i, chunk + c, kChunk, depth, acc);
+      use(i, c, acc);
+    }
+  for (; c < lanes; c += kLanes)
+    for (int i = 0; i < count; i += kTall) {
+      vf acc[kTall][1] = {};
+      product<Unit, kTall, 1>(keys + i, chunk + c, kChunk, depth, acc);
+      use(i, c, acc);
+    }
+}
+
+// Rows that are multiplied together, as units. Behind `count` of them the last one is repeated.
+struct RowBatch {
+  const unit* rows[kBatch];
+  int64_t first;
+  int count, padded;
+};
+
+// Calls use(batch) for batches of the n rows of a source: source(i) gives the i-th, stored as
+// Source::Row, and is called for one after the other. `convert` holds kBatch rows of floats.
+template <class Unit, class Source, class Use>
+static inline void in_batches(int64_t n, const Columns<Unit>& columns, Source& source,
+                              float* convert, const Use& use) {
+  using Row = typename Source::Row;
+  const Row* rows[2][kBatch];
+  RowBatch batch;
+  auto find = [&](int64_t first, const Row** out) {
+    const int count = (int)minimum(n - first, (int64_t)kBatch);
+    for (int j = 0; j < count; ++j) {
+      out[j] = source(first + j);
+      prefetch_row(out[j], columns.width * sizeof(Row));
+    }
+    return count;
+  };
+  int turn = 0, count = find(0, rows[0]);
+  for (int64_t i = 0; i < n; turn ^= 1) {
+    const int next = find(i + count, rows[turn ^ 1]);
+    unit_rows<Unit, Row>(rows[turn], count, columns.width, convert, batch.rows);
+    batch.first = i;
+    batch.count = count;
+    batch.padded = round_up(count, kTall);
+    for (int j = count; j < kBatch; ++j) batch.rows[j] = batch.rows[count - 1];
+    if (kTiled<Unit> && !columns.few) even_rows(batch.rows, batch.padded, columns.width, convert);
+    use(batch);
+    i += count;
+    count = next;
+  }
+}
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve

@@ -1,0 +1,73 @@
+// The sampled rows of a query block as columns of a product, so that a key is scored where it lies.
+#pragma once
+#include "amx.h"
+#include "arena.h"
+#include "few_rows.h"
+#include "pages.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+constexpr int kChunk = kKeys;  // sampled rows side by side
+
+// Query heads that share the chosen blocks of one head.
+static inline int64_t group_size(const SelectCall& call) {
+  return call.batch.num_q_heads / call.heads;
+}
+
+// Stacked rows that stand for a query block: every query_stride-th one, the last one first.
+static inline int64_t num_sampled(const SelectCall& call, const QueryBlock& block) {
+  return ((block.num_rows - 1) / call.query_stride + 1) * group_size(call);
+}
+
+// The r-th of them.
+template <class Q>
+static inline const Q* sampled_row(const SelectCall& call, const QueryBlock& block, int64_t head,
+                                   int64_t r) {
+  const int64_t group = group_size(call);
+  const int64_t row = block.num_rows - 1 - r / group * call.query_stride;
+  return token_row<const Q>(call.q, block.row + row, head * group + r % group);
+}
+
+// Rows as columns: chunks of kChunk rows, units[k][row]. Lanes beyond the last row have a baseline
+// of infinity and never count. Few rows (few_rows.h) are one behind the other instead.
+template <class Unit> struct Columns {
+  float* units;
+  int depth, width;  // units and values of a row
+  int64_t rows = 0;
+  bool few = false;
+  Columns(Arena& arena, int64_t max_rows, int64_t width)
+      : depth((int)depth_of<Unit>(width)), width((int)width) {
+    units = arena.take<float>(max_rows * depth);
+  }
+
+  // Takes `count` rows of any number, of which row(r) gives the r-th, stored as Q; a result of
+  // row(r) lasts for kChunk calls. `convert` holds kKeys * width floats.
+  template <class Q, class Row> void fill(int64_t count, bool are_few, float* convert,
+                                          const Row& row) {
+    rows = count;
+    few = are_few;
+    for (int64_t first = 0; first < count; first += kChunk) {
+      TileRows chunk;
+      chunk.count = (int)minimum(count - first, (int64_t)kChunk);
+      for (int j = 0; j < chunk.count; ++j) chunk.row[j] = row(first + j);
+      if (few) put_few<Q>(chunk);
+      else put_chunk<Q>(chunk, units + first * depth, convert);
+    }
+  }
+
+ private:
+  template <class Q> void put_few(const TileRows& chunk) {
+    for (int j = 0; j < chunk.count; ++j)
+      pack_row<Unit, Q>((const Q*)chunk.row[j], width, units + j * depth);
+  }
+  template <class Q> void put_chunk(TileRows& chunk, float* to, float* convert) {
+    chunk.fill_up();
+    KeyTile<Unit, Q>::pack(chunk, width, to, convert);
+    const int64_t used = width / Unit::kValues;
+    memset(to + used * kChunk, 0, (depth - used) * kChunk * 4);
+  }
+};
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve

@@ -1,0 +1,50 @@
+// Storage types of queries, keys and values: how a number in memory becomes a float and back.
+#pragma once
+#include "simd.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+struct bf16 {
+  uint16_t bits;
+};
+#if defined(__aarch64__)
+using half = __fp16;  // gcc has _Float16 there from 13 on
+#else
+using half = _Float16;
+#endif
+struct f16 {
+  half value;
+};
+
+static inline float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+static inline float to_float(f16 x) { return (float)x.value; }
+static inline float to_float(float x) { return x; }
+
+// The nearest stored number; ties go to the even one, NaN stays NaN.
+static inline void from_float(float y, float* x) { *x = y; }
+static inline void from_float(float y, f16* x) { x->value = (half)y; }
+static inline void from_float(float y, bf16* x) {
+  uint32_t bits;
+  memcpy(&bits, &y, 4);
+  bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  x->bits = nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// y[i] = x[i] for i < n
+template <class T> static inline void to_floats(const T* x, int n, float* y) {
+  for (int i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+
+// An integer that orders as the number of which it has the bits; its own inverse.
+template <class Bits> static inline Bits ordered(Bits x) {
+  return x ^ (x >> (8 * sizeof(Bits) - 1) & (Bits)(~0ull >> (65 - 8 * sizeof(Bits))));
+}
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve
