@@ -8,39 +8,38 @@ namespace HIPSERVE_TIER {
 
 // The keys between sinks and window of one query block and KV head: positions [begin, end).
 struct Middle {
-  const Sequence& seq;
+  Sequence seq;
   int64_t kv_head, begin, end;
 };
 
 // Keys that are read without being chosen: sinks, then those from the end of the middle on.
 template <class K> struct KeysOutside {
   using Row = K;
-  const SelectCall& call;
-  const Middle& middle;
+  Pages pages;
+  Middle middle;
   const K* operator()(int64_t i) const {
     const int64_t key = i < middle.begin ? i : middle.end + i - middle.begin;
-    return key_row<K>(call.k, middle.seq, middle.kv_head, key);
+    return key_row<K>(pages, middle.seq, middle.kv_head, key);
   }
 };
 
 // The keys of a list of blocks, one after the other.
 template <class K> struct KeysOfBlocks {
   using Row = K;
-  const SelectCall& call;
-  const Middle& middle;
+  Pages pages;
+  Middle middle;
+  int64_t size;  // of a block
   const int32_t* block;
   int64_t offset = 0;  // in the block
   const K* row = nullptr;
   const K* operator()(int64_t) {
-    const int64_t size = call.key_block_size;
     if (offset == size) {
       offset = 0;
       ++block;
     }
     const int64_t key = *block * size + offset++;
     const bool same_page = offset > 1 && middle.seq.slot(key) > 0;
-    row =
-        same_page ? row + call.k.slot_stride : key_row<K>(call.k, middle.seq, middle.kv_head, key);
+    row = same_page ? row + pages.slot_stride : key_row<K>(pages, middle.seq, middle.kv_head, key);
     return row;
   }
 };
@@ -60,15 +59,16 @@ template <class Q, class K> class BlockRank {
                               [&](int64_t r) { return sampled_row<Q>(call_, block, head, r); });
     const bool relative = call_.relative_scores;
     const int64_t outside = relative ? middle.begin + block.position + 1 - middle.end : 0;
-    const KeysOutside<K> keys{call_, middle};
+    const KeysOutside<K> keys{call_.k, middle};
     scorer_.set_baseline(outside, columns_, relative ? -INFINITY : 0.f, keys);
   }
 
   // Positions of the `keep` best of n blocks, ascending.
   int64_t best(const int32_t* blocks, int64_t n, int64_t keep, const Middle& middle,
                int32_t* kept) {
-    KeysOfBlocks<K> keys{call_, middle, blocks};
-    return scorer_.best(n, call_.key_block_size, keep, columns_, keys, kept);
+    const int64_t size = call_.key_block_size;
+    const KeysOfBlocks<K> keys{call_.k, middle, size, blocks};
+    return scorer_.best(n, size, keep, columns_, keys, kept);
   }
 
  private:

@@ -92,16 +92,17 @@ struct RowBatch {
 // Calls use(batch) for batches of the n rows of a source: source(i) gives the i-th, stored as
 // Source::Row, and is called for one after the other. `convert` holds kBatch rows of floats.
 template <class Unit, class Source, class Use>
-static inline void in_batches(int64_t n, const Columns<Unit>& columns, Source& source,
+static inline void in_batches(int64_t n, const Columns<Unit>& columns, Source source,
                               float* convert, const Use& use) {
   using Row = typename Source::Row;
   const Row* rows[2][kBatch];
   RowBatch batch;
+  const int64_t bytes = columns.width * sizeof(Row);
   auto find = [&](int64_t first, const Row** out) {
     const int count = (int)minimum(n - first, (int64_t)kBatch);
     for (int j = 0; j < count; ++j) {
       out[j] = source(first + j);
-      prefetch_row(out[j], columns.width * sizeof(Row));
+      prefetch_row(out[j], bytes);
     }
     return count;
   };

@@ -56,7 +56,7 @@ class Scorer {
 
   // The baseline of each row: its maximum score with n keys, or `otherwise` if there are none.
   template <class Unit, class Source>
-  void set_baseline(int64_t n, const Columns<Unit>& columns, float otherwise, Source& keys) {
+  void set_baseline(int64_t n, const Columns<Unit>& columns, float otherwise, const Source& keys) {
     const int64_t lanes = round_up(columns.rows, (int64_t)kLanes);
     for (int64_t r = 0; r < lanes; ++r) baseline_[r] = otherwise;
     in_batches<Unit>(n, columns, keys, convert_, [&](const RowBatch& batch) {
@@ -69,8 +69,8 @@ class Scorer {
   // Positions, ascending, of the `keep` best of n groups of `size` rows each; the score of a group
   // is the maximum of its rows' scores.
   template <class Unit, class Source>
-  int64_t best(int64_t n, int64_t size, int64_t keep, const Columns<Unit>& columns, Source& rows,
-               int32_t* kept) {
+  int64_t best(int64_t n, int64_t size, int64_t keep, const Columns<Unit>& columns,
+               const Source& rows, int32_t* kept) {
     for (int64_t i = 0; i < n; ++i) scores_[i] = -INFINITY;
     in_batches<Unit>(n * size, columns, rows, convert_, [&](const RowBatch& batch) {
       if (columns.few) {

@@ -22,14 +22,14 @@ template <class Q> static inline void weigh_sides(const Q* q, int64_t n, float r
 // The summaries of a list of runs of one level.
 template <class S> struct SummariesOfRuns {
   using Row = S;
-  const SelectCall& call;
-  const Middle& middle;
+  Pages pages;
+  Middle middle;
   const int32_t* runs;
   int64_t length, offset;  // keys of a run, and where its level begins in a page
   const S* operator()(int64_t i) const {
     const int64_t key = runs[i] * length;
     const int64_t run = offset + (uint32_t)middle.seq.slot(key) / (uint32_t)length;
-    return slot_row<const S>(call.bounds, middle.seq.page(key), run, middle.kv_head);
+    return slot_row<const S>(pages, middle.seq.page(key), run, middle.kv_head);
   }
 };
 
@@ -58,7 +58,7 @@ template <class Q, class S> class RunRank {
   // Positions of the `keep` best of n runs of a level, ascending.
   int64_t best(const int32_t* runs, int64_t n, int level, int64_t keep, const Middle& middle,
                int32_t* kept) {
-    const SummariesOfRuns<S> summaries{call_, middle, runs, levels_.length[level],
+    const SummariesOfRuns<S> summaries{call_.bounds, middle, runs, levels_.length[level],
                                        levels_.offset[level]};
     return scorer_.best(n, 1, keep, columns_, summaries, kept);
   }
