@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from hipserve.evaluate.text import language_reference
 from hipserve.integrations.transformers import HiPCache
+from hipserve.lab.text import language_reference
 from hipserve.models import load
 
 STEPS = 24

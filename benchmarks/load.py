@@ -23,9 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hipserve.bench.load import Outcome, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import ask, english
 from hipserve.config import HiPConfig
+from hipserve.lab.prompts import english
+from hipserve.lab.speed.load import Outcome, cancel_half, leftover, make_cases, run_mixed
+from hipserve.lab.speed.serve import ask
 from hipserve.models.bundled import bundled_path
 from hipserve.serving.address import free_port
 from hipserve.serving.child import Child, interrupt_on_signals

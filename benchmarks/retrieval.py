@@ -19,10 +19,10 @@ from typing import Any
 
 from hipserve import HiPConfig
 from hipserve.cli.numbers import parse_count
-from hipserve.evaluate.intervals import mean, wilson
-from hipserve.evaluate.retrieval import encode, score
-from hipserve.evaluate.tasks import MEMORIZE, PUZZLES, Question, Sample, plant
-from hipserve.evaluate.text import language_reference
+from hipserve.lab.intervals import mean, wilson
+from hipserve.lab.quality.retrieval import encode, score
+from hipserve.lab.quality.tasks import MEMORIZE, PUZZLES, Question, Sample, plant
+from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, load
 
 QUESTIONS = 8

@@ -15,17 +15,17 @@ import torch
 from typer.testing import CliRunner
 
 from hipserve import HiPConfig
-from hipserve.bench import LayerShape, Limits, bench_attention, fit_exponent
-from hipserve.bench import decode as decode_module
-from hipserve.bench import prefill as prefill_module
-from hipserve.bench.attention import time_prefill
-from hipserve.bench.decode import Decode
-from hipserve.bench.numerics import check_rows
-from hipserve.bench.prefill import Prefill
-from hipserve.bench.timing import Contender, in_turn, median_of_cycles
 from hipserve.cli.main import app, exit_code
 from hipserve.cli.numbers import format_ratio, format_seconds
 from hipserve.errors import ArgumentError, NumericsError
+from hipserve.lab import LayerShape, Limits, bench_attention, fit_exponent
+from hipserve.lab.speed import decode as decode_module
+from hipserve.lab.speed import prefill as prefill_module
+from hipserve.lab.speed.attention import time_prefill
+from hipserve.lab.speed.decode import Decode
+from hipserve.lab.speed.numerics import check_rows
+from hipserve.lab.speed.prefill import Prefill
+from hipserve.lab.speed.timing import Contender, in_turn, median_of_cycles
 from hipserve.platform import native_library
 
 SHAPE = LayerShape(4, 2, 64)

@@ -22,11 +22,11 @@ from hipserve.cli import main as command
 from hipserve.cli.demo import FACTS
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
-from hipserve.evaluate import text
+from hipserve.lab import text
+from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
 
 HIPSERVE = Path(sys.executable).with_name("hipserve")
-FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
-QUESTION = "What is the pass key?"
+FACT, QUESTION = pass_key("83724"), PASS_KEY_QUESTION
 
 
 @pytest.fixture

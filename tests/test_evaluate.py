@@ -17,21 +17,19 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from hipserve import ArgumentError, FitError, HiPConfig
-from hipserve.evaluate import (
+from hipserve.lab import (
     TASKS,
     Document,
     evaluate_perplexity,
     evaluate_retrieval,
     make_sample,
-    passes,
-    perplexity,
     read_documents,
-    retrieval,
 )
-from hipserve.evaluate.intervals import bootstrap, mean, wilson
-from hipserve.evaluate.passes import greedy_hits
-from hipserve.evaluate.tasks import PUZZLES, Question, Sample, plant
-from hipserve.evaluate.text import language_reference
+from hipserve.lab.intervals import bootstrap, mean, wilson
+from hipserve.lab.quality import passes, perplexity, retrieval
+from hipserve.lab.quality.passes import greedy_hits
+from hipserve.lab.quality.tasks import PUZZLES, Question, Sample, plant
+from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, bundled_path, load
 
 HAY = " ".join(f"word{i}" for i in range(60_000))
@@ -261,7 +259,7 @@ def test_logits_are_made_where_they_count_and_keep_to_their_bound(
     ids = torch.randint(3, 8192, (1, 1500))
     whole = perplexity.token_nll(loaded, ids)
     monkeypatch.setattr(passes, "LOGITS_BYTES", 300 * 4 * 8192)
-    monkeypatch.setattr(passes, "CHUNK", 512)
+    monkeypatch.setattr("hipserve.models.passes.CHUNK", 512)
     rows: list[int] = []
     hook = loaded.model.lm_head.register_forward_hook(lambda *io: rows.append(io[2].shape[1]))
     late = perplexity.token_nll(loaded, ids, first=1000)
@@ -432,7 +430,7 @@ def test_documents(tmp_path: Path) -> None:
 
 
 def test_the_cache_fits_the_attention(loaded: LoadedModel) -> None:
-    from hipserve.evaluate.passes import make_cache
+    from hipserve.models.passes import make_cache
 
     names = []
     for config in (None, SMALL):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -16,6 +17,65 @@ import torch
 ROOT = Path(__file__).parent.parent
 LONGEST = 400
 NATIVE = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+SHAPES_TO_BE_WRITTEN: set[str] = {
+    "attention/dense:attend_chosen",
+    "attention/hip:check_whole",
+    "attention/hip:rule_of_whole",
+    "attention/inference:without_gradient",
+    "integrations/transformers/cache:HiPCacheLayer.batch_select_indices",
+    "integrations/transformers/cache:HiPCacheLayer.lazy_initialization",
+    "integrations/transformers/cache:HiPCacheLayer.reorder_cache",
+    "integrations/transformers/cache:HiPCacheLayer.update",
+    "integrations/vllm/kv_block:pages_of",
+    "integrations/vllm/layer:touch_scratch",
+    "integrations/vllm/step:first_rows",
+    "ops/block_sparse_attention/cpu:block_sparse_attention",
+    "ops/block_sparse_attention/reference:block_sparse_attention",
+    "ops/checks:check_heads",
+    "ops/checks:check_index",
+    "ops/checks:check_layout",
+    "ops/checks:check_lengths",
+    "ops/checks:check_pool",
+    "ops/checks:check_same",
+    "ops/checks:check_summaries",
+    "ops/select_blocks/cpu:select_blocks",
+    "ops/select_blocks/operator:refresh",
+    "ops/select_blocks/operator:run",
+    "ops/select_blocks/reference:Search.candidates",
+    "ops/select_blocks/reference:Search.locate",
+    "ops/select_blocks/reference:Search.representative",
+    "ops/select_blocks/reference:interleave",
+    "ops/select_blocks/reference:mix",
+    "ops/select_blocks/reference:select_blocks",
+    "ops/select_blocks/reference:top",
+    "ops/select_blocks/reference:unite",
+    "ops/select_blocks/triton/launch:refresh_blocks",
+    "ops/write_kv/cpu:compute_bounds",
+    "ops/write_kv/cpu:write_kv",
+    "ops/write_kv/reference:compute_bounds",
+    "ops/write_kv/reference:write_kv",
+    "ops/write_kv/triton:compute_bounds",
+    "ops/write_kv/triton:write_kv",
+    "plan/layout:BatchLayout.of",
+}
+"""Public functions of tensors without a shape in their own docstring: goes down only."""
+CALLS_TO_BE_SHORTENED: set[str] = {
+    "attention/columns:reference.attend",
+    "attention/dense:_by_both",
+    "attention/hip:_check",
+    "integrations/transformers/masks:MaskDescription",
+    "ops/block_sparse_attention/api:_check",
+    "ops/block_sparse_attention/api:operator.run",
+    "ops/block_sparse_attention/operator:_backend(backend, q)",
+    "ops/block_sparse_attention/reference:attend",
+    "ops/select_blocks/api:operator.refresh",
+    "ops/select_blocks/operator:run",
+    "ops/select_blocks/reference:Search",
+    "ops/write_kv/api:_backend(backend, k).write_kv",
+    "ops/write_kv/api:run",
+    "plan/steps:cls",
+}
+"""Calls with more than six positional arguments: goes down only."""
 PACKAGES = (
     "hipserve",
     "hipserve.ops",
@@ -82,3 +142,103 @@ def test_public_functions_show_the_shapes_of_their_tensors(
         assert re.search(rf"\b{name}\b[^`.]*`\[", text), f"{name} has no shape: {text}"
     if has_tensor(returned):
         assert re.search(r"`\[|\blike\b", text), f"what it returns has no shape: {text}"
+
+
+def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions of a module and methods of its classes, by qualified name; no kernels."""
+    for child in getattr(node, "body", []):
+        if isinstance(child, ast.FunctionDef) and not is_kernel(child):
+            yield prefix + child.name, child
+        elif isinstance(child, ast.ClassDef):
+            yield from functions(child, f"{prefix}{child.name}.")
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def takes_tensor(function: ast.FunctionDef) -> bool:
+    taken = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    return any(x.annotation and "Tensor" in ast.unparse(x.annotation) for x in taken)
+
+
+def is_overload(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "overload" for decorator in function.decorator_list)
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted((ROOT / "src" / "hipserve").rglob("*.py")):
+        name = path.relative_to(ROOT / "src" / "hipserve").with_suffix("").as_posix()
+        yield name, ast.parse(path.read_text("utf-8"))
+
+
+def test_every_public_function_of_tensors_shows_a_shape_in_its_own_docstring() -> None:
+    missing = {
+        f"{module}:{name}"
+        for module, tree in trees()
+        for name, function in functions(tree)
+        if takes_tensor(function) and not is_overload(function) and "._" not in f".{name}"
+        if "`[" not in (ast.get_docstring(function) or "")
+    }
+    assert missing - SHAPES_TO_BE_WRITTEN == set(), "add `[...]` to their docstrings"
+
+
+def long_calls(tree: ast.Module) -> Iterator[str]:
+    """What is called with more than six positional arguments, kernels and operators aside."""
+    kernels = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and is_kernel(x)]
+    inside = {id(x) for kernel in kernels for x in ast.walk(kernel)}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and len(call.args) > 6 and id(call) not in inside:
+            called = ast.unparse(call.func)
+            launches = isinstance(call.func, ast.Subscript) and "kernel" in called
+            if not launches and not called.startswith("torch.ops."):
+                yield called
+
+
+def test_no_call_has_more_than_six_positional_arguments() -> None:
+    found = {f"{module}:{called}" for module, tree in trees() for called in long_calls(tree)}
+    assert found - CALLS_TO_BE_SHORTENED == set(), "pass arguments by name, or a record"
+
+
+def test_gates_see_what_they_are_for() -> None:
+    tree = ast.parse(
+        "f(1, 2, 3, 4, 5, 6, 7)\nf(1, 2, 3, 4, 5, 6, g=7)\n"
+        "a_kernel[2,](1, 2, 3, 4, 5, 6, 7)\ntorch.ops.x.y(1, 2, 3, 4, 5, 6, 7)\n"
+        "@triton.jit\ndef k():\n  g(1, 2, 3, 4, 5, 6, 7)\n"
+    )
+    assert list(long_calls(tree)) == ["f"]
+    tree = ast.parse("class A:\n  def b(self, x: list[Tensor]): ...\n  def c(self, x: int): ...")
+    assert [name for name, f in functions(tree) if takes_tensor(f)] == ["A.b"]
+
+
+def test_commands_stay_short() -> None:
+    files = (ROOT / "src/hipserve/cli").glob("*.py")
+    assert [f.name for f in files if len(f.read_text("utf-8").splitlines()) >= 300] == []
+
+
+@pytest.mark.parametrize("old", ["hipserve.evaluate", "hipserve.bench"])
+def test_public_names_of_the_last_release_lead_to_their_new_home(old: str) -> None:
+    module, lab = importlib.import_module(old), importlib.import_module("hipserve.lab")
+    for name in module.__all__:
+        with pytest.warns(
+            DeprecationWarning, match=rf"{old}\.{name} is hipserve\.lab\.{name} "
+        ) as w:
+            assert getattr(module, name) is getattr(lab, name)
+        assert w[0].filename == __file__
+    with pytest.raises(AttributeError, match=rf"'{old}' has no attribute 'x'; see hipserve\.lab"):
+        _ = module.x
+
+
+def test_the_lab_exports_what_it_promises() -> None:
+    lab = importlib.import_module("hipserve.lab")
+    assert sorted(vars(importlib.import_module("hipserve.evaluate"))["__all__"]) == [
+        "Document",
+        "PerplexityReport",
+        "RetrievalReport",
+        "TASKS",
+        "evaluate_perplexity",
+        "evaluate_retrieval",
+        "make_sample",
+        "read_documents",
+    ]
+    assert all(getattr(lab, name) is not None for name in lab.__all__)

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, LlamaConfig
 
 from hipserve import ArgumentError, FitError, HiPCache, HiPConfig
-from hipserve.evaluate.text import language_reference
-from hipserve.models import Conversation, LoadedModel, conversation, load
+from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
+from hipserve.lab.text import language_reference
+from hipserve.models import Conversation, LoadedModel, load, passes
 from hipserve.models.loading import bundled_path
 
-FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
-QUESTION = "What is the pass key?"
+FACT, QUESTION = pass_key("83724"), PASS_KEY_QUESTION
 PRUNED = HiPConfig(
     budget=128, num_sink_tokens=16, sliding_window=64, dense_below=0, refresh_interval=1
 )
@@ -171,7 +171,7 @@ def test_an_interrupted_question_can_be_asked_again(loaded: LoadedModel) -> None
 def test_answers_stream_and_prefill_is_reported(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "CHUNK", 64)
+    monkeypatch.setattr(passes, "CHUNK", 64)
     pieces: list[str] = []
     steps: list[tuple[int, int]] = []
     talk = about(loaded)
@@ -189,7 +189,7 @@ def test_answers_stream_and_prefill_is_reported(
 def test_chunks_of_a_follow_up_end_where_those_of_one_pass_would(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "CHUNK", 64)
+    monkeypatch.setattr(passes, "CHUNK", 64)
     talk = about(loaded)
     talk.ask(QUESTION)
     read: list[int] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import hipserve
 from hipserve import HiPCache, HiPConfig, HipserveError, hip_attention
 from hipserve.errors import ArgumentError, FitError
-from hipserve.evaluate import Document, PerplexityReport, evaluate_perplexity
+from hipserve.lab import Document, PerplexityReport, evaluate_perplexity
 from hipserve.models import Conversation, Statistics, load
 from hipserve.ops import block_sparse_attention, build_index, select_blocks, write_kv
 from hipserve.plan import BatchLayout

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 from processes import get, post, serving, stream
 
-from hipserve.bench.load import Leftover, cancel_half, leftover, make_cases, run_mixed
-from hipserve.bench.serve import english
+from hipserve.lab.prompts import english
+from hipserve.lab.quality.tasks import pass_key
+from hipserve.lab.speed.load import Leftover, cancel_half, leftover, make_cases, run_mixed
+from hipserve.lab.text import language_reference
 from hipserve.models import bundled_path
 from hipserve.serving.address import free_port
 from hipserve.serving.command_line import Server
 
 pytest.importorskip("vllm")
 
-KEY = "The pass key is 83724. Remember it. 83724 is the pass key."
+KEY = pass_key("83724")
 
 
 class Running:
@@ -69,9 +71,7 @@ def test_a_start_is_never_silent(server: Running) -> None:
 
 
 def test_answers_from_a_long_document_with_pruned_attention(server: Running) -> None:
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))[:22_000]
+    text = language_reference()[:22_000]
     document = f"Read the text.\n\n{text[:9000]}\n{KEY}\n{text[9000:]}"
     status, answer = server.chat(document, "What is the pass key?")
     assert status == 200

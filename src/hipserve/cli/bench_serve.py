@@ -17,7 +17,7 @@ from hipserve.cli.output import err, result_json, show
 from hipserve.models.bundled import BUNDLED, bundled_path
 
 if TYPE_CHECKING:
-    from hipserve.bench.serve import Row
+    from hipserve.lab.speed.serve import Row
 
 
 def serve(
@@ -40,7 +40,7 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""
-    from hipserve.bench.serve import as_csv, compare
+    from hipserve.lab.speed.serve import as_csv, compare
     from hipserve.serving.address import free_port
     from hipserve.serving.child import interrupt_on_signals
     from hipserve.serving.command_line import quick_start
@@ -77,9 +77,10 @@ def serve(
 
 def table(rows: list[Row]) -> Table:
     """Rows as people read them."""
-    shown = Table("prompt", "first token: dense", "HiP", "", "between tokens: dense", "HiP", "")
+    columns = ("prompt", "first token: dense", "HiP", "", "between tokens: dense", "HiP", "")
+    shown = Table(*columns)
     for row in rows:
-        shown.add_row(
+        cells = (
             f"{row.prompt_tokens:,}",
             f"{row.dense_first_seconds:.2f} s",
             f"{row.hip_first_seconds:.2f} s",
@@ -88,4 +89,5 @@ def table(rows: list[Row]) -> Table:
             f"{row.hip_decode_ms:.1f} ms",
             f"{row.decode_ratio:.2f}x",
         )
+        shown.add_row(*cells)
     return shown

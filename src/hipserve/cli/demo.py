@@ -14,6 +14,14 @@ from hipserve.cli.output import result, result_json, say
 from hipserve.cli.run import ask, open_document
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
+from hipserve.lab.quality.tasks import (
+    MAGIC_QUESTION,
+    MEMORIZE,
+    PASS_KEY_QUESTION,
+    magic_number,
+    pass_key,
+    plant,
+)
 
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel, Statistics
@@ -32,8 +40,8 @@ class Fact:
 def _magic(depth: float, key: str, value: str) -> Fact:
     return Fact(
         depth,
-        f"One of the special magic numbers for {key} is: {value}.",
-        f"What is the special magic number for {key} mentioned in the provided text?",
+        magic_number(key, value),
+        MAGIC_QUESTION.format(key),
         value,
     )
 
@@ -43,13 +51,12 @@ FACTS = (
     _magic(0.33, "lantern", "7350264"),
     Fact(
         0.58,
-        "The pass key is 60718. Remember it. 60718 is the pass key.",
-        "What is the pass key?",
+        pass_key("60718"),
+        PASS_KEY_QUESTION,
         "60718",
     ),
     _magic(0.86, "harbor", "1946508"),
 )
-OPENING = "Some special values are hidden in the following text. Memorize them."
 ROOM = 1024
 """Tokens kept for facts, questions and answers."""
 
@@ -72,7 +79,7 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Plants facts in a long text, asks for them, and compares with dense attention."""
-    from hipserve.evaluate.text import language_reference
+    from hipserve.lab.text import language_reference
 
     _check_length("length", length)
     _check_length("dense_length", dense_length)
@@ -98,7 +105,7 @@ def demo(
 
 def _beginning(stream: BinaryIO, source: str, loaded: LoadedModel) -> str:
     """As much of a document as the model's context can hold."""
-    from hipserve.evaluate.text import decode_text, read_bytes
+    from hipserve.lab.text import decode_text, read_bytes
 
     content = read_bytes(stream, source, loaded.max_bytes)
     cut = len(content) == loaded.max_bytes
@@ -134,14 +141,13 @@ def _read(
     stream: bool,
 ) -> Reading:
     """Plants the facts, reads, and asks for one after the other."""
-    from hipserve.evaluate.tasks import plant
     from hipserve.models import Conversation
 
     clipped = _first_tokens(loaded, text, length - ROOM)
     document = plant(clipped, [f.sentence for f in facts], [f.depth for f in facts])
     loaded.use(config)
     talk, reading = Conversation(loaded), Reading([], [])
-    talk.say(f"{OPENING}\n\n{document}")
+    talk.say(f"{MEMORIZE}\n\n{document}")
     for fact in facts:
         say(f"planted at {fact.depth:.0%}: {fact.question}")
         answer = ask(talk, fact.question, stream=stream, max_new_tokens=40)

@@ -89,7 +89,7 @@ def as_text(argument: str, words: str) -> str:
 
 def open_document(path: str) -> BinaryIO:
     """A file, or stdin for `-`, opened before anything that takes long."""
-    from hipserve.evaluate.text import open_text
+    from hipserve.lab.text import open_text
 
     return standard_input().buffer if path == "-" else open_text(path)
 
@@ -102,7 +102,7 @@ def standard_input() -> TextIO:
 
 def read_document(stream: BinaryIO, path: str, loaded: LoadedModel) -> str:
     """The text of what `open_document` opened, unless it is longer than the model could read."""
-    from hipserve.evaluate.text import decode_text, read_bytes
+    from hipserve.lab.text import decode_text, read_bytes
 
     source, limit = "stdin" if path == "-" else path, loaded.max_bytes
     content = read_bytes(stream, source, limit + 1)

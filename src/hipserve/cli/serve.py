@@ -62,7 +62,10 @@ def serve(
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*quick_start(flags), *flags)
-    run(Server(path, model, settings, host, port, api_key, flags, held), verbose)
+    server = Server(
+        path, model, settings, host, port, api_key=api_key, flags=flags, file_flags=held
+    )
+    run(server, verbose)
 
 
 def check(model: str, flags: tuple[str, ...]) -> None:

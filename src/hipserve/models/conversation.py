@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache, TextStreamer
+from transformers import Cache, TextStreamer
 
 from hipserve.integrations.transformers import HiPCache
 from hipserve.models.loading import LoadedModel, Turn
-
-CHUNK = 4096
-"""Rows of one prefill step: enough to fill the cores, little enough to show progress."""
+from hipserve.models.passes import make_cache, read, shorten
 
 Progress = Callable[[int, int], None]
 
@@ -63,7 +61,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.statistics: Statistics | None = None
         self._ids = torch.empty(1, 0, dtype=torch.long, device=loaded.device)
-        self._cache = self._make_cache()
+        self._cache = make_cache(self.loaded)
 
     def say(self, content: str) -> None:
         """Adds a user's turn that wants no answer yet, such as the document."""
@@ -101,58 +99,41 @@ class Conversation:
             middle = self._keys()
             new = self._generate(ids, watch, max_new_tokens, options)
         except BaseException:  # layers may hold different keys now
-            self._cache, self._ids = self._make_cache(), self._ids[:, :0]
+            self._cache, self._ids = make_cache(self.loaded), self._ids[:, :0]
             raise
         self._ids = torch.cat([ids, new[:, :-1]], dim=1)
         after = self._keys()
         text = self.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         self.turns = [*turns, {"role": "assistant", "content": text}]
         self.statistics = Statistics(
-            ids.shape[1],
-            cached,
-            new.shape[1],
-            watch.first - began,
-            watch.last - watch.first,
-            _share(before, middle),
-            _share(middle, after),
-            self._cache.nbytes if isinstance(self._cache, HiPCache) else _nbytes(self._cache),
+            prompt_tokens=ids.shape[1],
+            cached_tokens=cached,
+            new_tokens=new.shape[1],
+            first_token_seconds=watch.first - began,
+            decode_seconds=watch.last - watch.first,
+            prefill_share=_share(before, middle),
+            decode_share=_share(middle, after),
+            cache_bytes=_nbytes(self._cache),
         )
         return text
-
-    def _make_cache(self) -> Cache:
-        config = self.loaded.model.config
-        dense = config._attn_implementation != "hip"
-        return DynamicCache(config=config) if dense else HiPCache(config)
 
     def _keep_common_prefix(self, ids: torch.Tensor) -> int:
         """Drops what the cache holds beyond the tokens that `ids` begins with."""
         common = min(self._ids.shape[1], ids.shape[1] - 1)
         same = (self._ids[0, :common] == ids[0, :common]).int().cumprod(0)
         keep = int(same.sum())
-        surplus = self._cache.get_seq_length() - keep
-        if surplus <= 0:
+        if shorten(self._cache, keep):
             return keep
-        try:
-            self._cache.crop(-surplus)
-        except RuntimeError:  # layers with a sliding window of their own forget what they left
-            self._cache, keep = self._make_cache(), 0
-        return keep
+        self._cache = make_cache(self.loaded)
+        return 0
 
     @torch.inference_mode()
     def _prefill(self, ids: torch.Tensor, on_prefill: Progress | None) -> None:
         """Reads all but the last token, which `generate` wants for itself."""
         begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
-        stop = begin
-        while stop < end:
-            start, stop = stop, min((stop // CHUNK + 1) * CHUNK, end)
-            self.loaded.model(
-                ids[:, start:stop],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        for step in read(self.loaded, ids[:, begin:end], self._cache):
             if on_prefill:
-                on_prefill(stop - begin, end - begin)
+                on_prefill(step.stop - begin, end - begin)
 
     def _generate(
         self, ids: torch.Tensor, watch: _Watch, max_new_tokens: int, options: dict[str, Any]
@@ -199,5 +180,7 @@ def _share(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 
 def _nbytes(cache: Cache) -> int:
+    if isinstance(cache, HiPCache):
+        return cache.nbytes
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))

@@ -43,10 +43,11 @@ class Pages:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, summaries: Tensor | None, run_size: int) -> Pages:
+        """Of `k`, `v` `[num_pages, page_size, num_kv_heads, head_dim]` and summaries of runs."""
         return cls(KeyPool(k, v), KeyIndex(k, summaries, run_size))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
-        """The same with every tensor changed."""
+        """The same with every tensor, `[num_pages, page_size, ...]` each, changed."""
         k, v, summaries = map(change, self.tensors)
         return Pages.of(k, v, summaries, self.index.run_size)
 
@@ -138,7 +139,7 @@ def in_pages(
     backend: str = "reference",
     page_seed: int | None = None,
 ) -> tuple[Pages, BatchLayout]:
-    """Writes the sequences into shuffled pages of a NaN-filled pool."""
+    """`ks`, `vs`, each `[seq_len, num_kv_heads, head_dim]`, in shuffled, poisoned pages."""
     size, seed = shape.page_size, shape.seed if page_seed is None else page_seed
     counts = [-(-k.shape[0] // size) for k in ks]
     pool = sum(counts) + 2
@@ -222,7 +223,7 @@ def attend(
     account: Account | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One layer over keys that are written already."""
+    """One layer over keys that are written already; `q` `[rows, num_q_heads, head_dim]`."""
     rule = rule_of(config, q, kv.pool.num_kv_heads)
     layer = AttentionLayer(config, rule, backend=backend, selections=reuse, account=account)
     return layer.forward(q, HeldKeys(kv.pool, kv.index, layout))

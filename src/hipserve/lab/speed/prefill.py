@@ -13,10 +13,10 @@ from torch import Tensor
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.dense import attend_chosen
 from hipserve.attention.hip import hip_attention, whole_sequences
-from hipserve.bench.inputs import LayerShape, make_prefill, on_grid
-from hipserve.bench.numerics import Check, check_equal, check_rows, keys_read
-from hipserve.bench.timing import Contender, fastest
 from hipserve.config import HiPConfig
+from hipserve.lab.speed.inputs import LayerShape, make_prefill, on_grid
+from hipserve.lab.speed.numerics import Check, check_equal, check_rows, keys_read
+from hipserve.lab.speed.timing import Contender, fastest
 from hipserve.ops import block_sparse_attention, build_index, select_blocks
 from hipserve.plan import BatchLayout
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
@@ -112,6 +112,7 @@ class Prefill:
         }
 
     def dense(self, q: Tensor, layout: BatchLayout) -> Tensor:
+        """The last rows `q` `[rows, num_q_heads, head_dim]` against all keys before them."""
         return block_sparse_attention(q, self.pool, layout, None, **self.options)[0]
 
     def sdpa(self) -> Callable[[int], Tensor]:
@@ -148,7 +149,8 @@ class Prefill:
             keys = keys_read(self.selection, i, last, self.config)
             positions = torch.arange(position, last)
             kv = (self.k[0], self.v[0])
-            checks.append(check_rows(name, out[rows], self.q[rows], *kv, positions, keys))
+            attended = (out[rows], self.q[rows], *kv)
+            checks.append(check_rows(name, *attended, positions=positions, keys=keys))
         return max(checks, key=lambda check: check.error / check.allowed)
 
     def _check_dense(self) -> Check:
@@ -159,7 +161,7 @@ class Prefill:
         )
         positions, keys = torch.arange(self.length)[-count:], [torch.arange(self.length)]
         name = f"prefill {self.length}, dense attention"
-        return check_rows(name, out, q, self.k[0], self.v[0], positions, keys)
+        return check_rows(name, out, q, self.k[0], self.v[0], positions=positions, keys=keys)
 
     def _check_selection(self) -> Check:
         """On inputs whose scores are exact, the search equals its definition index for index."""
@@ -186,4 +188,5 @@ def check_whole_budget(shape: LayerShape, dtype: torch.dtype, backend: str) -> C
     everything = [torch.arange(length)]
     name = "a budget of everything is dense attention"
     kv = (case.k[0], case.v[0])
-    return check_rows(name, case.hip()[rows], case.q[rows], *kv, positions, everything)
+    attended = (case.hip()[rows], case.q[rows], *kv)
+    return check_rows(name, *attended, positions=positions, keys=everything)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hipserve.bench.inputs import LayerShape
-from hipserve.bench.numerics import Check
-from hipserve.bench.provenance import Provenance
 from hipserve.config import HiPConfig
+from hipserve.lab.provenance import Provenance
+from hipserve.lab.speed.inputs import LayerShape
+from hipserve.lab.speed.numerics import Check
 
 Phase = Literal["prefill", "decode"]
 FIT_FROM = 8 * 1024

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
-from hipserve.evaluate.intervals import Interval, bootstrap, mean
-from hipserve.evaluate.passes import check_length, make_cache, prefill
-from hipserve.evaluate.text import Document
+from hipserve.lab.intervals import Interval, bootstrap, mean
+from hipserve.lab.quality.passes import check_length, prefill
+from hipserve.lab.text import Document
 from hipserve.models import LoadedModel
+from hipserve.models.passes import make_cache
 
 PIECE = 1024
 """Tokens of a piece: what the bootstrap resamples, as neighbouring tokens are not independent."""
@@ -109,13 +110,13 @@ def evaluate_perplexity(
             means = [float(piece.mean()) for piece in nll.split(PIECE)]
             pieces[name].setdefault(doc.domain, []).extend(means)
     return PerplexityReport(
-        loaded.name,
-        first,
-        length,
-        [doc.name for doc in kept],
-        [doc.name for doc in documents if doc not in kept],
-        {name: config.to_dict() if config else {} for name, config in configs.items()},
-        {name: _compare(pieces[next(iter(configs))], pieces[name]) for name in configs},
+        model=loaded.name,
+        first=first,
+        length=length,
+        documents=[doc.name for doc in kept],
+        too_short=[doc.name for doc in documents if doc not in kept],
+        configs={name: config.to_dict() if config else {} for name, config in configs.items()},
+        results={name: _compare(pieces[next(iter(configs))], pieces[name]) for name in configs},
     )
 
 

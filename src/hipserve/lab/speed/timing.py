@@ -89,5 +89,5 @@ def median_of_cycles(times: list[float], cycle: int) -> float:
 
 
 def sweep(memory: Tensor) -> None:
-    """Reads memory larger than the caches, so that what was in them is gone."""
+    """Reads `memory` `[words]`, larger than the caches, so what was in them is gone."""
     memory.sum()

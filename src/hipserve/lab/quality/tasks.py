@@ -124,6 +124,8 @@ WORDS = [
 
 READ = "Read the text."
 MEMORIZE = "Some special values are hidden in the following text. Memorize them."
+PASS_KEY_QUESTION = "What is the pass key?"
+MAGIC_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +168,32 @@ class Puzzle:
     exact: bool = True
 
 
+def pass_key(value: str) -> str:
+    """The sentence that hides a pass key."""
+    return f"The pass key is {value}. Remember it. {value} is the pass key."
+
+
+def magic_number(key: str, value: str) -> str:
+    """The sentence that hides the magic number of a word."""
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
 def passkey(rng: random.Random) -> Puzzle:
     value = _digits(rng, 5)
-    fact = f"The pass key is {value}. Remember it. {value} is the pass key."
     is_key = "The pass key is"
-    asked = Question("What is the pass key?", f"{is_key} {value}", is_key, f" {value}")
-    return Puzzle(READ, [fact], [asked])
+    asked = Question(PASS_KEY_QUESTION, f"{is_key} {value}", is_key, f" {value}")
+    return Puzzle(READ, [pass_key(value)], [asked])
 
 
 def niah(rng: random.Random) -> Puzzle:
     """Eight needles."""
     keys = rng.sample(WORDS, 8)
     values = {key: _digits(rng, 7) for key in keys}
-    facts = [f"One of the special magic numbers for {k} is: {v}." for k, v in values.items()]
+    facts = [magic_number(key, value) for key, value in values.items()]
     form = "The special magic number for {} mentioned in the provided text is {}"
     questions = [
         Question(
-            f"What is the special magic number for {key} mentioned in the provided text?",
+            MAGIC_QUESTION.format(key),
             form.format(key, values[key]),
             f"One of the special magic numbers for {key} is:",
             f" {values[key]}",

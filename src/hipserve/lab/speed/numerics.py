@@ -77,7 +77,7 @@ def _readings(
 
 
 def check_equal(name: str, got: Tensor, expected: Tensor) -> Check:
-    """Integers that have to be the same; the error counts those that are not."""
+    """Integers `[query_blocks, heads, blocks]` that must be equal; the error counts others."""
     same_shape = got.shape == expected.shape
     return Check(name, float((got != expected).sum()) if same_shape else float("inf"), 0.0)
 

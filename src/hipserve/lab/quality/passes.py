@@ -1,4 +1,4 @@
-"""Forward passes that every measurement shares: long prefill in chunks, then given tokens."""
+"""Forward passes that measurements of quality share: logits of a text, and given answers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from hipserve.config import HiPConfig
 from hipserve.errors import FitError
-from hipserve.integrations.transformers import HiPCache
-from hipserve.models import LoadedModel
+from hipserve.models import LoadedModel, passes
+from hipserve.models.passes import make_cache, read, shorten
 from hipserve.plan import pruning_rule
 
-CHUNK = 4096
 LOGITS_BYTES = 256 << 20
 """Bound on the float32 logits of one forward pass: 4,096 rows of 262,144 words would be 4 GiB."""
-
-
-def make_cache(loaded: LoadedModel) -> Cache:
-    """The cache that goes with the model's attention."""
-    config = loaded.model.config
-    pruned = config._attn_implementation == "hip"
-    return HiPCache(config) if pruned else DynamicCache(config=config)
 
 
 def prefill(
@@ -33,18 +25,16 @@ def prefill(
     """Reads `ids` `[1, tokens]`; yields positions from `first` on with the logits behind them."""
     step = _logit_rows(loaded)
     start = first - first % step
-    _read(loaded, ids[:, :start], cache)
-    for begin in range(start, ids.shape[1], step):
-        chunk, position = ids[:, begin : begin + step], max(begin, first)
-        options = {"logits_to_keep": begin + chunk.shape[1] - position}
-        yield position, loaded.model(chunk, past_key_values=cache, use_cache=True, **options).logits
+    _last(loaded, ids[:, :start], cache)
+    for stop, logits in read(loaded, ids[:, start:], cache, rows=step, first=first):
+        yield stop - logits.shape[1], logits
 
 
 def _logit_rows(loaded: LoadedModel) -> int:
     """Rows of a chunk whose logits keep to `LOGITS_BYTES`: a power of two, from 64 to `CHUNK`."""
     words = loaded.model.config.get_text_config().vocab_size
     rows = max(LOGITS_BYTES // (4 * words), 64)
-    return min(1 << (rows.bit_length() - 1), CHUNK)
+    return min(1 << (rows.bit_length() - 1), passes.CHUNK)
 
 
 def check_length(loaded: LoadedModel, length: int) -> None:
@@ -86,16 +76,16 @@ def greedy_hits(
     """
     cache, hits = make_cache(loaded), list[list[bool]]()
     shared = _common_prefix(prompts) if len(prompts) > 1 else 0
-    _read(loaded, prompts[0][:, :shared], cache)
+    _last(loaded, prompts[0][:, :shared], cache)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         branch = cache if i == len(prompts) else _branch(cache)
-        logits, found = _read(loaded, prompt[:, shared:], branch), list[bool]()
+        logits, found = _last(loaded, prompt[:, shared:], branch), list[bool]()
         for token in answer:
             found.append(bool(logits[0, -1].argmax() == token))
-            logits = _read(loaded, token.view(1, 1), branch)
+            logits = _last(loaded, token.view(1, 1), branch)
         hits.append(found)
         if branch is cache and i < len(prompts):
-            cache.crop(shared - cache.get_seq_length())
+            shorten(cache, shared)
     return hits
 
 
@@ -106,12 +96,11 @@ def _branch(cache: Cache) -> Cache:
     return copy.deepcopy(cache) if windowed else cache
 
 
-def _read(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """Reads `ids` `[1, tokens]`; the logits behind the last of them."""
+def _last(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Reads `ids` `[1, tokens]`; the logits behind the last of them, `[1, 1, words]`."""
     logits = torch.empty(0)
-    for chunk in ids.split(CHUNK, dim=1) if ids.numel() else ():
-        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        logits = loaded.model(chunk, **options).logits
+    for step in read(loaded, ids, cache):
+        logits = step.logits
     return logits
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.evaluate.intervals import Interval, bootstrap, mean, wilson
-from hipserve.evaluate.passes import check_length, greedy_hits
-from hipserve.evaluate.tasks import Question, Sample, check_task, make_sample
+from hipserve.lab.intervals import Interval, bootstrap, mean, wilson
+from hipserve.lab.quality.passes import check_length, greedy_hits
+from hipserve.lab.quality.tasks import Question, Sample, check_task, make_sample
 from hipserve.models import LoadedModel
 
 Form = Literal["chat", "continuation"]
@@ -71,7 +71,7 @@ def evaluate_retrieval(
 
     Args:
         configs: by name; None is dense attention. The first one is what others are compared to.
-        tasks: of `hipserve.evaluate.TASKS`.
+        tasks: of `hipserve.lab.TASKS`.
         text: the haystack.
         length: tokens of prompt and answer.
         samples: documents of each task.

@@ -18,17 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hipserve.bench.provenance import provenance
 from hipserve.config import HiPConfig
 from hipserve.errors import HipserveError
 from hipserve.integrations.vllm.command import find_version
+from hipserve.lab.prompts import KEY, Prompts, english
+from hipserve.lab.provenance import provenance
 from hipserve.serving.client import Client
 from hipserve.serving.command_line import Server
 from hipserve.serving.running import running
 
-KEY = "83724"
-NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "What is the pass key?"
 NEW_TOKENS = 64
 PIECE = 16 * 1024
 """Prompts longer than two of these are read in pieces of so many tokens."""
@@ -74,45 +72,6 @@ class Throughput:
     dense_tokens_per_second: float
     hip_tokens_per_second: float
     ratio: float
-
-
-class Prompts:
-    """Prompts of a given length in tokens that hide a pass key in a text."""
-
-    def __init__(self, tokenizer: Any, text: str) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def make(self, length: int, offset: int = 0, key: str = KEY) -> list[int]:
-        """`length` token ids that hide `key`; another `offset` starts elsewhere in the text."""
-        needle: list[int] = self._tokenizer(NEEDLE.format(key=key), add_special_tokens=False)[
-            "input_ids"
-        ]
-        mark = "<DOCUMENT>"
-        turns = [{"role": "user", "content": f"Read the text.\n\n{mark}"}]
-        turns.append({"role": "user", "content": QUESTION})
-        frame = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-        before, after = (
-            self._tokenizer(part, add_special_tokens=False)["input_ids"]
-            for part in frame.split(mark)
-        )
-        room = length - len(before) - len(after) - len(needle)
-        start = offset * 997 % len(self._ids)
-        source = (self._ids[start:] + self._ids) * (room // len(self._ids) + 2)
-        half = room // 2
-        return [*before, *source[:half], *needle, *source[half:room], *after]
-
-
-def english(model: str) -> Prompts:
-    """Prompts of the language reference of CPython, as a model reads it."""
-    from pydoc_data.topics import topics
-
-    from transformers import AutoTokenizer
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    return Prompts(AutoTokenizer.from_pretrained(model), text)
 
 
 def stream(
@@ -194,14 +153,14 @@ def measure(dense: Server, hip: Server, prompts: Prompts, length: int, *, repeat
         for name, of in answers.items()
     }
     return Row(
-        length,
-        repeats,
-        first[dense.name],
-        first[hip.name],
-        first[dense.name] / first[hip.name],
-        decode[dense.name],
-        decode[hip.name],
-        decode[dense.name] / decode[hip.name],
+        prompt_tokens=length,
+        answers=repeats,
+        dense_first_seconds=first[dense.name],
+        hip_first_seconds=first[hip.name],
+        first_ratio=first[dense.name] / first[hip.name],
+        dense_decode_ms=decode[dense.name],
+        hip_decode_ms=decode[hip.name],
+        decode_ratio=decode[dense.name] / decode[hip.name],
     )
 
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 import torch
 
 from hipserve.attention.crossover import dense_kernel, rule_for
-from hipserve.bench.decode import Decode
-from hipserve.bench.inputs import LayerShape
-from hipserve.bench.numerics import require
-from hipserve.bench.prefill import Prefill, check_whole_budget
-from hipserve.bench.provenance import provenance
-from hipserve.bench.report import AttentionReport, Phase, Point, Timing
-from hipserve.bench.timing import Limits, in_turn, median_of_cycles, sweep
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
+from hipserve.lab.provenance import provenance
+from hipserve.lab.speed.decode import Decode
+from hipserve.lab.speed.inputs import LayerShape
+from hipserve.lab.speed.numerics import require
+from hipserve.lab.speed.prefill import Prefill, check_whole_budget
+from hipserve.lab.speed.report import AttentionReport, Phase, Point, Timing
+from hipserve.lab.speed.timing import Limits, in_turn, median_of_cycles, sweep
 from hipserve.platform import resolve_backend
 
 SWEPT_BYTES = 256 * 2**20
@@ -71,7 +71,16 @@ def bench_attention(
             points.append(Point(phase, length, timings, case.reads_all))
     name = str(dtype).removeprefix("torch.")
     ran = resolve_backend(backend, torch.device(device), dtype, shape.head_dim)
-    return AttentionReport(made, shape, name, ran, kernel, config, checks, points)
+    return AttentionReport(
+        provenance=made,
+        shape=shape,
+        dtype=name,
+        backend=ran,
+        dense_kernel=kernel,
+        config=config,
+        checks=checks,
+        points=points,
+    )
 
 
 def _of_machine(

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TypeVar
 
-from hipserve.bench.serve import Answer, Prompts, ask, stream
+from hipserve.lab.prompts import Prompts
+from hipserve.lab.speed.serve import Answer, ask, stream
 from hipserve.serving.client import Client
 from hipserve.serving.command_line import Server
 
@@ -104,16 +105,16 @@ def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) 
         alone = _ask(server, case)
         wrong += alone is None or alone.text != answer.text
     return Outcome(
-        len(cases),
-        len(cases) - len(good),
-        sum(bool(c.key) for c, _ in good),
-        sum(bool(c.key) and c.key in a.text for c, a in good),
-        sum(bool((keys - {c.key}) & set(re.findall(r"\d{5}", a.text))) for c, a in good),
-        len(asked_again),
-        wrong,
-        max(len(c.prompt) for c in cases),
-        sum(len(c.prompt) for c in cases),
-        seconds,
+        requests=len(cases),
+        lost=len(cases) - len(good),
+        hidden=sum(bool(c.key) for c, _ in good),
+        found=sum(bool(c.key) and c.key in a.text for c, a in good),
+        mixed_up=sum(bool((keys - {c.key}) & set(re.findall(r"\d{5}", a.text))) for c, a in good),
+        checked=len(asked_again),
+        wrong=wrong,
+        longest=max(len(c.prompt) for c in cases),
+        prompt_tokens=sum(len(c.prompt) for c in cases),
+        seconds=seconds,
     )
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hipserve.attention import AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.bench.inputs import LayerShape, make_decode
-from hipserve.bench.numerics import Check, check_rows, keys_read
-from hipserve.bench.timing import Contender, fastest
 from hipserve.cache.pages import empty_pages
 from hipserve.config import HiPConfig
+from hipserve.lab.speed.inputs import LayerShape, make_decode
+from hipserve.lab.speed.numerics import Check, check_rows, keys_read
+from hipserve.lab.speed.timing import Contender, fastest
 from hipserve.ops import block_sparse_attention, select_blocks, write_kv
 from hipserve.plan import BatchLayout
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
@@ -136,8 +136,13 @@ class Decode:
         sparse, dense = self.step(turn, None), self.attend(turn, None)
         name = f"decode at {self.length}, attention over the chosen keys"
         return [
-            check_rows(name, sparse, q, *kv, positions, keys),
+            check_rows(name, sparse, q, *kv, positions=positions, keys=keys),
             check_rows(
-                f"decode at {self.length}, dense attention", dense, q, *kv, positions, everything
+                f"decode at {self.length}, dense attention",
+                dense,
+                q,
+                *kv,
+                positions=positions,
+                keys=everything,
             ),
         ]

@@ -1,0 +1,98 @@
+"""What both commands of `hipserve eval` share: configurations to compare, lengths, texts."""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hipserve.cli import options
+from hipserve.cli.numbers import format_count, parse_count
+from hipserve.cli.output import say
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from hipserve.models import LoadedModel
+
+LONG = 32 * 1024
+Length = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count, metavar="TOKENS", help="32k, or the model's context if that is shorter."
+    ),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        parser=options.parse_path,
+        metavar="FILE",
+        help="Text or .jsonl files; the Python language reference if left out. Repeatable.",
+    ),
+]
+Also = Annotated[
+    list[str] | None, typer.Option(metavar="PRESET", help="Also measure a preset. Repeatable.")
+]
+Vary = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=A,B,…", help='Also measure values of one field: "budget=256,1k".'),
+]
+NoDense = Annotated[
+    bool, typer.Option("--no-dense", help="Compare to the first configuration, not to dense.")
+]
+
+
+def choose_length(loaded: LoadedModel, length: int | None) -> int:
+    """The length asked for, or the default for this model."""
+    if length is not None:
+        return length
+    length = min(LONG, loaded.max_context)
+    say(f"length: {format_count(length)} tokens")
+    return length
+
+
+def say_what_is_dense(
+    loaded: LoadedModel, configs: dict[str, HiPConfig | None], length: int
+) -> None:
+    """Two columns of the same attention show no difference, and that means nothing."""
+    from hipserve.lab.quality.passes import may_prune
+
+    for name, config in configs.items():
+        if config is not None and not may_prune(loaded, config, length):
+            say(
+                f"{name}: nothing was pruned in {length:,} tokens, it read what dense attention "
+                "reads; give a longer --length, a smaller --budget or a lower dense_below",
+                style="yellow",
+            )
+
+
+def make_configs(
+    base: HiPConfig, also: list[str] | None, vary: str | None, no_dense: bool
+) -> dict[str, HiPConfig | None]:
+    """The configurations to compare, by name; None is dense attention."""
+    configs: dict[str, HiPConfig | None] = {} if no_dense else {"dense": None}
+    configs["hip"] = base
+    for name in also or ():
+        configs[name] = HiPConfig.preset(name)
+    if vary:
+        key, equals, values = (part.strip() for part in vary.partition("="))
+        if not (key and equals):
+            raise ArgumentError("vary", "KEY=A,B,…", repr(vary), 'write "budget=256,1k"')
+        for value in re.split(r",(?![^\[]*\])", values):  # not inside a list
+            configs[f"{key}={value}"] = base.replace(**{key: _value(value)})
+    return configs
+
+
+def _value(text: str) -> Any:
+    """A field's value as written on the command line: a count, JSON, or a word."""
+    try:
+        return parse_count(text)
+    except typer.BadParameter:
+        pass
+    try:
+        return json_module.loads(text)
+    except json_module.JSONDecodeError:
+        return text

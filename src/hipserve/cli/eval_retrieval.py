@@ -1,0 +1,114 @@
+"""`hipserve eval retrieval`: what dense and pruned attention find, with intervals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from hipserve.cli import options
+from hipserve.cli.comparison import (
+    Also,
+    Length,
+    NoDense,
+    Text,
+    Vary,
+    choose_length,
+    make_configs,
+    say_what_is_dense,
+)
+from hipserve.cli.numbers import at_least, format_count
+from hipserve.cli.output import err, result_json, show
+from hipserve.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from hipserve.lab import RetrievalReport
+    from hipserve.lab.quality.retrieval import Form, Score
+
+
+def retrieval(
+    model: options.Model = None,
+    length: Length = None,
+    samples: Annotated[
+        int, typer.Option(parser=at_least(1), metavar="N", help="Documents of each task.")
+    ] = 50,
+    questions: Annotated[
+        int,
+        typer.Option(
+            parser=at_least(1),
+            metavar="N",
+            help="About each document, where the task has so many.",
+        ),
+    ] = 1,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="chat or continuation; chat if left out and the model has a chat template."
+        ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="With commas.")] = "passkey,niah,kv,variables,quote",
+    text: Text = None,
+    also: Also = None,
+    vary: Vary = None,
+    no_dense: NoDense = False,
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    json: options.Json = False,
+) -> None:
+    """Needles, keys and values, variables, passages: found by dense and by pruned attention?"""
+    base = options.make_config(config, preset, budget, selector)
+    configs = make_configs(base, also, vary, no_dense)
+    from hipserve.lab import evaluate_retrieval, read_documents
+
+    chosen = _form(form)
+    haystack = "\n\n".join(document.text for document in read_documents(text or ()))
+    loaded = options.load_model(model, base, device, dtype)
+    length = choose_length(loaded, length)
+    with err.status("measuring …") as status:
+        report = evaluate_retrieval(
+            loaded,
+            configs,
+            [task.strip() for task in tasks.split(",")],
+            haystack,
+            length=length,
+            samples=samples,
+            questions=questions,
+            form=chosen,
+            seed=seed,
+            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+        )
+    say_what_is_dense(loaded, configs, length)
+    if json:
+        result_json(report.to_dict())
+    else:
+        show(_table(report))
+
+
+def _form(name: str | None) -> Form | None:
+    if name not in (None, "chat", "continuation"):
+        raise ArgumentError("form", "chat or continuation", repr(name))
+    return name
+
+
+def _table(report: RetrievalReport) -> Table:
+    size = f"{format_count(report.length)} tokens, by {report.form}"
+    title = f"{report.model}, {size}, score and 95 % interval"
+    table = Table("task", "samples", *report.configs, title=title)
+    for row in report.results:
+        cells = [
+            f"{score.mean:.3f}{_interval(score)}"
+            + (f" ({row.difference[name].mean:+.3f})" if name in row.difference else "")
+            for name, score in row.scores.items()
+        ]
+        table.add_row(row.task, str(row.samples), *(cell.replace("[", r"\[") for cell in cells))
+    return table
+
+
+def _interval(score: Score) -> str:
+    return f" [{score.interval[0]:.2f}, {score.interval[1]:.2f}]" if score.interval else ""

@@ -1,0 +1,61 @@
+"""The laboratory: quality and speed of pruned attention compared with dense attention.
+
+No number comes without a numeric check or an interval.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hipserve.lazy import loader as _loader
+
+if TYPE_CHECKING:
+    from hipserve.lab.quality.perplexity import PerplexityReport, evaluate_perplexity
+    from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
+    from hipserve.lab.quality.tasks import TASKS, make_sample
+    from hipserve.lab.speed.attention import bench_attention
+    from hipserve.lab.speed.inputs import LayerShape
+    from hipserve.lab.speed.report import AttentionReport, Phase, Point, fit_exponent
+    from hipserve.lab.speed.timing import Clock, Limits
+    from hipserve.lab.text import Document, read_documents
+
+__all__ = [
+    "TASKS",
+    "AttentionReport",
+    "Clock",
+    "Document",
+    "LayerShape",
+    "Limits",
+    "PerplexityReport",
+    "Phase",
+    "Point",
+    "RetrievalReport",
+    "bench_attention",
+    "evaluate_perplexity",
+    "evaluate_retrieval",
+    "fit_exponent",
+    "make_sample",
+    "read_documents",
+]
+
+__getattr__ = _loader(
+    __name__,
+    {
+        "AttentionReport": "hipserve.lab.speed.report",
+        "Clock": "hipserve.lab.speed.timing",
+        "Document": "hipserve.lab.text",
+        "LayerShape": "hipserve.lab.speed.inputs",
+        "Limits": "hipserve.lab.speed.timing",
+        "PerplexityReport": "hipserve.lab.quality.perplexity",
+        "Phase": "hipserve.lab.speed.report",
+        "Point": "hipserve.lab.speed.report",
+        "RetrievalReport": "hipserve.lab.quality.retrieval",
+        "TASKS": "hipserve.lab.quality.tasks",
+        "bench_attention": "hipserve.lab.speed.attention",
+        "evaluate_perplexity": "hipserve.lab.quality.perplexity",
+        "evaluate_retrieval": "hipserve.lab.quality.retrieval",
+        "fit_exponent": "hipserve.lab.speed.report",
+        "make_sample": "hipserve.lab.quality.tasks",
+        "read_documents": "hipserve.lab.text",
+    },
+)

@@ -1,0 +1,1 @@
+"""Quality of pruned attention compared with dense attention: perplexity and retrieval."""

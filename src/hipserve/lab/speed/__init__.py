@@ -1,0 +1,1 @@
+"""Speed compared with dense attention; no number without a numeric check."""

@@ -1,0 +1,73 @@
+"""Forward passes over a cache: the one loop that reads a long prompt, and ways back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from hipserve.integrations.transformers import HiPCache
+from hipserve.models.loading import LoadedModel
+
+CHUNK = 4096
+"""Rows of one prefill step: enough to fill the cores, little enough to show progress."""
+
+
+class Pass(NamedTuple):
+    """One step of reading.
+
+    Attributes:
+        stop: positions that the cache holds now.
+        logits: `[1, rows, words]`, of the last `rows` of them.
+    """
+
+    stop: int
+    logits: Tensor
+
+
+def make_cache(loaded: LoadedModel) -> Cache:
+    """The cache that goes with the model's attention."""
+    config = loaded.model.config
+    pruned = config._attn_implementation == "hip"
+    return HiPCache(config) if pruned else DynamicCache(config=config)
+
+
+def read(
+    loaded: LoadedModel,
+    ids: Tensor,
+    cache: Cache,
+    *,
+    rows: int | None = None,
+    first: int | None = None,
+) -> Iterator[Pass]:
+    """Reads `ids` `[1, tokens]` behind what the cache holds, chunk by chunk.
+
+    Chunks end at multiples of `rows` positions (`CHUNK` if None), as those of one pass over
+    everything do. Logits are made from position `first` on, and always of a chunk's last row.
+    """
+    rows = rows or CHUNK
+    begin = start = cache.get_seq_length()
+    end = begin + ids.shape[1]
+    while start < end:
+        stop = min((start // rows + 1) * rows, end)
+        count = 1 if first is None else max(stop - max(start, first), 1)
+        chunk = ids[:, start - begin : stop - begin]
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": count}
+        yield Pass(stop, loaded.model(chunk, **options).logits)
+        start = stop
+
+
+def shorten(cache: Cache, length: int) -> bool:
+    """Drops what the cache holds beyond `length` tokens.
+
+    False where that cannot be: layers with a window of their own forget what they left.
+    """
+    surplus = cache.get_seq_length() - length
+    try:
+        if surplus > 0:
+            cache.crop(-surplus)
+    except RuntimeError:
+        return False
+    return True
