@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton.constants import HashedOnce
+
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
+class Heads(HashedOnce):
     """Heads that read the same keys, and how wide they are.
 
     Attributes:
@@ -21,6 +23,7 @@ class Heads:
         dim: the same, padded to a power of two.
     """
 
+    __hash__ = HashedOnce.__hash__
     group_size: int
     heads: int
     kv_heads: int

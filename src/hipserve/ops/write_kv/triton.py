@@ -1,21 +1,55 @@
 """Writing keys, values and bounds in Triton.
 
 The first kernel copies rows and notes, for every run, the last slot that this call wrote in it. The
-second recomputes a run's bounds from its keys, once: by the token that wrote that last slot. A page
-ends at the last slot written in it.
+second recomputes a run's summary from its keys, once: by the token that wrote that last slot. A
+page ends at the last slot written in it.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.tiles import load_tile, power_of_2
 from hipserve.plan import bound_levels, bound_offsets
 
-Levels = tuple[int, ...]
+
+class Summary(NamedTuple):
+    """What `k_bounds` holds of a run: a box around its keys, `[DIM]` float32 each."""
+
+    minimum: Any
+    maximum: Any
+
+
+@triton.jit
+def summarize(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The `Summary` of the keys in slots [first, end): elementwise minimum and maximum."""
+    minimum = tl.full([DIM], float("inf"), tl.float32)
+    maximum = tl.full([DIM], -float("inf"), tl.float32)
+    for start in range(first, end, 16):
+        slot = start + tl.arange(0, 16)
+        there = slot < end
+        at = keys + slot.to(tl.int64) * stride
+        tile = load_tile(at, there, HEAD_DIM, DIM).to(tl.float32)  # [16, DIM]
+        lowest = tl.min(tl.where(there[:, None], tile, float("inf")), axis=0)
+        minimum = tl.minimum(minimum, lowest)
+        highest = tl.max(tl.where(there[:, None], tile, -float("inf")), axis=0)
+        maximum = tl.maximum(maximum, highest)
+    return Summary(minimum, maximum)
+
+
+@triton.jit
+def store_summary(at, side_stride, summary, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Writes a `Summary` to the pointer `at`: minimum first, maximum `side_stride` behind it."""
+    d = tl.arange(0, DIM)
+    tl.store(at + d, summary.minimum.to(at.dtype.element_ty), mask=d < HEAD_DIM)
+    at += side_stride
+    tl.store(at + d, summary.maximum.to(at.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 @triton.jit
@@ -38,6 +72,12 @@ def write_kernel(
     LENGTHS: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
+    """Copies the rows of one token, all heads, to its slot; a negative slot is padding.
+
+    With `last_slots`, notes for the runs around the slot: last_slots[run] = max(., slot + 1).
+    """
+    k_strides, v_strides = rows.RowStrides(*k_strides), rows.RowStrides(*v_strides)
+    k_to, v_to = pages.CacheStrides(*k_cache_strides), pages.CacheStrides(*v_cache_strides)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
@@ -45,39 +85,19 @@ def write_kernel(
     page, offset = slot // page_size, slot % page_size
     head, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, DIM)[None, :]
     inside = (head < num_heads) & (d < HEAD_DIM)
-    row = tl.load(k + token * k_strides[0] + head * k_strides[1] + d, mask=inside)
-    to = k_cache + page * k_cache_strides[0] + offset * k_cache_strides[1]
-    tl.store(to + head * k_cache_strides[2] + d, row, mask=inside)
-    row = tl.load(v + token * v_strides[0] + head * v_strides[1] + d, mask=inside)
-    to = v_cache + page * v_cache_strides[0] + offset * v_cache_strides[1]
-    tl.store(to + head * v_cache_strides[2] + d, row, mask=inside)
+    at = k + token * k_strides.token + head * k_strides.head + d
+    row = tl.load(at, mask=inside)  # [HEADS, DIM]
+    to = k_cache + page * k_to.page + offset * k_to.slot
+    tl.store(to + head * k_to.head + d, row, mask=inside)
+    at = v + token * v_strides.token + head * v_strides.head + d
+    row = tl.load(at, mask=inside)  # [HEADS, DIM]
+    to = v_cache + page * v_to.page + offset * v_to.slot
+    tl.store(to + head * v_to.head + d, row, mask=inside)
     if last_slots is not None:
         RUNS: tl.constexpr = OFFSETS[-1]
         for level in tl.static_range(len(LENGTHS)):
             run = page * RUNS + OFFSETS[level] + offset // LENGTHS[level]
             tl.atomic_max(last_slots + run, offset.to(tl.int32) + 1)
-
-
-@triton.jit
-def _box(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """Elementwise minimum and maximum `[DIM]` of the keys in slots [first, end)."""
-    low = tl.full([DIM], float("inf"), tl.float32)
-    high = tl.full([DIM], -float("inf"), tl.float32)
-    for start in range(first, end, 16):
-        slot = start + tl.arange(0, 16)
-        there = slot < end
-        tile = load_tile(keys + slot.to(tl.int64) * stride, there, HEAD_DIM, DIM).to(tl.float32)
-        low = tl.minimum(low, tl.min(tl.where(there[:, None], tile, float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.where(there[:, None], tile, -float("inf")), axis=0))
-    return low, high
-
-
-@triton.jit
-def _store_box(place, stride, box, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    low, high = box
-    d = tl.arange(0, DIM)
-    tl.store(place + d, low.to(place.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(place + stride + d, high.to(place.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 @triton.jit
@@ -94,25 +114,31 @@ def bounds_kernel(
     LENGTHS: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
+    """Summarizes, for one token and head, the runs whose last new slot is the token's.
+
+    A run reaches to its end, or to the last slot written in its page.
+    """
+    k_strides, strides = pages.CacheStrides(*k_cache_strides), pages.BoundStrides(*bounds_strides)
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
         return
     head = tl.program_id(1).to(tl.int64)
     page, offset = slot // page_size, (slot % page_size).to(tl.int32)
     RUNS: tl.constexpr = OFFSETS[-1]
-    TOP: tl.constexpr = OFFSETS[-2]
+    COARSEST: tl.constexpr = OFFSETS[-2]
     page_end = 0
-    for run in range(TOP, RUNS):
+    for run in range(COARSEST, RUNS):
         page_end = tl.maximum(page_end, tl.load(last_slots + page * RUNS + run))
-    keys = k_cache + page * k_cache_strides[0] + head * k_cache_strides[2]
-    to = bounds + page * bounds_strides[0] + head * bounds_strides[2]
+    keys = k_cache + page * k_strides.page + head * k_strides.head
+    to = bounds + page * strides.page + head * strides.head
     for level in tl.static_range(len(LENGTHS)):
         run = offset // LENGTHS[level]
-        place = OFFSETS[level] + run
-        if tl.load(last_slots + page * RUNS + place) == offset + 1:
+        index = OFFSETS[level] + run
+        if tl.load(last_slots + page * RUNS + index) == offset + 1:
+            first = run * LENGTHS[level]
             end = tl.minimum((run + 1) * LENGTHS[level], page_end)
-            box = _box(keys, k_cache_strides[1], run * LENGTHS[level], end, HEAD_DIM, DIM)
-            _store_box(to + place * bounds_strides[1], bounds_strides[3], box, HEAD_DIM, DIM)
+            summary = summarize(keys, k_strides.slot, first, end, HEAD_DIM, DIM)
+            store_summary(to + index * strides.run, strides.side, summary, HEAD_DIM, DIM)
 
 
 @triton.jit
@@ -122,19 +148,24 @@ def run_bounds_kernel(
     bounds,
     bounds_strides,
     page_size,
-    first_place,
+    first_index,
     length,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
+    """Summarizes one run of `length` keys of one head and page, all of whose slots are written.
+
+    first_index: where the runs of this length start in a page.
+    """
+    k_strides, strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*bounds_strides)
     run = tl.program_id(0)
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    keys = k + page * k_strides[0] + head * k_strides[2]
+    keys = k + page * k_strides.page + head * k_strides.head
     end = tl.minimum((run + 1) * length, page_size)
-    box = _box(keys, k_strides[1], run * length, end, HEAD_DIM, DIM)
-    place = (first_place + run).to(tl.int64)
-    to = bounds + page * bounds_strides[0] + place * bounds_strides[1] + head * bounds_strides[2]
-    _store_box(to, bounds_strides[3], box, HEAD_DIM, DIM)
+    summary = summarize(keys, k_strides.slot, run * length, end, HEAD_DIM, DIM)
+    index = (first_index + run).to(tl.int64)
+    to = bounds + page * strides.page + index * strides.run + head * strides.head
+    store_summary(to, strides.side, summary, HEAD_DIM, DIM)
 
 
 def write_kv(
@@ -159,18 +190,9 @@ def write_kv(
         runs = k_cache.shape[0] * offsets[-1]
         last_slots = torch.zeros(runs, dtype=torch.int32, device=k.device)
     write_kernel[(tokens,)](
-        k,
-        k.stride()[:2],
-        v,
-        v.stride()[:2],
-        k_cache,
-        k_cache.stride()[:3],
-        v_cache,
-        v_cache.stride()[:3],
-        slot_mapping,
-        last_slots,
-        page_size,
-        heads,
+        *(k, k.stride()[:2], v, v.stride()[:2]),
+        *(k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
+        *(slot_mapping, last_slots, page_size, heads),
         HEADS=power_of_2(heads),
         HEAD_DIM=head_dim,
         DIM=dim,
@@ -180,13 +202,8 @@ def write_kv(
     )
     if k_bounds is not None:
         bounds_kernel[(tokens, heads)](
-            k_cache,
-            k_cache.stride()[:3],
-            k_bounds,
-            k_bounds.stride()[:4],
-            slot_mapping,
-            last_slots,
-            page_size,
+            *(k_cache, k_cache.stride()[:3], k_bounds, k_bounds.stride()[:4]),
+            *(slot_mapping, last_slots, page_size),
             HEAD_DIM=head_dim,
             DIM=dim,
             LENGTHS=lengths,
@@ -197,20 +214,22 @@ def write_kv(
 
 def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
     """See `hipserve.ops.compute_bounds`."""
-    pages, page_size, heads, head_dim = k.shape
+    num_pages, page_size, heads, head_dim = k.shape
     offsets = bound_offsets(page_size, bound_block_size)
-    bounds = torch.empty((pages, offsets[-1], heads, 2, head_dim), dtype=k.dtype, device=k.device)
+    bounds = torch.empty(
+        (num_pages, offsets[-1], heads, 2, head_dim), dtype=k.dtype, device=k.device
+    )
     for level, length in enumerate(bound_levels(page_size, bound_block_size)):
         runs = offsets[level + 1] - offsets[level]
-        if pages * runs:
-            run_bounds_kernel[(runs, heads, pages)](
-                k,
-                k.stride()[:3],
-                bounds,
-                bounds.stride()[:4],
-                page_size,
-                offsets[level],
-                length,
+        if num_pages * runs:
+            run_bounds_kernel[(runs, heads, num_pages)](
+                k=k,
+                k_strides=k.stride()[:3],
+                bounds=bounds,
+                bounds_strides=bounds.stride()[:4],
+                page_size=page_size,
+                first_index=offsets[level],
+                length=length,
                 HEAD_DIM=head_dim,
                 DIM=power_of_2(head_dim),
                 num_warps=2,

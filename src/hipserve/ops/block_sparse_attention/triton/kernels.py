@@ -5,18 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.chain import dependent_launch_wait
-from hipserve.ops._triton.pages import CacheStrides, PagedRows
-from hipserve.ops._triton.rows import RowStrides, kv_head_of, load_query_block
+from hipserve.ops._triton.rows import kv_head_of, load_query_block
 from hipserve.ops._triton.tiles import load_tile
+from hipserve.ops.block_sparse_attention.triton import softmax
 from hipserve.ops.block_sparse_attention.triton.key_list import list_keys, tile_range
-from hipserve.ops.block_sparse_attention.triton.softmax import (
-    LN2,
-    LOG2E,
-    Reading,
-    Softmax,
-    attend_tile,
-)
+from hipserve.ops.block_sparse_attention.triton.softmax import attend_tile
 
 
 @triton.jit
@@ -51,43 +46,45 @@ def attention_kernel(
     joins. The last query blocks, which see the most keys, come first.
     """
     dependent_launch_wait(TILING.chained)
-    q_strides, out_strides = RowStrides(*q_strides), RowStrides(*out_strides)
-    k_strides, v_strides = CacheStrides(*k_strides), CacheStrides(*v_strides)
+    q_strides, out_strides = rows.RowStrides(*q_strides), rows.RowStrides(*out_strides)
+    k_strides, v_strides = pages.CacheStrides(*k_strides), pages.CacheStrides(*v_strides)
     split = tl.program_id(0) % TILING.splits
     row_tile = tl.program_id(0) // TILING.splits % TILING.row_tiles
     block = num_query_blocks - 1 - tl.program_id(0) // (TILING.splits * TILING.row_tiles)
     head = tl.program_id(1)
-    rows = load_query_block(query_blocks, block)
-    if row_tile * TILING.rows >= rows.num_rows * GEOMETRY.group_size:
+    query_block = load_query_block(query_blocks, block)
+    if row_tile * TILING.rows >= query_block.num_rows * GEOMETRY.group_size:
         return
 
     r = row_tile * TILING.rows + tl.arange(0, TILING.rows)
     row, q_head = r // GEOMETRY.group_size, head * GEOMETRY.group_size + r % GEOMETRY.group_size
-    valid = row < rows.num_rows
-    q_rows = q + (rows.first_row + row) * q_strides.token + q_head.to(tl.int64) * q_strides.head
+    valid = row < query_block.num_rows
+    q_rows = (
+        q + (query_block.first_row + row) * q_strides.token + q_head.to(tl.int64) * q_strides.head
+    )
     q_tile = load_tile(q_rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)  # [ROWS, DIM]
     kv_head = kv_head_of(head, GEOMETRY)
-    table = block_table + rows.seq.to(tl.int64) * table_stride
+    table = block_table + query_block.seq.to(tl.int64) * table_stride
 
     blocks = indices + (block.to(tl.int64) * GEOMETRY.heads + head) * GEOMETRY.max_selected
-    key_list = list_keys(blocks, window_start, block, rows, sliding_window, GEOMETRY, TILING)
-    part = tile_range(key_list, row_tile, split, rows.num_rows, GEOMETRY, TILING)
+    key_list = list_keys(blocks, window_start, block, query_block, sliding_window, GEOMETRY, TILING)
+    part = tile_range(key_list, row_tile, split, query_block.num_rows, GEOMETRY, TILING)
 
     ROWS: tl.constexpr = TILING.rows
     DIM: tl.constexpr = GEOMETRY.dim
-    state = Softmax(
+    state = softmax.Softmax(
         acc=tl.zeros([ROWS, DIM], tl.float32),
         maximum=tl.full([ROWS], -float("inf"), tl.float32),
         total=tl.zeros([ROWS], tl.float32),
     )
-    reading = Reading(
+    reading = softmax.Reading(
         q_tile=q_tile,
-        k_pages=PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
-        v_pages=PagedRows(v + kv_head * v_strides.head, v_strides, table, page_size),
+        k_pages=pages.PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
+        v_pages=pages.PagedRows(v + kv_head * v_strides.head, v_strides, table, page_size),
         key_list=key_list,
         end=part.end,
         last_seen=key_list.own + row,
-        position=rows.position + row,
+        position=query_block.position + row,
         sm_scale=sm_scale,
         softcap=softcap,
         sliding_window=sliding_window,
@@ -97,10 +94,11 @@ def attention_kernel(
     for start in range(tl.maximum(part.begin, part.whole), part.end, TILING.keys):
         state = attend_tile(state, reading, start, True, GEOMETRY, TILING)
 
+    LN2: tl.constexpr = 0.6931471805599453
     divisor = tl.where(state.total > 0, state.total, 1.0)
     logsum = (state.maximum + tl.log2(divisor)) * LN2
     logsum = tl.where(state.total > 0, logsum, -float("inf"))
-    token = rows.first_row + row + split.to(tl.int64) * lse_stride
+    token = query_block.first_row + row + split.to(tl.int64) * lse_stride
     num_heads: tl.constexpr = GEOMETRY.heads * GEOMETRY.group_size
     tl.store(lse + token * num_heads + q_head, logsum, mask=valid)  # [ROWS]
     d = tl.arange(0, DIM)
@@ -127,7 +125,9 @@ def merge_kernel(
     parts: `[splits * num_tokens, num_q_heads, head_dim]` float32, `part_lse` without the last axis.
     """
     dependent_launch_wait(TILING.chained)
-    out_strides = RowStrides(*out_strides)
+    out_strides = rows.RowStrides(*out_strides)
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads: tl.constexpr = GEOMETRY.heads * GEOMETRY.group_size
     d = tl.arange(0, GEOMETRY.dim)

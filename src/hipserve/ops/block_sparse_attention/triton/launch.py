@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
-from hipserve.ops.block_sparse_attention.triton.tiling import Call, plan
+from hipserve.ops.block_sparse_attention.triton.tiling import Call, Geometry, Tiling, plan
 
 
 def block_sparse_attention(
@@ -32,7 +32,7 @@ def block_sparse_attention(
         out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
         lse: `[num_tokens, num_q_heads]` float32.
     """
-    tokens, num_q_heads, head_dim = q.shape
+    tokens, num_q_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, num_q_heads), dtype=torch.float32, device=q.device)
     blocks = query_blocks.shape[0]
@@ -55,32 +55,17 @@ def block_sparse_attention(
         device=q.device,
     )
     geometry, tiling = plan(call)
-    parts, part_lse = out, lse
-    if tiling.splits > 1:
-        shape = (tiling.splits * tokens, num_q_heads, head_dim)
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
+    parts, part_lse = (out, lse) if tiling.splits == 1 else make_parts(q, tiling.splits)
+    inputs = (  # in the kernel's order; by name they would cost half a microsecond each
+        *(q, q.stride()[:2], k_cache, k_strides[:3], v_cache, v_strides[:3]),
+        *(parts, parts.stride()[:2], part_lse, tokens),
+        *(block_table, block_table.stride(0), query_blocks, blocks),
+        query_blocks if indices is None else indices,
+        query_blocks if window_start is None else window_start,
+        *(k_cache.shape[1], sliding_window, sm_scale, softcap),
+    )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](
-        q=q,
-        q_strides=q.stride()[:2],
-        k=k_cache,
-        k_strides=k_strides[:3],
-        v=v_cache,
-        v_strides=v_strides[:3],
-        out=parts,
-        out_strides=parts.stride()[:2],
-        lse=part_lse,
-        lse_stride=tokens,
-        block_table=block_table,
-        table_stride=block_table.stride(0),
-        query_blocks=query_blocks,
-        num_query_blocks=blocks,
-        indices=query_blocks if indices is None else indices,
-        window_start=query_blocks if window_start is None else window_start,
-        page_size=k_cache.shape[1],
-        sliding_window=sliding_window,
-        sm_scale=sm_scale,
-        softcap=softcap,
+        *inputs,
         GEOMETRY=geometry,
         TILING=tiling,
         num_warps=tiling.num_warps,
@@ -88,17 +73,38 @@ def block_sparse_attention(
         launch_pdl=tiling.chained,
     )
     if tiling.splits > 1:
-        merge_kernel[(tokens, num_q_heads)](
-            parts=parts,
-            part_lse=part_lse,
-            out=out,
-            out_strides=out.stride()[:2],
-            lse=lse,
-            num_tokens=tokens,
-            SPLITS=power_of_2(tiling.splits),
-            GEOMETRY=geometry,
-            TILING=tiling,
-            num_warps=8 if geometry.dim > 256 else 2,
-            launch_pdl=tiling.chained,
-        )
+        merge(parts, part_lse, out, lse, geometry, tiling)
     return out, lse
+
+
+def make_parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Room for what the splits of `q` `[num_tokens, num_q_heads, head_dim]` find.
+
+    Returns:
+        parts: `[splits * num_tokens, num_q_heads, head_dim]` float32.
+        part_lse: the same without the last axis.
+    """
+    tokens, num_q_heads, head_dim = q.shape
+    shape = (splits * tokens, num_q_heads)
+    parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+    return parts, torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def merge(
+    parts: Tensor,
+    part_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    tiling: Tiling,
+) -> None:
+    """Writes `out` and `lse` from what `make_parts` made room for."""
+    tokens, num_q_heads = lse.shape
+    merge_kernel[(tokens, num_q_heads)](
+        *(parts, part_lse, out, out.stride()[:2], lse, tokens),
+        SPLITS=power_of_2(tiling.splits),
+        GEOMETRY=geometry,
+        TILING=tiling,
+        num_warps=8 if geometry.dim > 256 else 2,
+        launch_pdl=tiling.chained,
+    )

@@ -14,9 +14,6 @@ from hipserve.ops._triton.pages import key_offsets
 from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.block_sparse_attention.triton.key_list import list_positions
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 class Softmax(NamedTuple):
     """What the tiles so far amount to, for every row."""
@@ -52,6 +49,7 @@ class Reading(NamedTuple):
 @triton.jit
 def score_tile(reading, k_tile, CAPPED: tl.constexpr):
     """`[ROWS, KEYS]` float32: log2(e) * sm_scale * q k^T, or softcap * tanh(that / softcap)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     s = tl.dot(reading.q_tile, tl.trans(k_tile), input_precision="ieee")  # [ROWS, KEYS]
     if CAPPED:
         e = tl.exp2(tl.abs(s) * (-2 * LOG2E * reading.sm_scale / reading.softcap))

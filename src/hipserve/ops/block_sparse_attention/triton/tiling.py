@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.rows import Heads
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
@@ -61,6 +62,7 @@ class Geometry(Heads):
         same_strides: keys and values lie at the same offsets.
     """
 
+    __hash__ = HashedOnce.__hash__
     num_sink_tokens: int
     key_block_size: int
     max_selected: int
@@ -71,7 +73,7 @@ class Geometry(Heads):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiling:
+class Tiling(HashedOnce):
     """How a launch divides it.
 
     Attributes:
@@ -84,6 +86,7 @@ class Tiling:
         chained: a kernel may start while the one before it ends.
     """
 
+    __hash__ = HashedOnce.__hash__
     rows: int
     keys: int
     row_tiles: int
@@ -94,11 +97,15 @@ class Tiling:
 
 
 class Plan(NamedTuple):
+    """What the kernels of a call are compiled for."""
+
     geometry: Geometry
     tiling: Tiling
 
 
 class TileSize(NamedTuple):
+    """Stacked query rows and keys of a tile."""
+
     rows: int
     keys: int
 
@@ -183,6 +190,8 @@ def largest_tile(dim: int, half: bool, shared: int) -> TileSize:
 
 
 class LaunchOptions(NamedTuple):
+    """Warps of a program, and depth of the pipeline that loads keys."""
+
     num_warps: int
     num_stages: int
 

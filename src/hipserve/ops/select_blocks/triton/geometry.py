@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.rows import Heads
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.select_blocks.spec import SearchSpec
@@ -50,6 +51,7 @@ class Geometry(Heads):
         steps: steps of a search: each scores what the one before it kept; the last one chooses.
     """
 
+    __hash__ = HashedOnce.__hash__
     spec: SearchSpec
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -63,6 +65,7 @@ class Geometry(Heads):
 
     @property
     def levels(self) -> int:
+        """Bound levels: 0 for a search by the tree only."""
         return len(self.lengths)
 
     @property

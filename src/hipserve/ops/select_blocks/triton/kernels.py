@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.chain import dependent_launch_signal, dependent_launch_wait
-from hipserve.ops._triton.pages import BoundStrides, CacheStrides, PagedRows
-from hipserve.ops._triton.rows import RowStrides, kv_head_of, load_position, load_query_block
+from hipserve.ops._triton.rows import kv_head_of, load_position, load_query_block
 from hipserve.ops.select_blocks.triton.barrier import grid_barrier
 from hipserve.ops.select_blocks.triton.baseline import store_baselines
 from hipserve.ops.select_blocks.triton.bounds import count_kept, keep_level, score_level
@@ -34,12 +34,12 @@ def baseline_kernel(
     table_stride,
     page_size,
     query_blocks,
-    num_blocks,
     window_starts,
     baselines,
     arrivals,
     refresh,
     indices,
+    num_blocks,
     window_start,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
@@ -56,15 +56,15 @@ def baseline_kernel(
     # It is never below 0: asked here, the block's numbers come with the flag and not after it.
     if not (wants_refresh(refresh, item.block) & (position >= 0)):
         return
-    rows = load_query_block(query_blocks, item.block)
-    k_strides = CacheStrides(*k_strides)
+    block = load_query_block(query_blocks, item.block)
+    k_strides = pages.CacheStrides(*k_strides)
     kv_head = kv_head_of(item.head, GEOMETRY)
-    table = block_table + rows.seq.to(tl.int64) * table_stride
+    table = block_table + block.seq.to(tl.int64) * table_stride
     row = item.row.to(tl.int64)
     baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
     arrivals += row
-    queries = queries_of(q, RowStrides(*q_strides), rows, item.head, baselines, GEOMETRY)
-    keys = PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size)
+    queries = queries_of(q, rows.RowStrides(*q_strides), block, item.head, baselines, GEOMETRY)
+    keys = pages.PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size)
     begin = GEOMETRY.spec.num_sink_tokens
     if tl.program_id(0) % TILING.baseline_programs == 0:
         if item.head == 0:
@@ -83,20 +83,20 @@ def search_kernel(
     q_strides,
     k,
     k_strides,
-    bounds,
-    bounds_strides,
     block_table,
     table_stride,
     page_size,
     query_blocks,
-    num_blocks,
     window_starts,
-    scores,
-    lists,
     baselines,
     arrivals,
     refresh,
     indices,
+    num_blocks,
+    bounds,
+    bounds_strides,
+    scores,
+    lists,
     FIRST: tl.constexpr,
     END: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -112,16 +112,20 @@ def search_kernel(
     begin, end = GEOMETRY.spec.num_sink_tokens, tl.load(window_starts + item_id.block)
     if not (wants_refresh(refresh, item_id.block) & (end > begin)):
         return
-    rows = load_query_block(query_blocks, item_id.block)
+    block = load_query_block(query_blocks, item_id.block)
     row = item_id.row.to(tl.int64)
     baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
-    k_strides, bounds_strides = CacheStrides(*k_strides), BoundStrides(*bounds_strides)
+    k_strides, bounds_strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*bounds_strides)
     kv_head = kv_head_of(item_id.head, GEOMETRY)
-    table = block_table + rows.seq.to(tl.int64) * table_stride
+    table = block_table + block.seq.to(tl.int64) * table_stride
     item = Item(
-        queries=queries_of(q, RowStrides(*q_strides), rows, item_id.head, baselines, GEOMETRY),
-        keys=PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
-        bounds=PagedRows(bounds + kv_head * bounds_strides.head, bounds_strides, table, page_size),
+        queries=queries_of(
+            q, rows.RowStrides(*q_strides), block, item_id.head, baselines, GEOMETRY
+        ),
+        keys=pages.PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
+        bounds=pages.PagedRows(
+            bounds + kv_head * bounds_strides.head, bounds_strides, table, page_size
+        ),
         scratch=scratch_of(scores, lists, arrivals, row, GEOMETRY),
         begin=begin,
         end=end,

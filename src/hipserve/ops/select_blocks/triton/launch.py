@@ -68,43 +68,26 @@ def refresh_blocks(
     geometry, tiling, sizes = plan(call, spec)
     chunk = min(max(SCRATCH_BYTES // (4 * sum(sizes) * heads), 1), blocks)
     scores, lists, baselines, arrivals = allocate(sizes, chunk * heads, q.device)
-    inputs = {
-        "q": q,
-        "q_strides": q.stride()[:2],
-        "k": k_cache,
-        "k_strides": k_cache.stride()[:3],
-        "block_table": block_table,
-        "table_stride": block_table.stride(0),
-        "page_size": k_cache.shape[1],
-        "query_blocks": query_blocks,
-        "window_starts": window_starts,
-        "baselines": baselines,
-        "arrivals": arrivals,
-        "refresh": refresh,
-        "indices": indices,
-        "GEOMETRY": geometry,
-        "TILING": tiling,
-        "num_warps": tiling.num_warps,
-        "launch_pdl": tiling.chained,
-    }
-    bounds = q if k_bounds is None else k_bounds
-    bounds_strides = (0, 0, 0, 0) if k_bounds is None else k_bounds.stride()[:4]
+    inputs = (  # in the order of both kernels; by name they would cost half a microsecond each
+        *(q, q.stride()[:2], k_cache, k_cache.stride()[:3]),
+        *(block_table, block_table.stride(0), k_cache.shape[1], query_blocks, window_starts),
+        *(baselines, arrivals, refresh, indices),
+    )
+    bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
+    options = {"GEOMETRY": geometry, "TILING": tiling, "launch_pdl": tiling.chained}
     for end in range(blocks, 0, -max(chunk, 1)):
         items = min(chunk, end) * heads
         baseline_kernel[(items * tiling.baseline_programs,)](
-            **inputs, num_blocks=end, window_start=window_start
+            *inputs, end, window_start, num_warps=tiling.num_warps, **options
         )
         for step in range(0, geometry.steps, tiling.together):
             search_kernel[(items * tiling.search_programs,)](
-                **inputs,
-                num_blocks=end,
-                bounds=bounds,
-                bounds_strides=bounds_strides,
-                scores=scores,
-                lists=lists,
+                *(*inputs, end, *bounds, scores, lists),
                 FIRST=step,
                 END=step + tiling.together,
+                num_warps=tiling.num_warps,
                 num_stages=tiling.stages,
+                **options,
             )
 
 

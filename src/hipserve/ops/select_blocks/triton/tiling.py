@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import most_sharers
@@ -27,7 +28,7 @@ LONG_LIST = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiling:
+class Tiling(HashedOnce):
     """How a launch divides a search.
 
     Attributes:
@@ -45,6 +46,7 @@ class Tiling:
         chained: a kernel may start while the one before it ends.
     """
 
+    __hash__ = HashedOnce.__hash__
     rows: int
     row_tiles: int
     keys: int
@@ -59,6 +61,8 @@ class Tiling:
 
 
 class Plan(NamedTuple):
+    """What the kernels of a call are compiled for, and the scratch memory they need."""
+
     geometry: Geometry
     tiling: Tiling
     scratch: ScratchSizes
@@ -147,6 +151,7 @@ def announce_long_compilation(geometry: Geometry, page_size: int) -> None:
 
 @functools.cache
 def warn_of_long_lists(entries: int, budget: int, rerank: int, page_size: int) -> None:
+    """Warns once for each size."""
     logger.warning(
         "kernels that search lists of %d entries compile for minutes (budget=%d, rerank=%d, "
         "pages of %d keys); with some thousand keys in pages of 256 it is seconds",
