@@ -24,22 +24,22 @@ class HiPConfig:
     Attributes:
         budget: keys that a query block reads between the sinks and its window.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
-            ranges, each seen through one representative block. `bound` descends boxes around runs
-            of keys, which a single peak stretches. `tree+bound` splits the budget between both.
+            ranges, each seen through one representative block. `bound` descends through
+            summaries of runs of keys: their mean and standard deviation, channel by channel. `tree+bound` splits the budget between both.
         representative: block of a range that stands for it in the tree.
         query_block_size: query rows that share one selection.
         key_block_size: keys that are chosen together.
         query_stride: every how many rows of a query block take part in the search, counted back
             from its last row.
-        bound_block_size: keys in the finest run that carries bounds.
-        bound_reach: where in its box a run is scored: 1 at the corner, an upper bound that almost
-            no key comes near; 0 at the centre, which outliers do not move.
+        bound_block_size: keys in the finest run that has a summary.
+        bound_reach: a run is scored so many standard deviations from its mean, in every channel
+            towards the query; 0 is the mean, in which a single peak is lost.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
-            0 trusts the bounds alone.
+            0 trusts the summaries alone.
         relative_scores: score keys relative to the greatest score that a row finds among the keys
             it reads anyway (sinks and window), so that rows with large norms do not outvote rows
             that have more to gain.
-        bound_share: part of the budget that bounds choose under `tree+bound`.
+        bound_share: part of the budget that summaries choose under `tree+bound`.
         share_group: one selection for all query heads of a KV head (GQA group), or one for each.
         num_sink_tokens: first keys of a sequence, always read.
         sliding_window: most recent keys of every row, itself included, always read.
@@ -152,7 +152,7 @@ class HiPConfig:
 
     @property
     def bound_budget(self) -> int:
-        """Keys of the budget that bounds choose."""
+        """Keys of the budget that summaries choose."""
         if self.selector != "tree+bound":
             return self.budget if self.uses_bounds else 0
         share = round(self.budget * self.bound_share / self.granularity)

@@ -46,9 +46,9 @@ class KeyIndex:
         codes: `[num_pages, page_size, num_kv_heads, head_dim]`: a code of every key, which orders
             the candidates of a search. Of 16 or more bits a code is the key itself: the pool's
             `k_cache`.
-        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of the keys: two
-            vectors for each run of keys (`bound_offsets` gives the places of the levels), or None
-            for the tree, which descends through the codes.
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of the keys: mean
+            and standard deviation of each run of keys (`bound_offsets` gives the places of the
+            levels), or None for the tree, which descends through the codes.
         run_size: keys of the finest run.
     """
 

@@ -18,6 +18,7 @@ from hipserve.integrations.vllm import compat, kv_block, layer, metrics
 from hipserve.integrations.vllm.compat import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import build_index, write_kv
+from hipserve.ops.write_kv.reference import summary
 from hipserve.plan import pruning_rule
 from hipserve.serving import address, environment, log_words
 from hipserve.serving.command_line import Server
@@ -77,7 +78,7 @@ def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
     fresh, v = torch.randn(2, 5, 2, 64)
     write_kv(fresh, v, pages.pool, pages.index, 64 + torch.arange(5))
     assert pages.index.summaries is not None
-    expected = torch.stack([fresh.amin(0), fresh.amax(0)], dim=1)
+    expected = summary(fresh, dim=0)
     assert torch.equal(pages.index.summaries[1, 0], expected)
     assert torch.equal(pages.index.summaries[1, 4], expected)  # the run of 64 keys above it
 

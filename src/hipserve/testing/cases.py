@@ -153,6 +153,8 @@ def in_pages(
         positions = torch.arange(k.shape[0])
         slots = table[i, positions // size].long() * size + positions % size
         write_kv(k, v, kv.pool, kv.index, slots, backend=backend)
+    if shape.kind == "grid" and kv.index.summaries is not None:  # scores of runs are exact too
+        kv.index.summaries.mul_(16).round_().div_(16)
     starts = torch.tensor([0, *shape.query_lens]).cumsum(0).int()
     return kv, BatchLayout(table, torch.tensor(shape.seq_lens, dtype=torch.int32), starts)
 

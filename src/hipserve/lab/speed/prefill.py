@@ -169,6 +169,8 @@ class Prefill:
         q, k = on_grid(self.q[-count:]), on_grid(self.k)
         size = self.config.bound_block_size
         index = build_index(k, run_size=size) if self.config.uses_bounds else KeyIndex(k)
+        if index.summaries is not None:
+            index = KeyIndex(k, on_grid(index.summaries), size)
         layout = whole_sequences(1, count, self.length, q.device)
         found, defined = (
             select_blocks(

@@ -1,7 +1,8 @@
 """The definition of block selection: eager torch, one query block at a time, any device.
 
-The tree is section 3 of arXiv 2406.09827; the bounds are boxes around runs of keys. Every key of
-the searched middle is visible to every row of the block, so no score is ever masked.
+The tree is section 3 of arXiv 2406.09827; the descent goes through summaries of runs of keys, their
+mean and deviation. Every key of the searched middle is visible to every row of the block, so no
+score is ever masked.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
 
 def select_blocks(
     q: Tensor,
-    k_cache: Tensor,
-    k_bounds: Tensor | None,
+    codes: Tensor,
+    summaries: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
     spec: SearchSpec,
 ) -> Tensor:
     """See `hipserve.ops.select_blocks`; returns `indices`."""
-    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
+    heads = codes.shape[2] if spec.share_group else q.shape[1]
     shape = (query_blocks.shape[0], heads, spec.max_selected)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     starts: list[int] = window_starts.tolist()
@@ -31,7 +32,7 @@ def select_blocks(
         if starts[i] > spec.num_sink_tokens:
             rows = sample_rows(q[row : row + num_rows], heads, spec.query_stride)
             pages = block_table[seq].long()
-            search = Search(rows, k_cache, k_bounds, pages, starts[i], position, spec)
+            search = Search(rows, codes, summaries, pages, starts[i], position, spec)
             chosen = search.select()
             indices[i, :, : chosen.shape[1]] = chosen.int()
     return indices
@@ -52,23 +53,23 @@ class Search:
     def __init__(
         self,
         rows: Tensor,
-        k_cache: Tensor,
-        k_bounds: Tensor | None,
+        codes: Tensor,
+        summaries: Tensor | None,
         pages: Tensor,
         window_start: int,
         position: int,
         spec: SearchSpec,
     ) -> None:
         self.rows, self.dtype = rows if rows.dtype == torch.float64 else rows.float(), rows.dtype
-        self.k_cache, self.k_bounds, self.pages = k_cache, k_bounds, pages
+        self.codes, self.summaries, self.pages = codes, summaries, pages
         self.begin, self.end = spec.num_sink_tokens, window_start
         self.spec = spec
-        group = rows.shape[0] // k_cache.shape[2]
+        group = rows.shape[0] // codes.shape[2]
         self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
-        self.base = self.greatest_read(position) if spec.relative_scores else 0.0
+        self.baseline = self.best_read(position) if spec.relative_scores else 0.0
 
-    def greatest_read(self, position: int) -> Tensor:
-        """`[heads, rows, 1]`: a row's greatest score among sinks and what all see of the window."""
+    def best_read(self, position: int) -> Tensor:
+        """`[heads, rows, 1]`: a row's highest score among sinks and what all see of the window."""
         device = self.rows.device
         sinks = torch.arange(self.begin, device=device)
         keys = torch.cat([sinks, torch.arange(self.end, position + 1, device=device)])
@@ -76,8 +77,8 @@ class Search:
 
     def scores(self, keys: Tensor) -> Tensor:
         """`[heads, rows, count]`: q.k of each row with `keys` `[heads, count]`."""
-        page, slot = self.locate(keys, self.k_cache.shape[1])
-        return self.rows @ self.k_cache[page, slot, self.kv_heads].to(self.rows.dtype).mT
+        page, slot = self.locate(keys, self.codes.shape[1])
+        return self.rows @ self.codes[page, slot, self.kv_heads].to(self.rows.dtype).mT
 
     def select(self) -> Tensor:
         """The chosen key blocks, `[heads, count]` ascending, -1 behind the last."""
@@ -109,20 +110,20 @@ class Search:
         return {"first": left, "last": right - 1}.get(self.spec.representative, (left + right) // 2)
 
     def block_scores(self, blocks: Tensor) -> Tensor:
-        """`[heads, count]`: the greatest score of any row and any key of each block."""
+        """`[heads, count]`: the highest score of any row and any key of each block."""
         size = self.spec.key_block_size
         blocks = blocks.clamp(self.begin // size, self.end // size - 1)
         keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
-        scores = self.scores(keys.flatten(1)) - self.base
+        scores = self.scores(keys.flatten(1)) - self.baseline
         return scores.unflatten(2, (-1, size)).amax(dim=(1, 3))
 
-    # Bounds: boxes around runs of keys, coarse levels first.
+    # The descent through summaries of runs, coarse levels first.
 
     def by_bounds(self, budget: int) -> Tensor:
         spec = self.spec
-        assert self.k_bounds is not None
-        num_runs = self.k_bounds.shape[1]
-        lengths = bound_levels(self.k_cache.shape[1], spec.bound_block_size, num_runs)
+        assert self.summaries is not None
+        num_runs = self.summaries.shape[1]
+        lengths = bound_levels(self.codes.shape[1], spec.bound_block_size, num_runs)
         counts = kept_runs(budget * max(spec.rerank, 1), lengths)
         runs, parent = None, None
         for level in reversed(range(len(lengths))):
@@ -153,31 +154,28 @@ class Search:
         return torch.cat([children.flatten(1), edge], dim=1).sort(dim=1).values
 
     def run_scores(self, runs: Tensor, level: int) -> Tensor:
-        """`[heads, count]`: a score of each run, max over the rows, from its box alone.
+        """`[heads, count]`: a score of each run, max over the rows, from its summary.
 
-        At the corner of the box (`bound_reach` 1) it is an upper bound of every score in the run,
-        at the centre (0) the middle one; the rows are weighted in their own dtype.
+        q.mean + bound_reach * |q|.deviation: what a key scores that lies so many deviations from
+        the mean in every channel, on the side that is good for q. The rows are weighted in their
+        own dtype.
         """
-        assert self.k_bounds is not None
-        page_size, size = self.k_cache.shape[1], self.spec.bound_block_size
-        length = bound_levels(page_size, size, self.k_bounds.shape[1])[level]
+        assert self.summaries is not None
+        page_size, size = self.codes.shape[1], self.spec.bound_block_size
+        length = bound_levels(page_size, size, self.summaries.shape[1])[level]
         page, slot = self.locate(runs * length, page_size)
         place = bound_offsets(page_size, size)[level] + slot // length
-        low, high = self.k_bounds[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
-        up, down, reach = self.rows.clamp(min=0), self.rows.clamp(max=0), self.spec.bound_reach
-        near, far = (1 + reach) / 2, (1 - reach) / 2
-        to_high, to_low = (
-            x.to(self.dtype).to(x.dtype) for x in (near * up + far * down, far * up + near * down)
-        )
-        scores = to_high @ high.mT + to_low @ low.mT
-        return (scores - self.base).amax(dim=1)
+        mean, deviation = self.summaries[page, place, self.kv_heads].to(self.rows.dtype).unbind(2)
+        reached = (self.spec.bound_reach * self.rows.abs()).to(self.dtype).to(self.rows.dtype)
+        scores = self.rows @ mean.mT + reached @ deviation.mT
+        return (scores - self.baseline).amax(dim=1)
 
     def locate(self, keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         return self.pages[keys // page_size], keys % page_size
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` greatest along axis 1, ascending; ties go to the lower index."""
+    """Indices of the `count` highest along axis 1, ascending; ties go to the lower index."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values
 

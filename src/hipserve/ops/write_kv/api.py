@@ -67,6 +67,8 @@ def write_kv(
 def build_index(k: Tensor, *, run_size: int = 16, backend: str = "auto") -> KeyIndex:
     """The index of pages that are full, or of whole sequences taken as one page each.
 
+    A run's summary is the mean of its keys and their standard deviation, channel by channel.
+
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`; the index refers to these keys.
         run_size: keys of the finest run, `bound_block_size` in `HiPConfig`.
@@ -133,7 +135,7 @@ def _(*_: object) -> None:
 
 def _summarize(k: Tensor, run_size: int, backend: str) -> Tensor:
     """`[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k."""
-    return _backend(backend, k).compute_bounds(k, run_size)
+    return _backend(backend, k).summarize(k, run_size)
 
 
 _summarize_operator = torch.library.custom_op("hipserve::summarize", _summarize, mutates_args=())

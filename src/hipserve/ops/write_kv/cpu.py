@@ -1,4 +1,4 @@
-"""Writing keys, values and bounds by the native CPU kernels."""
+"""Writing keys, values and summaries by the native CPU kernels."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ def write_kv(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_bounds: Tensor | None,
+    summaries: Tensor | None,
     slot_mapping: Tensor,
-    bound_block_size: int,
+    run_size: int,
 ) -> None:
     """See `hipserve.ops.write_kv`."""
-    torch.ops.hipserve_cpu.write_kv(
-        k, v, k_cache, v_cache, k_bounds, slot_mapping, bound_block_size
-    )
+    torch.ops.hipserve_cpu.write_kv(k, v, k_cache, v_cache, summaries, slot_mapping, run_size)
 
 
-def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
-    """See `hipserve.ops.compute_bounds`."""
+def summarize(k: Tensor, run_size: int) -> Tensor:
+    """See `hipserve.ops.build_index`; returns `summaries`."""
     pages, page_size, heads, head_dim = k.shape
-    runs = bound_offsets(page_size, bound_block_size)[-1]
-    bounds = torch.empty((pages, runs, heads, 2, head_dim), dtype=k.dtype)
-    torch.ops.hipserve_cpu.compute_bounds(k, bounds, bound_block_size)
-    return bounds
+    runs = bound_offsets(page_size, run_size)[-1]
+    summaries = torch.empty((pages, runs, heads, 2, head_dim), dtype=k.dtype)
+    torch.ops.hipserve_cpu.compute_bounds(k, summaries, run_size)
+    return summaries

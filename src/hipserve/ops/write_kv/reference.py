@@ -1,4 +1,4 @@
-"""The definition of `write_kv` and of the bounds of a page's runs: eager torch, any device."""
+"""The definition of `write_kv` and of the summaries of a page's runs: eager torch, any device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def write_kv(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_bounds: Tensor | None,
+    summaries: Tensor | None,
     slot_mapping: Tensor,
-    bound_block_size: int,
+    run_size: int,
 ) -> None:
     """See `hipserve.ops.write_kv`."""
     written = slot_mapping >= 0
@@ -23,9 +23,9 @@ def write_kv(
     page, slot = slots // k_cache.shape[1], slots % k_cache.shape[1]
     k_cache[page, slot] = k[written]
     v_cache[page, slot] = v[written]
-    if k_bounds is None:
+    if summaries is None:
         return
-    sizes = (k_cache.shape[1], bound_block_size, k_bounds.shape[1])
+    sizes = (k_cache.shape[1], run_size, summaries.shape[1])
     offsets = bound_offsets(*sizes)
     for level, length in enumerate(bound_levels(*sizes)):
         runs_per_page = offsets[level + 1] - offsets[level]
@@ -34,17 +34,27 @@ def write_kv(
             of_page, index = divmod(touched, runs_per_page)
             page_end = int(slot[page == of_page].max()) + 1
             keys = k_cache[of_page, index * length : min((index + 1) * length, page_end)]
-            bounds = torch.stack([keys.amin(dim=0), keys.amax(dim=0)], dim=1)
-            k_bounds[of_page, offsets[level] + index] = bounds
+            summaries[of_page, offsets[level] + index] = summary(keys, dim=0)
 
 
-def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
-    """See `hipserve.ops.compute_bounds`."""
-    levels = bound_levels(k.shape[1], bound_block_size)
-    return torch.cat([run_bounds(k, length) for length in levels], dim=1)
+def summarize(k: Tensor, run_size: int) -> Tensor:
+    """See `hipserve.ops.build_index`; returns `summaries`."""
+    levels = bound_levels(k.shape[1], run_size)
+    return torch.cat([run_summaries(k, length) for length in levels], dim=1)
 
 
-def run_bounds(k: Tensor, length: int) -> Tensor:
+def run_summaries(k: Tensor, length: int) -> Tensor:
     """`[pages, runs, heads, 2, head_dim]` of every run of `length` keys, the last one partial."""
-    runs = [torch.stack([r.amin(1), r.amax(1)], dim=2) for r in k.split(length, dim=1)]
-    return torch.stack(runs, dim=1)
+    return torch.stack([summary(run, dim=1) for run in k.split(length, dim=1)], dim=1)
+
+
+def summary(keys: Tensor, dim: int) -> Tensor:
+    """`[..., heads, 2, head_dim]`: mean and standard deviation of the keys along axis `dim`.
+
+    Sums of 16-bit numbers are exact in float64, whatever their order, so all backends agree to the
+    bit.
+    """
+    x, n = keys.double(), keys.shape[dim]
+    total, squares = x.sum(dim), x.square().sum(dim)
+    deviation = (n * squares - total.square()).clamp(min=0).sqrt() / n
+    return torch.stack([total / n, deviation], dim=-2).to(keys.dtype)
