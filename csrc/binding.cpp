@@ -106,7 +106,7 @@ int64_t& current() {
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
 // Raised with every change of a call, so that Python never runs kernels of another version.
-constexpr int64_t kCalls = 2;
+constexpr int64_t kCalls = 3;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {

@@ -49,11 +49,16 @@ def test_branches_never_see_each_other(seed: int) -> None:
 
 
 def assert_summarized(layer: PagedLayer, seq: int, keys: torch.Tensor) -> None:
-    """Every run has the mean and the deviation of its keys, on both levels."""
+    """Every whole run has the mean and the deviation of its keys, on both levels.
+
+    One whose end was truncated is not searched until it is written again.
+    """
     table = layer.layout([1] * len(layer.lengths)).block_table[seq]
     offset = 0
     for length in bound_levels(layer.page_size, 16):
         for run, inside in enumerate(keys.split(length)):
+            if len(inside) < length:
+                continue
             page, slot = divmod(run * length, layer.page_size)
             mean, deviation = layer.index.summaries[table[page], offset + slot // length].unbind(1)
             torch.testing.assert_close(mean, inside.mean(0))

@@ -1,5 +1,5 @@
-// Runs ranked by their summaries: today [minimum, maximum] of a run's keys in every channel, which
-// run_summary.h computes. The score of a run is a product with the row weigh_sides() makes of q.
+// Runs ranked by their summaries: [mean, deviation] of a run's keys in every channel, which
+// run_summary.h computes. The score of a run is a product with the row that reach_out() makes of q.
 #pragma once
 #include "runs.h"
 #include "select/keys.h"
@@ -7,29 +7,26 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-// The score of a run at a corner of its box that keys cannot pass (reach 1) is
-// min(q, 0) . minimum + max(q, 0) . maximum; at its centre (0) it is q/2 . minimum + q/2 . maximum;
-// in between, a mean of both. out[0 .. 2n) is what meets [minimum, maximum].
-template <class Q> static inline void weigh_sides(const Q* q, int64_t n, float reach, Q* out) {
-  const float near = (1 + reach) / 2, far = (1 - reach) / 2;
+// A run scores q . mean + reach |q| . deviation: what a key would score that lies `reach` deviations
+// from the mean in every channel, towards q. out[0 .. 2n) is what meets [mean, deviation].
+template <class Q> static inline void reach_out(const Q* q, int64_t n, float reach, Q* out) {
   for (int64_t c = 0; c < n; ++c) {
-    const float x = to_float(q[c]), up = x > 0 ? x : 0, down = x > 0 ? 0 : x;
-    from_float(far * up + near * down, out + c);
-    from_float(near * up + far * down, out + n + c);
+    out[c] = q[c];
+    from_float(reach * __builtin_fabsf(to_float(q[c])), out + n + c);
   }
 }
 
 // The summaries of a list of runs of one level.
 template <class S> struct SummariesOfRuns {
   using Row = S;
-  Pages pages;
-  Middle middle;
+  const SelectCall& call;
+  const Middle& middle;
   const int32_t* runs;
   int64_t length, offset;  // keys of a run, and where its level begins in a page
   const S* operator()(int64_t i) const {
     const int64_t key = runs[i] * length;
     const int64_t run = offset + (uint32_t)middle.seq.slot(key) / (uint32_t)length;
-    return slot_row<const S>(pages, middle.seq.page(key), run, middle.kv_head);
+    return slot_row<const S>(call.bounds, middle.seq.page(key), run, middle.kv_head);
   }
 };
 
@@ -50,7 +47,7 @@ template <class Q, class S> class RunRank {
     const int64_t dim = call_.batch.head_dim, rows = num_sampled(call_, block);
     columns_.template fill<Q>(rows, few_rows<Unit>(rows, dim), scorer_.convert(), [&](int64_t r) {
       Q* sides = sides_ + r % kChunk * 2 * dim;
-      weigh_sides(sampled_row<Q>(call_, block, head, r), dim, call_.bound_reach, sides);
+      reach_out(sampled_row<Q>(call_, block, head, r), dim, call_.bound_reach, sides);
       return sides;
     });
   }
@@ -58,7 +55,7 @@ template <class Q, class S> class RunRank {
   // Positions of the `keep` best of n runs of a level, ascending.
   int64_t best(const int32_t* runs, int64_t n, int level, int64_t keep, const Middle& middle,
                int32_t* kept) {
-    const SummariesOfRuns<S> summaries{call_.bounds, middle, runs, levels_.length[level],
+    const SummariesOfRuns<S> summaries{call_, middle, runs, levels_.length[level],
                                        levels_.offset[level]};
     return scorer_.best(n, 1, keep, columns_, summaries, kept);
   }

@@ -25,7 +25,8 @@ class HiPConfig:
         budget: keys that a query block reads between the sinks and its window.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends through
-            summaries of runs of keys: their mean and standard deviation, channel by channel. `tree+bound` splits the budget between both.
+            summaries of runs of keys: their mean and standard deviation, channel by channel.
+            `tree+bound` splits the budget between both.
         representative: block of a range that stands for it in the tree.
         query_block_size: query rows that share one selection.
         key_block_size: keys that are chosen together.

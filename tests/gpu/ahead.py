@@ -132,13 +132,13 @@ def select(
     q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
     runs = bound_offsets(256, config.bound_block_size)[-1]
-    bounds = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
+    summaries = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
     blocks = -(-query_len // 64)
     chosen = torch.zeros(blocks, 8, config.max_selected, dtype=torch.int32)
     selection.refresh_blocks(
         q,
         pages,
-        bounds if config.uses_bounds else None,
+        summaries if config.uses_bounds else None,
         torch.zeros(1, 512, dtype=torch.int32),
         torch.zeros(blocks, 4, dtype=torch.int32),
         chosen[:, 0, 0].contiguous(),
@@ -153,9 +153,9 @@ def write(head_dim: int) -> None:
     k = torch.empty(64, 8, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(4, 256, 8, head_dim, dtype=torch.bfloat16)
     runs = bound_offsets(256, 16)[-1]
-    bounds = torch.empty(4, runs, 8, 2, head_dim, dtype=torch.bfloat16)
-    writing.write_kv(k, k, pages, pages, bounds, torch.zeros(64, dtype=torch.int64), 16)
-    writing.build_index(pages, 16)
+    summaries = torch.empty(4, runs, 8, 2, head_dim, dtype=torch.bfloat16)
+    writing.write_kv(k, k, pages, pages, summaries, torch.zeros(64, dtype=torch.int64), 16)
+    writing.summarize(pages, 16)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Writing keys, values and bounds in Triton.
+"""Writing keys, values and summaries in Triton.
 
 The first kernel copies rows and notes, for every run, the last slot that this call wrote in it. The
 second recomputes a run's summary from its keys, once: by the token that wrote that last slot. A
@@ -20,36 +20,39 @@ from hipserve.plan import bound_levels, bound_offsets
 
 
 class Summary(NamedTuple):
-    """What `k_bounds` holds of a run: a box around its keys, `[DIM]` float32 each."""
+    """What an index holds of a run, `[DIM]` float64 each."""
 
-    minimum: Any
-    maximum: Any
+    mean: Any
+    deviation: Any
 
 
 @triton.jit
-def summarize(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """The `Summary` of the keys in slots [first, end): elementwise minimum and maximum."""
-    minimum = tl.full([DIM], float("inf"), tl.float32)
-    maximum = tl.full([DIM], -float("inf"), tl.float32)
+def summarize_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The `Summary` of the keys in slots [first, end), channel by channel.
+
+    mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, with the sums S1 of the keys and S2 of
+    their squares: exact in float64 for keys of 16 bits, in any order.
+    """
+    total = tl.zeros([DIM], tl.float64)
+    squares = tl.zeros([DIM], tl.float64)
     for start in range(first, end, 16):
         slot = start + tl.arange(0, 16)
-        there = slot < end
         at = keys + slot.to(tl.int64) * stride
-        tile = load_tile(at, there, HEAD_DIM, DIM).to(tl.float32)  # [16, DIM]
-        lowest = tl.min(tl.where(there[:, None], tile, float("inf")), axis=0)
-        minimum = tl.minimum(minimum, lowest)
-        highest = tl.max(tl.where(there[:, None], tile, -float("inf")), axis=0)
-        maximum = tl.maximum(maximum, highest)
-    return Summary(minimum, maximum)
+        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float64)  # [16, DIM], else zeros
+        total += tl.sum(tile, axis=0)
+        squares += tl.sum(tile * tile, axis=0)
+    n = (end - first).to(tl.float64)
+    spread = tl.maximum(n * squares - total * total, 0.0)
+    return Summary(total / n, tl.sqrt(spread) / n)
 
 
 @triton.jit
 def store_summary(at, side_stride, summary, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """Writes a `Summary` to the pointer `at`: minimum first, maximum `side_stride` behind it."""
+    """Writes a `Summary`: the mean to the pointer `at`, the deviation `side_stride` behind it."""
     d = tl.arange(0, DIM)
-    tl.store(at + d, summary.minimum.to(at.dtype.element_ty), mask=d < HEAD_DIM)
-    at += side_stride
-    tl.store(at + d, summary.maximum.to(at.dtype.element_ty), mask=d < HEAD_DIM)
+    kind = at.dtype.element_ty
+    tl.store(at + d, summary.mean.to(tl.float32).to(kind), mask=d < HEAD_DIM)
+    tl.store(at + side_stride + d, summary.deviation.to(tl.float32).to(kind), mask=d < HEAD_DIM)
 
 
 @triton.jit
@@ -101,11 +104,11 @@ def write_kernel(
 
 
 @triton.jit
-def bounds_kernel(
+def summaries_kernel(
     k_cache,
     k_cache_strides,
-    bounds,
-    bounds_strides,
+    summaries,
+    summaries_strides,
     slot_mapping,
     last_slots,
     page_size,
@@ -118,7 +121,10 @@ def bounds_kernel(
 
     A run reaches to its end, or to the last slot written in its page.
     """
-    k_strides, strides = pages.CacheStrides(*k_cache_strides), pages.BoundStrides(*bounds_strides)
+    k_strides, strides = (
+        pages.CacheStrides(*k_cache_strides),
+        pages.BoundStrides(*summaries_strides),
+    )
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
         return
@@ -130,23 +136,23 @@ def bounds_kernel(
     for run in range(COARSEST, RUNS):
         page_end = tl.maximum(page_end, tl.load(last_slots + page * RUNS + run))
     keys = k_cache + page * k_strides.page + head * k_strides.head
-    to = bounds + page * strides.page + head * strides.head
+    to = summaries + page * strides.page + head * strides.head
     for level in tl.static_range(len(LENGTHS)):
         run = offset // LENGTHS[level]
         index = OFFSETS[level] + run
         if tl.load(last_slots + page * RUNS + index) == offset + 1:
             first = run * LENGTHS[level]
             end = tl.minimum((run + 1) * LENGTHS[level], page_end)
-            summary = summarize(keys, k_strides.slot, first, end, HEAD_DIM, DIM)
+            summary = summarize_run(keys, k_strides.slot, first, end, HEAD_DIM, DIM)
             store_summary(to + index * strides.run, strides.side, summary, HEAD_DIM, DIM)
 
 
 @triton.jit
-def run_bounds_kernel(
+def whole_summaries_kernel(
     k,
     k_strides,
-    bounds,
-    bounds_strides,
+    summaries,
+    summaries_strides,
     page_size,
     first_index,
     length,
@@ -157,14 +163,14 @@ def run_bounds_kernel(
 
     first_index: where the runs of this length start in a page.
     """
-    k_strides, strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*bounds_strides)
+    k_strides, strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*summaries_strides)
     run = tl.program_id(0)
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head
     end = tl.minimum((run + 1) * length, page_size)
-    summary = summarize(keys, k_strides.slot, run * length, end, HEAD_DIM, DIM)
+    summary = summarize_run(keys, k_strides.slot, run * length, end, HEAD_DIM, DIM)
     index = (first_index + run).to(tl.int64)
-    to = bounds + page * strides.page + index * strides.run + head * strides.head
+    to = summaries + page * strides.page + index * strides.run + head * strides.head
     store_summary(to, strides.side, summary, HEAD_DIM, DIM)
 
 
@@ -173,20 +179,20 @@ def write_kv(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k_bounds: Tensor | None,
+    summaries: Tensor | None,
     slot_mapping: Tensor,
-    bound_block_size: int,
+    run_size: int,
 ) -> None:
     """See `hipserve.ops.write_kv`."""
     tokens, heads, head_dim = k.shape
     if not tokens:
         return
     dim, page_size = power_of_2(head_dim), k_cache.shape[1]
-    num_runs = None if k_bounds is None else k_bounds.shape[1]
-    lengths = bound_levels(page_size, bound_block_size, num_runs)
-    offsets = bound_offsets(page_size, bound_block_size, num_runs)
+    num_runs = None if summaries is None else summaries.shape[1]
+    lengths = bound_levels(page_size, run_size, num_runs)
+    offsets = bound_offsets(page_size, run_size, num_runs)
     last_slots = None
-    if k_bounds is not None:
+    if summaries is not None:
         runs = k_cache.shape[0] * offsets[-1]
         last_slots = torch.zeros(runs, dtype=torch.int32, device=k.device)
     write_kernel[(tokens,)](
@@ -200,9 +206,9 @@ def write_kv(
         OFFSETS=offsets,
         num_warps=2,
     )
-    if k_bounds is not None:
-        bounds_kernel[(tokens, heads)](
-            *(k_cache, k_cache.stride()[:3], k_bounds, k_bounds.stride()[:4]),
+    if summaries is not None:
+        summaries_kernel[(tokens, heads)](
+            *(k_cache, k_cache.stride()[:3], summaries, summaries.stride()[:4]),
             *(slot_mapping, last_slots, page_size),
             HEAD_DIM=head_dim,
             DIM=dim,
@@ -212,21 +218,21 @@ def write_kv(
         )
 
 
-def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
-    """See `hipserve.ops.compute_bounds`."""
+def summarize(k: Tensor, run_size: int) -> Tensor:
+    """See `hipserve.ops.build_index`; returns `summaries`."""
     num_pages, page_size, heads, head_dim = k.shape
-    offsets = bound_offsets(page_size, bound_block_size)
-    bounds = torch.empty(
+    offsets = bound_offsets(page_size, run_size)
+    summaries = torch.empty(
         (num_pages, offsets[-1], heads, 2, head_dim), dtype=k.dtype, device=k.device
     )
-    for level, length in enumerate(bound_levels(page_size, bound_block_size)):
+    for level, length in enumerate(bound_levels(page_size, run_size)):
         runs = offsets[level + 1] - offsets[level]
         if num_pages * runs:
-            run_bounds_kernel[(runs, heads, num_pages)](
+            whole_summaries_kernel[(runs, heads, num_pages)](
                 k=k,
                 k_strides=k.stride()[:3],
-                bounds=bounds,
-                bounds_strides=bounds.stride()[:4],
+                summaries=summaries,
+                summaries_strides=summaries.stride()[:4],
                 page_size=page_size,
                 first_index=offsets[level],
                 length=length,
@@ -234,4 +240,4 @@ def compute_bounds(k: Tensor, bound_block_size: int) -> Tensor:
                 DIM=power_of_2(head_dim),
                 num_warps=2,
             )
-    return bounds
+    return summaries
