@@ -17,7 +17,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 # What the native kernels run in: the operations (on every tier by themselves), then their callers.
 SANITIZED_OPS := tests/ops
 SANITIZED := tests/test_hip_attention.py tests/test_layout.py tests/test_cache.py \
-	tests/test_fuzz.py tests/test_dense.py
+	tests/test_fuzz.py tests/test_dense.py tests/test_native.py
 # Python allocates what it never frees, and a signal stack of ASan has no room for AMX.
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
