@@ -41,7 +41,8 @@ static void summarize_run(const PageRows<const K>& keys, int64_t first, int64_t 
   }
 }
 
-// Summaries of one page and head whose first `count` keys are there, from the run of key `first` on.
+// Summaries of one page and head whose first `count` keys are there, from the run of key `first`
+// on.
 template <class K>
 static void summarize_page(const PageRows<const K>& keys, const PageRows<K>& summaries,
                            const RunLevels& levels, int64_t first, int64_t count, int64_t dim) {

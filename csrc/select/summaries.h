@@ -7,8 +7,9 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-// A run scores q . mean + reach |q| . deviation: what a key would score that lies `reach` deviations
-// from the mean in every channel, towards q. out[0 .. 2n) is what meets [mean, deviation].
+// A run scores q . mean + reach |q| . deviation: what a key would score that lies `reach`
+// deviations from the mean in every channel, towards q. out[0 .. 2n) is what meets [mean,
+// deviation].
 template <class Q> static inline void reach_out(const Q* q, int64_t n, float reach, Q* out) {
   for (int64_t c = 0; c < n; ++c) {
     out[c] = q[c];
