@@ -26,7 +26,7 @@ KERNELS = {
     "baseline_kernel",
     "search_kernel",
     "write_kernel",
-    "bounds_kernel",
+    "summaries_kernel",
 }
 LITTLE = 64
 """Bytes a thread: what the largest attention tiles cost, which are nevertheless the fastest."""

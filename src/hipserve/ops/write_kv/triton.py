@@ -33,16 +33,17 @@ def summarize_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.cons
     mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, with the sums S1 of the keys and S2 of
     their squares: exact in float64 for keys of 16 bits, in any order.
     """
-    total = tl.zeros([DIM], tl.float64)
-    squares = tl.zeros([DIM], tl.float64)
+    totals = tl.zeros([16, DIM], tl.float64)
+    squares = tl.zeros([16, DIM], tl.float64)
     for start in range(first, end, 16):
         slot = start + tl.arange(0, 16)
         at = keys + slot.to(tl.int64) * stride
         tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float64)  # [16, DIM], else zeros
-        total += tl.sum(tile, axis=0)
-        squares += tl.sum(tile * tile, axis=0)
+        totals += tile
+        squares += tile * tile
+    total = tl.sum(totals, axis=0)
     n = (end - first).to(tl.float64)
-    spread = tl.maximum(n * squares - total * total, 0.0)
+    spread = tl.maximum(n * tl.sum(squares, axis=0) - total * total, 0.0)
     return Summary(total / n, tl.sqrt(spread) / n)
 
 
@@ -174,6 +175,11 @@ def whole_summaries_kernel(
     store_summary(to, strides.side, summary, HEAD_DIM, DIM)
 
 
+def summary_warps(dim: int) -> int:
+    """Warps of a program that keeps sums of 16 keys in registers: 64 of each thread's."""
+    return max(dim // 32, 4)
+
+
 def write_kv(
     k: Tensor,
     v: Tensor,
@@ -214,7 +220,7 @@ def write_kv(
             DIM=dim,
             LENGTHS=lengths,
             OFFSETS=offsets,
-            num_warps=2,
+            num_warps=summary_warps(dim),
         )
 
 
@@ -238,6 +244,6 @@ def summarize(k: Tensor, run_size: int) -> Tensor:
                 length=length,
                 HEAD_DIM=head_dim,
                 DIM=power_of_2(head_dim),
-                num_warps=2,
+                num_warps=summary_warps(power_of_2(head_dim)),
             )
     return summaries
