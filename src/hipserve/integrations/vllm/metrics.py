@@ -53,11 +53,11 @@ METRICS = (
     Metric("hipserve_refreshes", "Decode rows, times layers, that chose keys afresh."),
     Metric("hipserve_reuses", "Decode rows, times layers, that used their last choice again."),
     Metric("hipserve_query_blocks", "Query blocks, times layers."),
-    Metric("hipserve_found_keys", "Keys that requests found computed, whose bounds were made."),
+    Metric("hipserve_found_keys", "Keys that requests found computed, whose index was built."),
     Metric("hipserve_dense_query_blocks", _DENSE, "dense_layer"),
     Metric("hipserve_dense_query_blocks", _DENSE, "model_window"),
     Metric("hipserve_dense_query_blocks", _DENSE, "short"),
-    Metric("hipserve_page_bound_bytes", "Memory of the bounds inside the KV blocks.", gauge=True),
+    Metric("hipserve_page_bound_bytes", "Memory of the index inside the KV blocks.", gauge=True),
 )
 _PLACES = {(metric.name, metric.reason): place for place, metric in enumerate(METRICS)}
 
