@@ -98,7 +98,8 @@ def merge(
     geometry: Geometry,
     tiling: Tiling,
 ) -> None:
-    """Writes `out` and `lse` from what `make_parts` made room for."""
+    """Writes `out` `[num_tokens, num_q_heads, head_dim]` and `lse` `[num_tokens, num_q_heads]` from
+    what `make_parts` made room for."""
     tokens, num_q_heads = lse.shape
     merge_kernel[(tokens, num_q_heads)](
         *(parts, part_lse, out, out.stride()[:2], lse, tokens),
