@@ -50,7 +50,7 @@ def test_sparse_is_exact(backend: str, seed: int) -> None:
     with using(backend) as name:
         out, lse = block_sparse_attention(
             case.q,
-            case.kv,
+            case.pool,
             case.layout,
             selection,
             config=config,
@@ -70,7 +70,7 @@ def test_a_selection_may_be_a_view(backend: str) -> None:
         outs = [
             block_sparse_attention(
                 case.q,
-                case.kv,
+                case.pool,
                 case.layout,
                 BlockSelection(indices, whole.window_start),
                 config=config,
@@ -91,7 +91,7 @@ def test_dense_and_windowed_are_exact(backend: str, seed: int) -> None:
     with using(backend) as name:
         out, lse = block_sparse_attention(
             case.q,
-            case.kv,
+            case.pool,
             case.layout,
             config=config,
             sliding_window=window,
