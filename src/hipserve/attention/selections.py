@@ -203,6 +203,8 @@ class SelectionReuse:
             self.clear()
         decisions = self._decide(layout, search.config) if decodes else None
         plan = StepPlan.make(layout, rule, decisions)
+        if self.selection is not None and plan.fresh is not None and len(plan.fresh) == 0:
+            return self.selection  # every sequence keeps what it read last
         selection = self._slots.select(q, index, plan, search.config, search.backend)
         self.selection = selection if decodes else None
         return selection
