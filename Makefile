@@ -18,13 +18,15 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 SANITIZED_OPS := tests/ops
 SANITIZED := tests/test_hip_attention.py tests/test_layout.py tests/test_cache.py \
 	tests/test_fuzz.py tests/test_dense.py tests/test_native.py
-# Python allocates what it never frees, and a signal stack of ASan has no room for AMX.
+# Python allocates what it never frees, and a signal stack of ASan has no room for AMX. pytest must
+# not capture the report of a process that ends.
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
 TIERS = $$($(BIN)/python -c 'from hipserve.platform import NATIVE_TIERS, native_library; \
 	print(*NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier) + 1])')
 SANITIZED_PYTEST := $(BIN)/python -c 'import sys, hipserve, pytest; \
-	hipserve.__path__.insert(0, "build/sanitize"); sys.exit(pytest.main(sys.argv[1:]))'
+	hipserve.__path__.insert(0, "build/sanitize"); \
+	sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))'
 
 .PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval clean
 .DELETE_ON_ERROR:

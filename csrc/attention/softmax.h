@@ -47,10 +47,12 @@ struct RowState {
 };
 
 // weights[j] = 2^(factor * scores[j] - reference) for the visible keys j of a tile, 0 for others;
-// adds them to the row's sum. With kWhole all keys are visible.
+// adds them to the row's sum. With kWhole all keys are visible. A call for each row would load the
+// constants of the exponential again.
 template <class Unit, bool kWhole>
-static inline void online_softmax(const float* scores, float factor, Visible seen,
-                                  const RowState& row, float* weights) {
+__attribute__((always_inline)) static inline void online_softmax(const float* scores, float factor,
+                                                                 Visible seen, const RowState& row,
+                                                                 float* weights) {
   constexpr int kVectors = kKeys / kLanes;
   auto shown = [&](int i, vf x, float otherwise) {
     if (kWhole) return x;
