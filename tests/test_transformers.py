@@ -281,7 +281,7 @@ def test_a_cache_serves_what_it_was_made_for() -> None:
         with pytest.raises(ArgumentError, match="page_size"):
             HiPCache(build("llama", PRUNED).config, page_size=bad)  # pyright: ignore
     wide = {"bound_block_size": 48, "key_block_size": 16, "budget": 96, "num_sink_tokens": 48}
-    assert HiPCache(build("llama", wide).config).layers[0].pages.index.page_size == 768
+    assert HiPCache(build("llama", wide).config).layers[0].pages.page_size == 768
     with pytest.raises(ArgumentError, match=r"config: expected model\.config"):
         HiPCache(model)
 
