@@ -147,6 +147,11 @@ class HiPConfig:
         return self.bound_block_size if self.uses_bounds else self.key_block_size
 
     @property
+    def run_size(self) -> int | None:
+        """Keys of the finest run that a search reads a summary of; None where it reads none."""
+        return self.bound_block_size if self.uses_bounds else None
+
+    @property
     def max_selected(self) -> int:
         """Key blocks that one query block may choose."""
         return self.budget // self.key_block_size

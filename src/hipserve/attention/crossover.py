@@ -25,7 +25,7 @@ from hipserve.config import HiPConfig
 from hipserve.ops import block_sparse_attention, build_index, select_blocks
 from hipserve.plan import BatchLayout, PruningRule, pruning_rule
 from hipserve.platform import cpu_identity, cpu_refusal, logger, measured, measuring
-from hipserve.types import KeyIndex, KeyPool
+from hipserve.types import KeyPool
 
 DenseKernel = Literal["native", "sdpa"]
 
@@ -183,9 +183,8 @@ class _Case:
         k, v = (
             torch.randn(1, length, 1, kind.head_dim, **options).to(kind.dtype) for _ in range(2)
         )
-        self.pool, self.index, self.config = KeyPool(k, v), KeyIndex(k), config
-        if config and config.uses_bounds:
-            self.index = build_index(k, run_size=config.bound_block_size)
+        self.pool, self.config = KeyPool(k, v), config
+        self.index = build_index(k, run_size=config.run_size if config else None)
         self.position = length - rows
         self.pages = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
         self.layout = BatchLayout.of(self.pages, [length], [rows])

@@ -141,7 +141,11 @@ class WholeKeys:
     run_size: int | None
     backend: str = "auto"
 
-    def append(self) -> BatchLayout:
+    def append(self) -> None:
+        """The keys stay where the caller has them."""
+
+    @property
+    def layout(self) -> BatchLayout:
         return whole_sequences(self.k.shape[0], self.query_len, self.k.shape[1], self.k.device)
 
     @property
@@ -150,8 +154,6 @@ class WholeKeys:
 
     @property
     def index(self) -> KeyIndex:
-        if self.run_size is None:
-            return KeyIndex(self.k)
         return build_index(self.k, run_size=self.run_size, backend=self.backend)
 
     def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002

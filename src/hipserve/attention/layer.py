@@ -21,8 +21,13 @@ from hipserve.types import BlockSelection, KeyIndex, KeyPool
 class LayerKeys(Protocol):
     """The keys and values of one layer in one call: where they are and what the call adds."""
 
-    def append(self) -> BatchLayout:
-        """Writes what the call adds, pool and index; returns the batch with it."""
+    def append(self) -> None:
+        """Writes what the call adds, pool and index."""
+        ...
+
+    @property
+    def layout(self) -> BatchLayout:
+        """The batch, once the call has appended; asked for only if pages are read."""
         ...
 
     @property
@@ -50,8 +55,8 @@ class HeldKeys:
     layout: BatchLayout
     fresh: None = None
 
-    def append(self) -> BatchLayout:
-        return self.layout
+    def append(self) -> None:
+        """Nothing is left to write."""
 
     def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
         return self.pool
@@ -84,8 +89,7 @@ class AttentionLayer:
     @property
     def run_size(self) -> int | None:
         """Keys of the finest run that a search reads a summary of; None where none is read."""
-        searches = self.rule is not None and self.config.uses_bounds
-        return self.config.bound_block_size if searches else None
+        return None if self.rule is None else self.config.run_size
 
     def forward(self, q: Tensor, keys: LayerKeys) -> tuple[Tensor, Tensor]:
         """Attention of packed rows.
@@ -95,7 +99,8 @@ class AttentionLayer:
         Returns:
             out like q, and lse `[num_tokens, num_q_heads]`, as from `block_sparse_attention`.
         """
-        return self._attend(q, keys, keys.append())
+        keys.append()
+        return self._attend(q, keys, keys.layout)
 
     def forward_batch(
         self, q: Tensor, keys: LayerKeys, *, head: bool = True
@@ -113,12 +118,14 @@ class AttentionLayer:
             out like q, and lse `[batch, query_len, num_q_heads]`; None where torch's dense kernels
             computed some rows.
         """
-        (batch, query_len), layout = q.shape[:2], keys.append()
+        batch, query_len = q.shape[:2]
+        keys.append()
         first = self._dense_head(q, keys) if head else q[:, :0]
         rows = first.shape[1]
         if rows == query_len:
             self._count_dense(batch, rows)
             return first, None
+        layout = keys.layout
         if rows and self.rule is not None:
             if layout.may_prune(self.rule):  # else all rows are counted together
                 self._count_dense(batch, rows)

@@ -178,8 +178,8 @@ class SelectionReuse:
         self._slots = RequestSelections(0)
 
     def clear(self) -> None:
-        """Every sequence selects again in its next step."""
-        self.__init__()
+        """Every sequence selects again in its next step, which makes new slots."""
+        self.selection = self._config = None
 
     def reorder(self, order: Tensor) -> None:
         """Follows a batch whose row i continues the former row `order[i]` (beam search).

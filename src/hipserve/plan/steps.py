@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,9 +32,6 @@ class StepPlan:
     kept_slots: Tensor
     stored: Tensor
     stored_slots: Tensor
-
-    on_host: ClassVar[bool] = True
-    """Its decisions were made on the host; no graph replays it."""
 
     @classmethod
     def make(
@@ -177,5 +173,3 @@ class CapturedPlan:
     rule: PruningRule
     slots: Tensor
     refresh: Tensor
-
-    on_host: ClassVar[bool] = False

@@ -61,7 +61,6 @@ class HiPCacheLayer(CacheLayerMixin):
         self.pages = PagedLayer(page_size, run_size)
         self.reuse, self.account = SelectionReuse(), Account()
         self.seen = 0
-        self._config: HiPConfig | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
         self.padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
 
@@ -102,22 +101,14 @@ class HiPCacheLayer(CacheLayerMixin):
             self.padded.append((self.seen - k.shape[1], valid))
         return k, v
 
-    def settle(self, config: HiPConfig) -> None:
-        """A selection serves the configuration that it was made with, and no other.
-
-        Raises:
-            ArgumentError: the pages keep other summaries than this configuration reads.
-        """
-        if config == self._config:
-            return
-        kept, wanted = self.pages.run_size, config.bound_block_size
-        if config.uses_bounds and kept != wanted:
+    def check_index(self, config: HiPConfig) -> None:
+        """Raises ArgumentError where the pages keep other summaries than `config` reads."""
+        kept, wanted = self.pages.run_size, config.run_size
+        if wanted is not None and kept != wanted:
             got = "one without summaries" if kept is None else f"one of runs of {kept} keys"
             hint = "make a new HiPCache(model.config) after config.hip was changed"
             expected = f"a HiPCache with summaries of runs of {wanted} keys"
             raise ArgumentError("past_key_values", expected, got, hint)
-        self.reuse.clear()
-        self._config = config
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -191,10 +182,13 @@ class PageKeys:
     valid: Tensor | None
     fresh: tuple[Tensor, Tensor] | None = None
 
-    def append(self) -> BatchLayout:
+    def append(self) -> None:
         written = self.layer.write(self.valid)
         first = self.query_len == self.layer.seen and self.valid is None
         self.fresh = written if first else None
+
+    @property
+    def layout(self) -> BatchLayout:
         pages = self.layer.pages
         if self.valid is None:
             return pages.layout([self.query_len] * len(pages.lengths))
@@ -238,7 +232,7 @@ class HiPCache(Cache):
         if not hasattr(config, "get_text_config"):
             raise ArgumentError("config", "model.config", type(config).__name__, "pass that")
         hip = config_of(config.get_text_config(decoder=True))
-        run_size = hip.bound_block_size if hip.uses_bounds else None
+        run_size = hip.run_size
         if page_size is None:
             fits = run_size is None or PAGE_SIZE % bound_levels(PAGE_SIZE, run_size)[-1] == 0
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size

@@ -20,7 +20,7 @@ from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.ops import build_index
 from hipserve.plan import BatchLayout
-from hipserve.types import KeyIndex, KeyPool
+from hipserve.types import KeyPool
 
 logger: Any = logging.get_logger(__name__)
 NO_WEIGHTS = (
@@ -122,7 +122,7 @@ def _attend_pages(
 ) -> Tensor:
     rows = query.transpose(1, 2)
     if layer.rule is not None:
-        cache.settle(layer.config)
+        cache.check_index(layer.config)
     valid = _pages_mask(cache, query, mask, layer)
     keys = PageKeys(cache, rows.shape[1], valid)
     if valid is None:
@@ -202,8 +202,7 @@ def _attend_unequal(
         valid.sum(1).int(),
         torch.cat([rows.new_zeros(1, dtype=torch.int32), rows.sum(1).cumsum(0).int()]),
     )
-    size = layer.run_size
-    index = KeyIndex(k) if size is None else build_index(k, run_size=size)
+    index = build_index(k, run_size=layer.run_size)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     out[rows] = layer.forward(q[rows], HeldKeys(KeyPool(k, v), index, layout))[0]
     return out

@@ -45,8 +45,8 @@ class BlockLayout:
     @classmethod
     def of(cls, spec: AttentionSpec, config: HiPConfig) -> BlockLayout:
         """The layout of a layer that may be pruned."""
-        run_size = config.bound_block_size if config.uses_bounds else None
-        return cls(spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype, run_size)
+        shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
+        return cls(*shape, spec.dtype, config.run_size)
 
     @property
     def num_runs(self) -> int:

@@ -88,10 +88,18 @@ class HiPImpl(AttentionImpl[HiPStep]):
         """The layer reads every key, or those that the model lets it."""
         return self.is_local(layer) or layer_index(layer.layer_name) in self.config.dense_layers
 
+    @property
+    def writes(self) -> bool:
+        """The layer writes its pages; else it reads those of another one."""
+        return self.kv_sharing_target_layer_name is None
+
+    def run_size(self, layer: Any) -> int | None:
+        """Keys of the finest run with a summary in the layer's pages; None where none is read."""
+        return None if self.is_local(layer) else self.config.run_size
+
     def keeps_index(self, layer: Any) -> bool:
         """The layer writes pages whose index somebody reads."""
-        writes = self.kv_sharing_target_layer_name is None
-        return self.config.uses_bounds and writes and not self.is_local(layer)
+        return self.writes and self.run_size(layer) is not None
 
     def forward(
         self,
@@ -113,11 +121,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
             touch_scratch(query, self.config)
             return output.fill_(0)
         step = attn_metadata
-        indexed = self.config.uses_bounds and not self.is_local(layer)
-        pages = pages_of(kv_cache, self.config.bound_block_size if indexed else None)
-        new = None
-        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            new = (key, value)
+        pages = pages_of(kv_cache, self.run_size(layer))
+        new = (key, value) if self.writes and key is not None and value is not None else None
         found = step.found_pages if self.keeps_index(layer) else None
         keys = BlockKeys(pages, step, new, found)
         q = first_rows(query, step.num_tokens)
@@ -128,7 +133,6 @@ class HiPImpl(AttentionImpl[HiPStep]):
     def _layer_of(self, layer: Any, step: HiPStep) -> AttentionLayer:
         """How this layer attends in this step."""
         prunes = step.selects and not self.is_dense(layer)
-        counts = step.plan.on_host and self.device.type == "cpu"
         counted = layer.layer_name == step.counted_layer
         return AttentionLayer(
             self.config,
@@ -138,7 +142,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             softcap=self.softcap,
             sink_logits=self.sinks,
             selections=StepSelections(self.selections, step.plan),
-            account=TallyAccount(self.tally, counted) if counts else None,
+            account=TallyAccount(self.tally, counted) if self.device.type == "cpu" else None,
         )
 
 
@@ -164,14 +168,17 @@ class BlockKeys:
     def index(self) -> KeyIndex:
         return self.pages.index
 
-    def append(self) -> BatchLayout:
+    @property
+    def layout(self) -> BatchLayout:
+        return self.step.plan.layout
+
+    def append(self) -> None:
         if self.found is not None:
             rebuild_index(self.pages.index, self.found)
         if self.new is not None:
             k, v = (first_rows(x, self.step.num_tokens) for x in self.new)
             pool, index = self.pages.pool, self.pages.index
             write_kv(k, v, pool, index, self.step.slot_mapping, check=False)
-        return self.step.plan.layout
 
     def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
         return self.pages.pool

@@ -59,9 +59,8 @@ class Decode:
         return layout
 
     def _pages(self) -> tuple[KeyPool, KeyIndex]:
-        count, config = -(-self.length // PAGE_SIZE), self.config
-        size = config.bound_block_size if config.uses_bounds else None
-        pages = empty_pages(count, PAGE_SIZE, size, self.k)
+        count = -(-self.length // PAGE_SIZE)
+        pages = empty_pages(count, PAGE_SIZE, self.config.run_size, self.k)
         self._write(pages, 0, self.length)
         return pages
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,10 +78,7 @@ class Prefill:
 
     def build(self) -> KeyIndex:
         """What `hip_attention` builds in every call."""
-        if not self.config.uses_bounds:
-            return KeyIndex(self.k)
-        size = self.config.bound_block_size
-        return build_index(self.k, run_size=size, backend=self.backend)
+        return build_index(self.k, run_size=self.config.run_size, backend=self.backend)
 
     def select(self) -> BlockSelection:
         return select_blocks(self.q, self.index, self.layout, rule=self.rule, **self.options)
@@ -167,10 +165,9 @@ class Prefill:
         """On inputs whose scores are exact, the search equals its definition index for index."""
         count = min(self.length, GRID_BLOCKS * self.config.query_block_size)
         q, k = on_grid(self.q[-count:]), on_grid(self.k)
-        size = self.config.bound_block_size
-        index = build_index(k, run_size=size) if self.config.uses_bounds else KeyIndex(k)
+        index = build_index(k, run_size=self.config.run_size)
         if index.summaries is not None:
-            index = KeyIndex(k, on_grid(index.summaries), size)
+            index = replace(index, summaries=on_grid(index.summaries))
         layout = whole_sequences(1, count, self.length, q.device)
         found, defined = (
             select_blocks(

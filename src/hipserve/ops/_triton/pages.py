@@ -16,8 +16,8 @@ class CacheStrides(NamedTuple):
     head: Any
 
 
-class BoundStrides(NamedTuple):
-    """Strides of `k_bounds`, in elements; a side is the minimum or the maximum."""
+class SummaryStrides(NamedTuple):
+    """Strides of `summaries`, in elements; a side is the mean or the deviation."""
 
     page: Any
     run: Any
@@ -26,12 +26,12 @@ class BoundStrides(NamedTuple):
 
 
 class PagedRows(NamedTuple):
-    """Keys, values or bounds of one KV head, as a sequence finds them."""
+    """Keys, values or summaries of one KV head, as a sequence finds them."""
 
     start: Any
     """Pointer to what the head has in page 0."""
     strides: Any
-    """`CacheStrides` or `BoundStrides`."""
+    """`CacheStrides` or `SummaryStrides`."""
     table: Any
     """Pointer to the page ids of the sequence."""
     page_size: Any

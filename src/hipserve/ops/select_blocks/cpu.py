@@ -20,9 +20,7 @@ def select_blocks(
     spec: SearchSpec,
 ) -> Tensor:
     """See `hipserve.ops.select_blocks`; returns `indices`."""
-    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
-    shape = (query_blocks.shape[0], heads, spec.max_selected)
-    indices = torch.empty(shape, dtype=torch.int32)
+    indices = torch.empty(spec.selection_shape(q, k_cache, query_blocks), dtype=torch.int32)
     torch.ops.hipserve_cpu.select_blocks(
         q,
         k_cache,

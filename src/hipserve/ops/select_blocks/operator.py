@@ -96,7 +96,5 @@ def _(
     spec: str,
     backend: str,
 ) -> Tensor:
-    parsed = SearchSpec.loads(spec)
-    heads = codes.shape[2] if parsed.share_group else q.shape[1]
-    shape = (query_blocks.shape[0], heads, parsed.max_selected)
+    shape = SearchSpec.loads(spec).selection_shape(q, codes, query_blocks)
     return q.new_empty(shape, dtype=torch.int32)

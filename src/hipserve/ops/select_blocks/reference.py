@@ -24,13 +24,12 @@ def select_blocks(
     spec: SearchSpec,
 ) -> Tensor:
     """See `hipserve.ops.select_blocks`; returns `indices`."""
-    heads = codes.shape[2] if spec.share_group else q.shape[1]
-    shape = (query_blocks.shape[0], heads, spec.max_selected)
+    shape = spec.selection_shape(q, codes, query_blocks)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     starts: list[int] = window_starts.tolist()
     for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
         if starts[i] > spec.num_sink_tokens:
-            rows = sample_rows(q[row : row + num_rows], heads, spec.query_stride)
+            rows = sample_rows(q[row : row + num_rows], shape[1], spec.query_stride)
             pages = block_table[seq].long()
             search = Search(rows, codes, summaries, pages, starts[i], position, spec)
             chosen = search.select()

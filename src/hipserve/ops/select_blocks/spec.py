@@ -6,6 +6,8 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from hipserve.config import HiPConfig, Representative, Selector
 
 
@@ -43,6 +45,19 @@ class SearchSpec:
     def max_selected(self) -> int:
         """Key blocks that one query block may choose."""
         return self.budget // self.key_block_size
+
+    def selection_shape(
+        self, q: Tensor, codes: Tensor, query_blocks: Tensor
+    ) -> tuple[int, int, int]:
+        """Of `indices`: `[num_query_blocks, heads, max_selected]`.
+
+        Args:
+            q: `[num_tokens, num_q_heads, head_dim]`.
+            codes: `[num_pages, page_size, num_kv_heads, head_dim]`.
+            query_blocks: `[num_query_blocks, 4]`.
+        """
+        heads = codes.shape[2] if self.share_group else q.shape[1]
+        return query_blocks.shape[0], heads, self.max_selected
 
     @property
     def uses_tree(self) -> bool:

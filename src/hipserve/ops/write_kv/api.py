@@ -64,17 +64,19 @@ def write_kv(
     run(k, v, pool.k_cache, pool.v_cache, summaries, slot_mapping, size, backend)
 
 
-def build_index(k: Tensor, *, run_size: int = 16, backend: str = "auto") -> KeyIndex:
+def build_index(k: Tensor, *, run_size: int | None = 16, backend: str = "auto") -> KeyIndex:
     """The index of pages that are full, or of whole sequences taken as one page each.
 
     A run's summary is the mean of its keys and their standard deviation, channel by channel.
 
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`; the index refers to these keys.
-        run_size: keys of the finest run, `bound_block_size` in `HiPConfig`.
+        run_size: keys of the finest run, as `HiPConfig.run_size`; None makes no summaries.
         backend: `auto`, `cpu`, `triton` or `reference`.
     """
     checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
+    if run_size is None:
+        return KeyIndex(k)
     checks.check_size("run_size", run_size)
     run = _summarize_operator if torch.compiler.is_compiling() else _summarize
     return KeyIndex(k, run(k, run_size, backend), run_size)

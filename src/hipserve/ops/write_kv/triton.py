@@ -124,7 +124,7 @@ def summaries_kernel(
     """
     k_strides, strides = (
         pages.CacheStrides(*k_cache_strides),
-        pages.BoundStrides(*summaries_strides),
+        pages.SummaryStrides(*summaries_strides),
     )
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
@@ -164,7 +164,7 @@ def whole_summaries_kernel(
 
     first_index: where the runs of this length start in a page.
     """
-    k_strides, strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*summaries_strides)
+    k_strides, strides = pages.CacheStrides(*k_strides), pages.SummaryStrides(*summaries_strides)
     run = tl.program_id(0)
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head

@@ -20,7 +20,7 @@ class Call(NamedTuple):
     q_shape: torch.Size
     k_shape: torch.Size
     num_runs: int
-    """Runs whose bounds a page carries."""
+    """Runs whose summaries a page carries."""
     longest: int
     """Keys that a row of the block table holds."""
     blocks: int

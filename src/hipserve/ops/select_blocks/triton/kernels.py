@@ -115,7 +115,10 @@ def search_kernel(
     block = load_query_block(query_blocks, item_id.block)
     row = item_id.row.to(tl.int64)
     baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
-    k_strides, bounds_strides = pages.CacheStrides(*k_strides), pages.BoundStrides(*bounds_strides)
+    k_strides, bounds_strides = (
+        pages.CacheStrides(*k_strides),
+        pages.SummaryStrides(*bounds_strides),
+    )
     kv_head = kv_head_of(item_id.head, GEOMETRY)
     table = block_table + block.seq.to(tl.int64) * table_stride
     item = Item(

@@ -29,8 +29,7 @@ def select_blocks(
     Returns:
         indices: `[num_query_blocks, heads, max_selected]` int32.
     """
-    heads = k_cache.shape[2] if spec.share_group else q.shape[1]
-    shape = (query_blocks.shape[0], heads, spec.max_selected)
+    shape = spec.selection_shape(q, k_cache, query_blocks)
     indices = torch.empty(shape, dtype=torch.int32, device=q.device)
     tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
     refresh_blocks(*tensors, spec, None, indices, window_starts)
