@@ -106,7 +106,7 @@ int64_t& current() {
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
 // Raised with every change of a call, so that Python never runs kernels of another version.
-constexpr int64_t kCalls = 3;
+constexpr int64_t kCalls = 4;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {
@@ -172,7 +172,7 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 }
 
 void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
-                   Tensor query_blocks, Tensor window_starts, int64_t budget, int64_t bound_budget,
+                   Tensor query_blocks, Tensor window_starts, int64_t budget,
                    int64_t key_block_size, int64_t bound_block_size, double bound_reach,
                    int64_t query_stride, int64_t rerank, bool relative_scores,
                    int64_t representative, int64_t seed, int64_t num_sink_tokens, Tensor indices) {
@@ -185,7 +185,6 @@ void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Ten
   call.heads = indices.size(1);
   call.max_selected = indices.size(2);
   call.budget = budget;
-  call.bound_budget = bound_budget;
   call.key_block_size = key_block_size;
   call.bound_block_size = bound_block_size;
   call.bound_reach = (float)bound_reach;
@@ -227,7 +226,7 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
       "Tensor(b!) lse) -> ()");
   m.def(
       "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
-      "Tensor query_blocks, Tensor window_starts, int budget, int bound_budget, "
+      "Tensor query_blocks, Tensor window_starts, int budget, "
       "int key_block_size, int bound_block_size, float bound_reach, int query_stride, int rerank, "
       "bool relative_scores, int representative, int seed, int num_sink_tokens, "
       "Tensor(a!) indices) -> ()");

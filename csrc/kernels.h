@@ -46,10 +46,10 @@ struct AttentionCall {
 struct SelectCall {
   Batch batch;
   Rows q;
-  Pages k, bounds;  // bounds.data is null where only the tree searches
+  Pages k, bounds;  // bounds.data is null where the tree searches
   int64_t heads, max_selected;
   int64_t num_runs;  // of bounds in a page
-  int64_t budget, bound_budget, key_block_size, bound_block_size, query_stride;
+  int64_t budget, key_block_size, bound_block_size, query_stride;
   int64_t rerank, representative, seed, num_sink_tokens;
   float bound_reach;
   bool relative_scores;

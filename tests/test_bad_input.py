@@ -216,8 +216,8 @@ def test_sizes_of_bounds(size: Any) -> None:
         ("key_block_size", -1),
         ("bound_block_size", 15),
         ("rerank", -1),
-        ("bound_share", math.nan),
-        ("bound_share", 1.5),
+        ("bound_reach", math.nan),
+        ("bound_reach", 1.5),
         ("share_group", 1),
         ("num_sink_tokens", 7),
         ("sliding_window", 0),
@@ -231,6 +231,20 @@ def test_sizes_of_bounds(size: Any) -> None:
 def test_config_fields(field: str, value: object) -> None:
     message = refused(field, lambda: HiPConfig.from_dict({field: value}))
     assert repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("selector", "tree+bound"), ("bound_share", 0.5), ("bound_share", None)]
+)
+@pytest.mark.parametrize("make", [HiPConfig, HiPConfig().replace, HiPConfig.preset])
+def test_the_selectors_of_earlier_versions_are_refused_by_name(
+    make: Callable[..., HiPConfig], field: str, value: object
+) -> None:
+    start = ("fast",) if make == HiPConfig.preset else ()
+    message = refused(field, lambda: make(*start, **{field: value}))
+    assert repr(value) in message
+    assert "is gone" in message
+    assert 'use selector="bound"' in message
 
 
 def test_config_keys_and_files(tmp_path: Path) -> None:
@@ -249,7 +263,7 @@ def test_config_keys_and_files(tmp_path: Path) -> None:
 
 
 def test_config_survives_its_files(tmp_path: Path) -> None:
-    config = HiPConfig(budget=512, selector="tree+bound", dense_layers=2, bound_share=0.25)
+    config = HiPConfig(budget=512, selector="tree", dense_layers=2, bound_reach=0.25)
     for form in ("toml", "json"):
         path = tmp_path / f"config.{form}"
         path.write_text(config.dumps(form))

@@ -23,7 +23,7 @@ from hipserve.types import KeyPool
 
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"budget": 64, "num_sink_tokens": 16, "sliding_window": 32, "dense_below": 0}
-selectors = pytest.mark.parametrize("selector", ["tree", "bound", "tree+bound"])
+selectors = pytest.mark.parametrize("selector", ["tree", "bound"])
 
 
 def qkv(query_len: int, kv_len: int, dtype: torch.dtype = torch.float32, batch: int = 1):
@@ -138,9 +138,10 @@ def test_chunked_prefill_equals_one_pass(backend: str, selector: str, dtype: tor
 
 
 @every_backend
-def test_pages_equal_whole_sequences(backend: str) -> None:
+@selectors
+def test_pages_equal_whole_sequences(backend: str, selector: str) -> None:
     q, k, v = qkv(1000, 1000)
-    config = HiPConfig(selector="tree+bound", **SMALL)
+    config = HiPConfig(selector=selector, **SMALL)
     with using(backend) as name:
         plain = hipserve.hip_attention(q, k, v, config=config, backend=name)
         paged = Sequence(1000, config, name, torch.float32).extend(q[0], k[0], v[0])

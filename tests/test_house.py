@@ -48,7 +48,6 @@ SHAPES_TO_BE_WRITTEN: set[str] = {
     "ops/select_blocks/reference:mix",
     "ops/select_blocks/reference:select_blocks",
     "ops/select_blocks/reference:top",
-    "ops/select_blocks/reference:unite",
     "ops/select_blocks/triton/launch:refresh_blocks",
     "ops/write_kv/cpu:summarize",
     "ops/write_kv/cpu:write_kv",

@@ -10,13 +10,13 @@ struct BlockList {
   int64_t count;
 };
 
-// Lengths of the lists of a descent that is to find bound_budget keys in sequences up to `longest`.
+// Lengths of the lists of a descent that is to find `budget` keys in sequences up to `longest`.
 struct DescentSize {
   int64_t runs = 0;    // candidates of a level
   int64_t kept = 0;    // runs that a level keeps
   int64_t blocks = 0;  // of the fine runs kept
   DescentSize(const SelectCall& call, const RunLevels& levels, int64_t longest) {
-    if (call.bound_budget <= 0) return;
+    if (!call.bounds.data) return;
     const int64_t keys = wanted_keys(call);
     int64_t kept_above = -1;
     for (int level = levels.coarsest(); level >= 0; --level) {
@@ -29,9 +29,9 @@ struct DescentSize {
     }
     blocks = kept_above * (levels.length[0] / call.key_block_size);
   }
-  // Keys that the fine runs kept should hold; re-ranking leaves bound_budget of them.
+  // Keys that the fine runs kept should hold; re-ranking leaves `budget` of them.
   static int64_t wanted_keys(const SelectCall& call) {
-    return call.bound_budget * maximum(call.rerank, (int64_t)1);
+    return call.budget * maximum(call.rerank, (int64_t)1);
   }
 };
 
@@ -48,11 +48,11 @@ template <class Q, class K, class S> class Descent {
     found_ = arena.take<int32_t>(size.blocks);
   }
 
-  // Blocks of bound_budget keys, ascending.
+  // Blocks of `budget` keys, ascending.
   BlockList find(const Middle& middle) {
     const BlockList proposed = propose(middle);
     if (!call_.rerank) return proposed;
-    const int64_t keep = call_.bound_budget / call_.key_block_size;
+    const int64_t keep = call_.budget / call_.key_block_size;
     const int64_t n = block_rank_.best(proposed.data, proposed.count, keep, middle, best_blocks_);
     for (int64_t i = 0; i < n; ++i) found_[i] = proposed.data[best_blocks_[i]];
     return {found_, n};

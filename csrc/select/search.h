@@ -32,17 +32,6 @@ struct SearchSize {
   }
 };
 
-// The union of two ascending lists, ascending.
-static inline void unite(const BlockList& a, const BlockList& b, int32_t* out) {
-  for (int64_t i = 0, j = 0; i < a.count || j < b.count;) {
-    const int32_t x = i < a.count ? a.data[i] : INT32_MAX;
-    const int32_t y = j < b.count ? b.data[j] : INT32_MAX;
-    *out++ = minimum(x, y);
-    i += x <= y;
-    j += y <= x;
-  }
-}
-
 // The search of one thread, with its scratch. Queries are stored as Q, keys as K, summaries as S.
 template <class Q, class K, class S> class Search {
  public:
@@ -64,12 +53,10 @@ template <class Q, class K, class S> class Search {
     const Middle middle{seq, head * call_.batch.num_kv_heads / call_.heads, call_.num_sink_tokens,
                         call_.window_starts[block_id]};
     if (middle.end == middle.begin) return;
-    const bool by_summaries = call_.bound_budget > 0, by_tree = call_.bound_budget < call_.budget;
     block_rank_.begin(block, head, middle);
-    if (by_summaries) run_rank_.begin(block, head);
-    const BlockList nothing{nullptr, 0};
-    unite(by_summaries ? descent_.find(middle) : nothing, by_tree ? tree_.find(middle) : nothing,
-          out);
+    if (call_.bounds.data) run_rank_.begin(block, head);
+    const BlockList found = call_.bounds.data ? descent_.find(middle) : tree_.find(middle);
+    for (int64_t i = 0; i < found.count; ++i) out[i] = found.data[i];
   }
 
  private:

@@ -16,8 +16,7 @@ static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
 
 // Nodes of the beam: as many as blocks are found.
 static inline int64_t beam_nodes(const SelectCall& call) {
-  const int64_t budget = call.budget - call.bound_budget;
-  return budget > 0 ? budget / call.key_block_size : 0;
+  return call.bounds.data ? 0 : call.budget / call.key_block_size;
 }
 
 template <class Q, class K> class Tree {
@@ -32,7 +31,7 @@ template <class Q, class K> class Tree {
     best_children_ = arena.take<int32_t>(2 * beam_);
   }
 
-  // Blocks of budget - bound_budget keys, ascending.
+  // Blocks of `budget` keys, ascending.
   BlockList find(const Middle& middle) {
     const int64_t first = middle.begin / call_.key_block_size;
     const int64_t count = middle.end / call_.key_block_size - first;

@@ -8,11 +8,11 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from hipserve.errors import ConfigError, did_you_mean
 
-Selector = Literal["tree", "bound", "tree+bound"]
+Selector = Literal["tree", "bound"]
 Representative = Literal["middle", "first", "last", "random"]
 Form = Literal["toml", "json"]
 
@@ -26,7 +26,6 @@ class HiPConfig:
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends through
             summaries of runs of keys: their mean and standard deviation, channel by channel.
-            `tree+bound` splits the budget between both.
         representative: block of a range that stands for it in the tree.
         query_block_size: query rows that share one selection.
         key_block_size: keys that are chosen together.
@@ -40,7 +39,6 @@ class HiPConfig:
         relative_scores: score keys relative to the greatest score that a row finds among the keys
             it reads anyway (sinks and window), so that rows with large norms do not outvote rows
             that have more to gain.
-        bound_share: part of the budget that summaries choose under `tree+bound`.
         share_group: one selection for all query heads of a KV head (GQA group), or one for each.
         num_sink_tokens: first keys of a sequence, always read.
         sliding_window: most recent keys of every row, itself included, always read.
@@ -66,7 +64,6 @@ class HiPConfig:
     bound_reach: float = 0.75
     rerank: int = 4
     relative_scores: bool = True
-    bound_share: float = 0.5
     share_group: bool = True
     num_sink_tokens: int = 64
     sliding_window: int = 512
@@ -75,6 +72,12 @@ class HiPConfig:
     decode_dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
+
+    def __new__(cls, *_: object, **values: object) -> Self:
+        """Refuses the fields of earlier versions by name, which `__init__` cannot."""
+        for name in values.keys() & _GONE.keys():
+            raise _unknown(name, values[name])
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
@@ -88,8 +91,7 @@ class HiPConfig:
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name), "pass a bool")
-        _check_fraction("bound_share", self.bound_share)
-        _check_fraction("bound_reach", self.bound_reach, closed=True)
+        _check_fraction("bound_reach", self.bound_reach)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -106,14 +108,6 @@ class HiPConfig:
                 f"at least one block ({self.granularity} keys)",
                 self.budget,
                 "raise budget or lower key_block_size",
-            )
-        if self.selector == "tree+bound" and not 0 < self.bound_budget < self.budget:
-            raise _wrong(
-                "bound_share",
-                f"a share that leaves both selectors at least {self.granularity} keys of the "
-                f"budget {self.budget}",
-                self.bound_share,
-                "raise budget, or use one selector",
             )
         for name in ("budget", "num_sink_tokens"):
             value = getattr(self, name)
@@ -135,11 +129,11 @@ class HiPConfig:
 
     @property
     def uses_tree(self) -> bool:
-        return self.selector != "bound"
+        return self.selector == "tree"
 
     @property
     def uses_bounds(self) -> bool:
-        return self.selector != "tree"
+        return self.selector == "bound"
 
     @property
     def granularity(self) -> int:
@@ -155,14 +149,6 @@ class HiPConfig:
     def max_selected(self) -> int:
         """Key blocks that one query block may choose."""
         return self.budget // self.key_block_size
-
-    @property
-    def bound_budget(self) -> int:
-        """Keys of the budget that summaries choose."""
-        if self.selector != "tree+bound":
-            return self.budget if self.uses_bounds else 0
-        share = round(self.budget * self.bound_share / self.granularity)
-        return share * self.granularity
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed; unknown names are errors."""
@@ -267,9 +253,17 @@ _LEAST = {
     "seed": 0,
 }
 _INT32_MAX = 2**31 - 1
+_ONE_SELECTOR = 'a search has one selector since 0.2: use selector="bound"'
+_GONE = {
+    "tree+bound": f"it is gone, as {_ONE_SELECTOR}",
+    "bound_share": f"it is gone, as {_ONE_SELECTOR} and leave bound_share out",
+}
+"""Fields, and values of fields, of earlier versions: what to use instead."""
 
 
 def _unknown(key: str, value: object) -> ConfigError:
+    if key in _GONE:
+        return _wrong(key, "a field of HiPConfig", value, _GONE[key])
     hint = did_you_mean(key, _FIELDS) or f"fields are {', '.join(_FIELDS)}"
     if isinstance(value, dict):
         hint = f"write its fields without [{key}], at the top level"
@@ -289,16 +283,14 @@ def _check_int(name: str, value: object, low: int) -> None:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise _wrong(name, f"one of {', '.join(choices)}", value)
+        hint = _GONE.get(value, "") if isinstance(value, str) else ""
+        raise _wrong(name, f"one of {', '.join(choices)}", value, hint)
 
 
-def _check_fraction(name: str, value: object, *, closed: bool = False) -> None:
-    """`closed`: 0 and 1 are fractions too."""
+def _check_fraction(name: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = cast("float", value) if is_number else math.nan
-    if not (0 < number < 1 or (closed and number in (0, 1))):
-        expected = "a fraction from 0 to 1" if closed else "a fraction between 0 and 1"
-        raise _wrong(name, expected, value, "use 0.5 for half")
+    if not 0 <= (cast("float", value) if is_number else math.nan) <= 1:
+        raise _wrong(name, "a fraction from 0 to 1", value, "use 0.5 for half")
 
 
 def _layers(value: object) -> tuple[int, ...]:

@@ -190,7 +190,7 @@ def main() -> None:
         attend(recorders, "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
         select(recorders, "decode, head_dim 256", 1, HiPConfig(), head_dim=256)
-        select(recorders, "decode, both selectors", 1, HiPConfig(selector="tree+bound"))
+        select(recorders, "decode, tree", 1, HiPConfig(selector="tree"))
         write(128)
     sys.stdout.write(json.dumps(found))
 

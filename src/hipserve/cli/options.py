@@ -32,7 +32,7 @@ Budget = Annotated[
     int | None,
     typer.Option(parser=parse_count, metavar="KEYS", help="Keys a query block reads, such as 1k."),
 ]
-Selector = Annotated[str | None, typer.Option(help="tree, bound or tree+bound.")]
+Selector = Annotated[str | None, typer.Option(help="tree or bound.")]
 Preset = Annotated[str, typer.Option(help="default, fast or paper.")]
 ConfigFile = Annotated[
     Path | None,

@@ -199,7 +199,7 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
     query = rng.choice([1, 16, 64, 48])
     return HiPConfig(
         budget=bound * rng.choice([1, 2, 4, 8]) * 2,
-        selector=rng.choice(["tree", "bound", "tree+bound"]),
+        selector=rng.choice(["tree", "bound"]),
         representative=rng.choice(["middle", "first", "last", "random"]),
         query_block_size=query,
         key_block_size=key,

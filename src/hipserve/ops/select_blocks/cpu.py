@@ -29,7 +29,6 @@ def select_blocks(
         query_blocks,
         window_starts,
         spec.budget,
-        spec.bound_budget,
         spec.key_block_size,
         spec.bound_block_size,
         spec.bound_reach,

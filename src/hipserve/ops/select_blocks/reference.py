@@ -80,11 +80,9 @@ class Search:
         return self.rows @ self.codes[page, slot, self.kv_heads].to(self.rows.dtype).mT
 
     def select(self) -> Tensor:
-        """The chosen key blocks, `[heads, count]` ascending, -1 behind the last."""
-        spec = self.spec
-        bound = [self.by_bounds(spec.bound_budget)] if spec.uses_bounds else []
-        tree = [self.by_tree(spec.tree_budget)] if spec.uses_tree else []
-        return unite(torch.cat(bound + tree, dim=1))
+        """The chosen key blocks, `[heads, count]` ascending."""
+        budget = self.spec.budget
+        return self.by_bounds(budget) if self.spec.uses_bounds else self.by_tree(budget)
 
     # The paper's tree: a beam over a binary tree of key-block ranges.
 
@@ -101,7 +99,7 @@ class Search:
             scores = self.block_scores(self.representative(left, right))
             kept = top(scores.masked_fill(left == right, -torch.inf), beam)
             left, right = left.gather(1, kept), right.gather(1, kept)
-        return torch.where(left < right, left, -1)
+        return left
 
     def representative(self, left: Tensor, right: Tensor) -> Tensor:
         if self.spec.representative == "random":
@@ -181,16 +179,6 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 def interleave(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([a, b], dim=2).flatten(1)
-
-
-def unite(blocks: Tensor) -> Tensor:
-    """Sorts each row of block indices and moves repeated and empty (-1) ones behind the rest."""
-    last = torch.iinfo(blocks.dtype).max
-    ordered = blocks.masked_fill(blocks < 0, last).sort(dim=1).values
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    ordered = ordered.masked_fill(repeated, last).sort(dim=1).values
-    return ordered.masked_fill(ordered == last, -1)
 
 
 def mix(left: Tensor, right: Tensor, seed: int) -> Tensor:

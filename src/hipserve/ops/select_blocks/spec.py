@@ -16,15 +16,10 @@ class SearchSpec:
     """The fields of `HiPConfig` that decide what a query block chooses, by the same names.
 
     Window starts are not among them: `hipserve.plan` computes those, once a step for all layers.
-
-    Attributes:
-        tree_budget, bound_budget: keys that the tree and the bounds choose; 0 for a selector that
-            is not used.
     """
 
     selector: Selector
-    tree_budget: int
-    bound_budget: int
+    budget: int
     representative: Representative
     seed: int
     key_block_size: int
@@ -36,10 +31,6 @@ class SearchSpec:
     relative_scores: bool
     share_group: bool
     num_sink_tokens: int
-
-    @property
-    def budget(self) -> int:
-        return self.tree_budget + self.bound_budget
 
     @property
     def max_selected(self) -> int:
@@ -61,11 +52,11 @@ class SearchSpec:
 
     @property
     def uses_tree(self) -> bool:
-        return self.tree_budget > 0
+        return self.selector == "tree"
 
     @property
     def uses_bounds(self) -> bool:
-        return self.bound_budget > 0
+        return self.selector == "bound"
 
     def dumps(self) -> str:
         """The JSON text that `loads` reads back: custom operators take text."""
@@ -81,8 +72,7 @@ def search_spec(config: HiPConfig) -> SearchSpec:
     """What a search reads of `config`."""
     return SearchSpec(
         selector=config.selector,
-        tree_budget=config.budget - config.bound_budget,
-        bound_budget=config.bound_budget,
+        budget=config.budget,
         representative=config.representative,
         seed=config.seed,
         key_block_size=config.key_block_size,

@@ -83,7 +83,7 @@ def make_geometry(call: Call, spec: SearchSpec) -> Geometry:
     kept = kept_runs(ranked_keys(spec), lengths) if lengths else ()
     candidates = tuple(map(power_of_2, count_candidates(lengths, kept, call.longest)))
     blocks = power_of_2(max(ranked_keys(spec) // spec.key_block_size, 1))
-    beam = power_of_2(max(spec.tree_budget // spec.key_block_size, 1))
+    beam = power_of_2(max(spec.budget // spec.key_block_size, 1))
     return Geometry(
         group_size=num_q_heads // call.heads,
         heads=call.heads,
@@ -105,7 +105,7 @@ def make_geometry(call: Call, spec: SearchSpec) -> Geometry:
 
 def ranked_keys(spec: SearchSpec) -> int:
     """Keys that the bounds leave to the re-rank."""
-    return spec.bound_budget * max(spec.rerank, 1)
+    return spec.budget * max(spec.rerank, 1)
 
 
 def count_candidates(

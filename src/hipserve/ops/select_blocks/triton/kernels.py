@@ -21,7 +21,6 @@ from hipserve.ops.select_blocks.triton.queries import queries_of
 from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
 from hipserve.ops.select_blocks.triton.scratch import scratch_of
 from hipserve.ops.select_blocks.triton.tree import search_tree
-from hipserve.ops.select_blocks.triton.union import unite
 
 
 @triton.jit
@@ -155,19 +154,11 @@ def search_kernel(
 
 @triton.jit
 def choose(item, kept, out, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """Writes the chosen blocks: the best of the kept runs, what the tree finds, or their union."""
-    SPEC: tl.constexpr = GEOMETRY.spec
-    scratch = item.scratch
-    if SPEC.uses_bounds:
-        found = scratch.bound_blocks if SPEC.uses_tree else out
-        n = choose_in_runs(item, kept, found, GEOMETRY)
-        tl.debug_barrier()
-    if SPEC.uses_tree:
-        m = search_tree(item, GEOMETRY, TILING)
-        SIZE: tl.constexpr = GEOMETRY.list_size
-        if SPEC.uses_bounds:
-            unite(found, n, scratch.left_edges, m, scratch.ranks, out, SIZE)
-        else:
-            i = tl.arange(0, SIZE)
-            chosen = tl.load(scratch.left_edges + i, mask=i < m, other=-1)  # [SIZE]
-            tl.store(out + i, chosen, mask=i < SPEC.max_selected)
+    """Writes the chosen blocks: the best of the kept runs, or what the tree finds."""
+    if GEOMETRY.spec.uses_bounds:
+        choose_in_runs(item, kept, out, GEOMETRY)
+    else:
+        n = search_tree(item, GEOMETRY, TILING)
+        i = tl.arange(0, GEOMETRY.list_size)
+        chosen = tl.load(item.scratch.left_edges + i, mask=i < n, other=-1)  # [SIZE]
+        tl.store(out + i, chosen, mask=i < GEOMETRY.spec.max_selected)

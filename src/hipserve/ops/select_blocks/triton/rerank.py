@@ -43,17 +43,16 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
 
 @triton.jit
 def choose_in_runs(item, kept, out, GEOMETRY: tl.constexpr):
-    """Writes the best blocks of the kept runs to `out`, ascending; returns how many."""
+    """Writes the best blocks of the kept runs to `out`, ascending."""
     SPEC: tl.constexpr = GEOMETRY.spec
     PER_RUN: tl.constexpr = SPEC.bound_block_size // SPEC.key_block_size
-    KEEP: tl.constexpr = SPEC.bound_budget // SPEC.key_block_size
+    KEEP: tl.constexpr = SPEC.budget // SPEC.key_block_size
     n = kept * PER_RUN
     c = tl.arange(0, GEOMETRY.blocks)
     run = tl.load(level_runs(item.scratch, 0) + c // PER_RUN, mask=c < n, other=0)  # [BLOCKS]
     block = run * PER_RUN + c % PER_RUN
     if not SPEC.rerank:
         tl.store(out + c, block, mask=c < n)
-        return n
-    chosen, index = keep_best(item.scratch.block_scores, n, KEEP, GEOMETRY.blocks)
-    tl.store(out + index, block, mask=chosen)
-    return tl.minimum(n, KEEP)
+    else:
+        chosen, index = keep_best(item.scratch.block_scores, n, KEEP, GEOMETRY.blocks)
+        tl.store(out + index, block, mask=chosen)

@@ -5,12 +5,11 @@ entries). Memory is shared where one list is read for the last time before the o
 
 | memory | holds |
 |---|---|
-| score list 0 | scores of odd levels; then of key blocks; then of the nodes of the tree |
+| score list 0 | scores of odd levels, then of key blocks; or of the nodes of the tree |
 | score list 1 | scores of even levels |
-| list 0 | kept runs of even levels; then ranks while two selections unite |
+| list 0 | kept runs of even levels |
 | list 1 | kept runs of odd levels |
 | list 2, 3 | left and right edges of the nodes of the tree |
-| list 4 | blocks that the bounds chose, until the tree's join them |
 
 Levels take turns because one level's runs are written while those of its parents are read.
 """
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from hipserve.ops.select_blocks.triton.tiling import Tiling
 
 NUM_SCORES = tl.constexpr(2)
-NUM_LISTS = tl.constexpr(5)
+NUM_LISTS = tl.constexpr(4)
 
 
 class ScratchSizes(NamedTuple):
@@ -59,10 +58,8 @@ class Scratch(NamedTuple):
     node_scores: Any
     even_runs: Any
     odd_runs: Any
-    ranks: Any
     left_edges: Any
     right_edges: Any
-    bound_blocks: Any
     arrivals: Any
     """How often programs came to `grid_barrier`."""
 
@@ -81,10 +78,8 @@ def scratch_of(scores, lists, arrivals, row, GEOMETRY: tl.constexpr):
         node_scores=scores,
         even_runs=lists,
         odd_runs=lists + size,
-        ranks=lists,
         left_edges=lists + 2 * size,
         right_edges=lists + 3 * size,
-        bound_blocks=lists + 4 * size,
         arrivals=arrivals + row,
     )
 

@@ -100,7 +100,7 @@ def search_tree(item, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     A round halves every node and keeps the best BEAM halves, until no node is longer than a block.
     """
     SIZE: tl.constexpr = GEOMETRY.spec.key_block_size
-    BEAM: tl.constexpr = GEOMETRY.spec.tree_budget // SIZE
+    BEAM: tl.constexpr = GEOMETRY.spec.budget // SIZE
     first, count = item.begin // SIZE, item.end // SIZE - item.begin // SIZE
     divide(item.scratch, first, count, BEAM, GEOMETRY)
     queries = load_queries(item.queries, 0, GEOMETRY, TILING)
