@@ -18,26 +18,6 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 400
 NATIVE = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
 SHAPES_TO_BE_WRITTEN: set[str] = {
-    "attention/dense:attend_chosen",
-    "attention/hip:check_whole",
-    "attention/hip:rule_of_whole",
-    "attention/inference:without_gradient",
-    "integrations/transformers/cache:HiPCacheLayer.batch_select_indices",
-    "integrations/transformers/cache:HiPCacheLayer.lazy_initialization",
-    "integrations/transformers/cache:HiPCacheLayer.reorder_cache",
-    "integrations/transformers/cache:HiPCacheLayer.update",
-    "integrations/vllm/kv_block:pages_of",
-    "integrations/vllm/layer:touch_scratch",
-    "integrations/vllm/step:first_rows",
-    "ops/block_sparse_attention/cpu:block_sparse_attention",
-    "ops/block_sparse_attention/reference:block_sparse_attention",
-    "ops/checks:check_heads",
-    "ops/checks:check_index",
-    "ops/checks:check_layout",
-    "ops/checks:check_lengths",
-    "ops/checks:check_pool",
-    "ops/checks:check_same",
-    "ops/checks:check_summaries",
     "ops/select_blocks/cpu:select_blocks",
     "ops/select_blocks/operator:refresh",
     "ops/select_blocks/operator:run",
@@ -49,30 +29,12 @@ SHAPES_TO_BE_WRITTEN: set[str] = {
     "ops/select_blocks/reference:select_blocks",
     "ops/select_blocks/reference:top",
     "ops/select_blocks/triton/launch:refresh_blocks",
-    "ops/write_kv/cpu:summarize",
-    "ops/write_kv/cpu:write_kv",
-    "ops/write_kv/reference:summarize",
-    "ops/write_kv/reference:write_kv",
-    "ops/write_kv/triton:summarize",
-    "ops/write_kv/triton:write_kv",
-    "plan/layout:BatchLayout.of",
 }
 """Public functions of tensors without a shape in their own docstring: goes down only."""
 CALLS_TO_BE_SHORTENED: set[str] = {
-    "attention/columns:reference.attend",
-    "attention/dense:_by_both",
-    "attention/hip:_check",
-    "integrations/transformers/masks:MaskDescription",
-    "ops/block_sparse_attention/api:_check",
-    "ops/block_sparse_attention/api:operator.run",
-    "ops/block_sparse_attention/operator:_backend(backend, q)",
-    "ops/block_sparse_attention/reference:attend",
     "ops/select_blocks/api:operator.refresh",
     "ops/select_blocks/operator:run",
     "ops/select_blocks/reference:Search",
-    "ops/write_kv/api:_backend(backend, k).write_kv",
-    "ops/write_kv/api:run",
-    "plan/steps:cls",
 }
 """Calls with more than six positional arguments: goes down only."""
 PACKAGES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,35 +34,46 @@ def dense_head(
     sink_logits: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The output of the first rows of whole sequences: those that read everything.
+    """The output of the first rows of whole sequences on a GPU: those that read everything.
 
-    `[batch, rows, num_q_heads, head_dim]` by cuDNN or FlashAttention on a GPU and by SDPA on a CPU;
-    no rows where those are not the fastest or not able: in 32 bits on a GPU, with a softcap, with
-    sinks on a CPU, or behind keys that are there already. q, k and v as in `hip_attention`,
-    `rule` as in `dense_rows`, `sink_logits` as in `absorb_sinks`.
+    By cuDNN or FlashAttention, where these are able and the fastest: in 16 bits, without a softcap,
+    and if the sequences begin in this call. On a CPU, `attend_chosen` finds such rows.
+
+    Args:
+        q: `[batch, query_len, num_q_heads, head_dim]`.
+        k, v: `[batch, kv_len, num_kv_heads, head_dim]`.
+        rule: as in `dense_rows`.
+        sm_scale, softcap: as in `hip_attention`.
+        sink_logits: `[num_q_heads]`, as in `absorb_sinks`.
+
+    Returns:
+        `[batch, rows, num_q_heads, head_dim]`; 0 rows where those kernels are not able.
     """
-    able = k.shape[1] == q.shape[1] and (q.is_cuda or sink_logits is None)
-    if not able or not _takes_torch(q, k.shape[2], softcap, backend):
+    if not _gpu_takes(q, softcap, backend) or k.shape[1] != q.shape[1]:
         return q[:, :0]
     rows = dense_rows(rule, q.shape[1])
     q, k, v = (x[:, :rows].transpose(1, 2) for x in (q, k, v))
     if sink_logits is not None:
         return _head_with_sinks(q, k, v, sm_scale, sink_logits)
     gqa, sdpa = q.shape[1] != k.shape[1], F.scaled_dot_product_attention
-    if not q.is_cuda:
-        return sdpa(q, k, v, is_causal=True, scale=sm_scale, enable_gqa=gqa).transpose(1, 2)
     with sdpa_kernel(KERNELS, set_priority=True):
         return sdpa(q, k, v, is_causal=True, scale=sm_scale, enable_gqa=gqa).transpose(1, 2)
 
 
-def _takes_torch(q: Tensor, num_kv_heads: int, softcap: float, backend: str) -> bool:
-    """Torch's dense kernels are able to compute these rows, and the fastest."""
-    if backend != "auto" or softcap or torch.compiler.is_compiling():
+def _gpu_takes(q: Tensor, softcap: float, backend: str) -> bool:
+    """Torch's dense kernels for GPUs are able to compute these rows, and the fastest."""
+    if not q.is_cuda or backend != "auto" or softcap or torch.compiler.is_compiling():
         return False
-    if q.is_cuda:
-        return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
-    kernel = dense_kernel(q.device.type, q.dtype, q.shape[-1], q.shape[-2] // num_kv_heads)
-    return kernel == "sdpa"
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+
+
+def _cpu_takes(q: Tensor, num_kv_heads: int, softcap: float, backend: str) -> bool:
+    """The same of torch's dense kernel for CPUs; few rows wait for memory, whichever it is."""
+    if q.device.type != "cpu" or backend != "auto" or softcap or q.shape[0] < FEWEST_ROWS:
+        return False
+    group_size = q.shape[-2] // num_kv_heads
+    compiling = torch.compiler.is_compiling()
+    return not compiling and dense_kernel("cpu", q.dtype, q.shape[-1], group_size) == "sdpa"
 
 
 def attend_chosen(
@@ -79,56 +90,49 @@ def attend_chosen(
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention`, in which the fastest dense kernel takes rows that read everything.
 
-    Shapes, arguments and results as there; nothing is checked. On a CPU whose fastest kernel is
-    torch's, these are the leading rows of a sequence in this call, whole prompts and later chunks.
+    On a CPU whose fastest kernel is torch's, these are the leading rows of a sequence in this call,
+    whole prompts and later chunks. Nothing is checked.
+
+    Args:
+        q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences.
+        pool, layout, selection, config, sliding_window, sm_scale, softcap, backend: as there.
+
+    Returns:
+        out like q, and lse `[num_tokens, num_q_heads]`, as there.
     """
     config = config or DEFAULT
-    options = {"sm_scale": sm_scale, "softcap": softcap, "backend": backend}
-    many = q.device.type == "cpu" and q.shape[0] >= FEWEST_ROWS and not sliding_window
-    able = many and _takes_torch(q, pool.num_kv_heads, softcap, backend)
-    spans, rest = _dense_spans(layout, selection, config) if able else ([], q[:0])
-    if not spans:
-        options = {**options, "sliding_window": sliding_window, "config": config, "check": False}
-        return block_sparse_attention(q, pool, layout, selection, **options)  # pyright: ignore
-    return _by_both(q, pool, layout, selection, config, spans, rest, options)
+    if not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
+        shares = _divide(layout, selection, config)
+        if shares.spans:
+            return _by_both(q, pool, layout, selection, shares, config=config, sm_scale=sm_scale)
+    return block_sparse_attention(
+        q,
+        pool,
+        layout,
+        selection,
+        config=config,
+        sliding_window=sliding_window,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        backend=backend,
+        check=False,
+    )
 
 
-def _by_both(
-    q: Tensor,
-    pool: KeyPool,
-    layout: BatchLayout,
-    selection: BlockSelection | None,
-    config: HiPConfig,
-    spans: list[Rows],
-    rest: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Torch's kernel for the rows of `spans`, ours for the query blocks `rest`."""
-    if len(rest):
-        others = layout.only(config.query_block_size, rest)
-        if selection is not None:
-            selection = selection.rows(rest)
-        out, lse = block_sparse_attention(
-            q, pool, others, selection, config=config, check=False, **options
-        )
-    else:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    scale = options["sm_scale"]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.no_grad():
-        for span in spans:
-            rows, pages = slice(span.begin, span.end), layout.block_table[span.seq]
-            for heads, part, part_lse in attend_rows(q[rows], pool, pages, span.position, scale):
-                out[rows, heads], lse[rows, heads] = part, part_lse
-    return out, lse
+class _Shares(NamedTuple):
+    """What torch's kernel reads, and what ours does.
 
-
-def _dense_spans(
-    layout: BatchLayout, selection: BlockSelection | None, config: HiPConfig
-) -> tuple[list[Rows], Tensor]:
-    """Rows that follow each other in query blocks that read everything, enough of them to pay; and
-    `[n]` int64, the other query blocks.
+    Attributes:
+        spans: rows that follow each other in query blocks that read everything, enough to pay.
+        others: `[n]` int64, the other query blocks.
     """
+
+    spans: list[Rows]
+    others: Tensor
+
+
+def _divide(layout: BatchLayout, selection: BlockSelection | None, config: HiPConfig) -> _Shares:
+    """Which kernel takes which rows."""
     blocks: list[list[int]] = layout.query_blocks(config.query_block_size).tolist()
     starts = selection.window_start.tolist() if selection else [0] * len(blocks)
     spans: list[list[int]] = []  # query blocks that follow each other
@@ -143,8 +147,38 @@ def _dense_spans(
     rows = [(_joined(blocks[span[0]], blocks[span[-1]]), span) for span in spans]
     taken = [(r, span) for r, span in rows if r.end - r.begin >= FEWEST_ROWS]
     mine = {i for _, span in taken for i in span}
-    rest = torch.tensor([i for i in range(len(blocks)) if i not in mine], dtype=torch.int64)
-    return [r for r, _ in taken], rest
+    others = torch.tensor([i for i in range(len(blocks)) if i not in mine], dtype=torch.int64)
+    return _Shares([r for r, _ in taken], others)
+
+
+def _by_both(
+    q: Tensor,
+    pool: KeyPool,
+    layout: BatchLayout,
+    selection: BlockSelection | None,
+    shares: _Shares,
+    *,
+    config: HiPConfig,
+    sm_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Torch's kernel for some rows, ours for the other query blocks."""
+    if len(shares.others):
+        rest = layout.only(config.query_block_size, shares.others)
+        chosen = None if selection is None else selection.rows(shares.others)
+        out, lse = block_sparse_attention(
+            q, pool, rest, chosen, config=config, sm_scale=sm_scale, check=False
+        )
+    else:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    with torch.no_grad():
+        for span in shares.spans:
+            rows, pages = slice(span.begin, span.end), layout.block_table[span.seq]
+            for heads, part, part_lse in attend_rows(q[rows], pool, pages, span.position, scale):
+                if part.shape == out.shape and part.dtype == out.dtype:  # all there is
+                    return part, part_lse
+                out[rows, heads], lse[rows, heads] = part, part_lse
+    return out, lse
 
 
 def _joined(first: list[int], last: list[int]) -> Rows:

@@ -96,7 +96,8 @@ def hip_attention(
         BackendError: the backend asked for cannot run.
     """
     config = DEFAULT if config is None else config
-    _check(q, k, v, config, causal, sm_scale, softcap)
+    _check(config, causal, sm_scale, softcap)
+    check_whole(q, k, v)
     if not torch.compiler.is_compiling():
         resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if q.numel() == 0:
@@ -117,7 +118,9 @@ def hip_attention(
 def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule | None:
     """The rule where the index of all keys is built in the same call.
 
-    None for a single row, which would pay for the index alone, unless `dense_below` is given.
+    None for a single row, which costs less than the index, unless `dense_below` is given.
+
+    q: `[batch, query_len, num_q_heads, head_dim]`.
     """
     if q.shape[1] == 1 and config.dense_below is None and config.uses_bounds:
         return None
@@ -170,26 +173,22 @@ def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.devic
     return BatchLayout.of(pages, [kv_len] * batch, [query_len] * batch)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: HiPConfig,
-    causal: bool,
-    sm_scale: float | None,
-    softcap: float,
-) -> None:
+def _check(config: HiPConfig, causal: bool, sm_scale: float | None, softcap: float) -> None:
     checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
     kind = isinstance(cast("object", config), HiPConfig)
     checks.require(kind, "config", "a HiPConfig", type(config).__name__, "build one")
-    check_whole(q, k, v)
     if sm_scale is not None:
         checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
 
 
 def check_whole(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ArgumentError where q, k and v, as in `hip_attention`, do not fit each other."""
+    """Raises ArgumentError where these do not fit each other.
+
+    Args:
+        q: `[batch, query_len, num_q_heads, head_dim]`.
+        k, v: `[batch, kv_len, num_kv_heads, head_dim]`, query_len <= kv_len.
+    """
     checks.check_floats("q", q, _Q_DIMS)
     for argument, x in (("k", k), ("v", v)):
         checks.check_floats(argument, x, _KV_DIMS)

@@ -13,7 +13,10 @@ from hipserve.errors import ArgumentError
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
     """`out`, which was computed from `inputs`; `backward` through it raises ArgumentError.
 
-    Otherwise gradients would lack what goes through attention, and nobody would know.
+    Otherwise gradients would silently lack what goes through attention.
+
+    out: `[batch, query_len, num_q_heads, head_dim]`; it is returned as it is, or as a view.
+    inputs: of any shape.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return out

@@ -49,6 +49,7 @@ def check_floats(argument: str, x: object, dims: str) -> None:
 
 
 def check_same(argument: str, x: Tensor, q: Tensor) -> None:
+    """`x` `[...]` has the dtype and the device of `q` `[..., head_dim]`."""
     if x.dtype != q.dtype:
         expected = f"dtype {name(q.dtype)} as q"
         raise ArgumentError(argument, expected, name(x.dtype), "convert it")
@@ -64,6 +65,7 @@ def check_ints(argument: str, x: object, dims: str, device: torch.device) -> Non
 
 
 def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, kv: str) -> None:
+    """`q` `[..., num_q_heads, head_dim]` has whole groups of heads, and the head_dim of `kv`."""
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads:
         expected = f"a number of heads divisible by the {num_kv_heads} of {kv}"
         raise ArgumentError("q", expected, str(q.shape[-2]), "check num_q_heads")
@@ -94,7 +96,7 @@ def check_softcap(value: float) -> None:
 
 
 def check_pool(q: Tensor, pool: object) -> None:
-    """Pages agree with q and with each other."""
+    """Pages agree with each other and with `q` `[num_tokens, num_q_heads, head_dim]`."""
     if not isinstance(pool, KeyPool):
         raise ArgumentError("pool", "a KeyPool", type(pool).__name__, "pass KeyPool(k, v)")
     dims = "[num_pages, page_size, num_kv_heads, head_dim]"
@@ -108,7 +110,10 @@ def check_pool(q: Tensor, pool: object) -> None:
 
 
 def check_index(q: Tensor, index: object, run_size: int | None) -> None:
-    """The index agrees with q; `run_size` None: no summaries are read."""
+    """The index agrees with `q` `[num_tokens, num_q_heads, head_dim]`.
+
+    run_size: of the summaries that are read; None where none are.
+    """
     if not isinstance(index, KeyIndex):
         hint = "build it with hipserve.ops.build_index"
         raise ArgumentError("index", "a KeyIndex", type(index).__name__, hint)
@@ -120,6 +125,7 @@ def check_index(q: Tensor, index: object, run_size: int | None) -> None:
 
 
 def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
+    """There are summaries of runs of `run_size` keys, of the dtype and device of `q` `[...]`."""
     dims = "[num_pages, runs_per_page, num_kv_heads, 2, head_dim]"
     hint = "build the index with hipserve.ops.build_index, and keep it with write_kv"
     require(index.summaries is not None, "summaries", f"a tensor {dims}", None, hint)
@@ -149,7 +155,10 @@ def check_page_size(page_size: int, size: int, num_runs: int) -> None:
 
 
 def check_layout(q: Tensor, keys: KeyPool | KeyIndex, layout: BatchLayout) -> None:
-    """Lengths and page ids are consistent, so that no kernel reads outside the pages."""
+    """Lengths and page ids are consistent: no kernel reads outside the pages.
+
+    q: `[num_tokens, num_q_heads, head_dim]`.
+    """
     device = q.device
     check_ints("block_table", layout.block_table, "[num_seqs, max_pages]", device)
     check_ints("seq_lens", layout.seq_lens, "[num_seqs]", device)
@@ -167,6 +176,7 @@ def check_layout(q: Tensor, keys: KeyPool | KeyIndex, layout: BatchLayout) -> No
 
 
 def check_lengths(q: Tensor, layout: BatchLayout) -> None:
+    """The rows of `q` `[num_tokens, num_q_heads, head_dim]` are divided among the sequences."""
     starts = layout.cu_seqlens_q.tolist()
     ordered = starts[0] == 0 and all(a <= b for a, b in itertools.pairwise(starts))
     require(

@@ -38,7 +38,10 @@ class BatchLayout:
     def of(
         cls, block_table: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
     ) -> BatchLayout:
-        """The layout of lengths that the host knows: nothing is read back from the device."""
+        """The layout of lengths that the host knows: nothing is read back from the device.
+
+        block_table: `[num_seqs, max_pages]` int32.
+        """
         make = _of_lengths.__wrapped__ if torch.compiler.is_compiling() else _of_lengths
         return cls(block_table, *make(tuple(seq_lens), tuple(query_lens), block_table.device))
 

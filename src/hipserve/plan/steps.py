@@ -47,7 +47,9 @@ class StepPlan:
         device = layout.seq_lens.device
         if decisions is None or all(decision == (-1, True) for decision in decisions):
             none = torch.empty(0, dtype=torch.int64, device=device)
-            return cls(layout, rule, None, none, none, none, none)
+            return cls(
+                layout, rule, fresh=None, kept=none, kept_slots=none, stored=none, stored_slots=none
+            )
         sequences: list[int] = layout.query_blocks(rule.query_block_size)[:, 0].tolist()
         of_block = [decisions[sequence] for sequence in sequences]
         fresh = [i for i, (_, is_fresh) in enumerate(of_block) if is_fresh]
@@ -60,11 +62,11 @@ class StepPlan:
         return cls(
             layout,
             rule,
-            torch.tensor(fresh, dtype=torch.int64, device=device) if kept else None,
-            column(kept, 0),
-            column(kept, 1),
-            column(stored, 0),
-            column(stored, 1),
+            fresh=torch.tensor(fresh, dtype=torch.int64, device=device) if kept else None,
+            kept=column(kept, 0),
+            kept_slots=column(kept, 1),
+            stored=column(stored, 0),
+            stored_slots=column(stored, 1),
         )
 
 

@@ -65,12 +65,22 @@ class HiPCacheLayer(CacheLayerMixin):
         self.padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
+        """Pages are made when something is appended.
+
+        key_states, value_states: `[batch, num_kv_heads, new, head_dim]`.
+        """
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes the new keys and values; the attention function, which knows the mask, writes."""
+        """Takes the new keys and values; the attention function, which knows the mask, writes.
+
+        key_states, value_states: `[batch, num_kv_heads, new, head_dim]`.
+
+        Returns:
+            handles of shape `[batch, num_kv_heads, tokens held and new, head_dim]`.
+        """
         self.lazy_initialization(key_states, value_states)
         if key_states.shape != value_states.shape:
             got = f"{[*key_states.shape]} and {[*value_states.shape]}"
@@ -139,12 +149,14 @@ class HiPCacheLayer(CacheLayerMixin):
         self.reuse.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i continues what was sequence `beam_idx[i]`; beam_idx: `[batch]` int64."""
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._take(torch.arange(len(self.pages.lengths)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these sequences; indices: `[n]` int64, or `[batch]` bool."""
         self._take(torch.arange(len(self.pages.lengths))[indices.cpu()])
 
     def _take(self, order: Tensor) -> None:

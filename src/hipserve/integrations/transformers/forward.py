@@ -9,18 +9,16 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hipserve.attention import AttentionLayer, HeldKeys, WholeKeys, absorb_sinks
-from hipserve.attention.columns import attend_columns
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.hip import check_whole, rule_of_whole
 from hipserve.attention.inference import without_gradient
+from hipserve.attention.padding import attend_columns, without_padding
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle, PageKeys
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.ops import build_index
-from hipserve.plan import BatchLayout
-from hipserve.types import KeyPool
 
 logger: Any = logging.get_logger(__name__)
 NO_WEIGHTS = (
@@ -192,17 +190,9 @@ def _attend_columns(
 def _attend_unequal(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: AttentionLayer
 ) -> Tensor:
-    """Sequences without their padding: each is one page of the keys that count, in order."""
-    batch, kv_len = k.shape[:2]
-    order = valid.logical_not().sort(dim=1, stable=True).indices[..., None, None].expand_as(k)
-    k, v = k.gather(1, order), v.gather(1, order)
-    rows = valid[:, kv_len - q.shape[1] :]
-    layout = BatchLayout(
-        torch.arange(batch, dtype=torch.int32, device=q.device)[:, None],
-        valid.sum(1).int(),
-        torch.cat([rows.new_zeros(1, dtype=torch.int32), rows.sum(1).cumsum(0).int()]),
-    )
-    index = build_index(k, run_size=layer.run_size)
+    """Sequences without their padding."""
+    pool, layout, rows = without_padding(k, v, valid, q.shape[1])
+    index = build_index(pool.k_cache, run_size=layer.run_size)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    out[rows] = layer.forward(q[rows], HeldKeys(KeyPool(k, v), index, layout))[0]
+    out[rows] = layer.forward(q[rows], HeldKeys(pool, index, layout))[0]
     return out

@@ -151,13 +151,13 @@ def describe_mask(
         )
     # Offsets may be live tensors that a cache changes later: int() takes their value now.
     return MaskDescription(
-        batch_size,
-        q_length,
-        int(kv_length),
-        int(q_offset),
-        int(kv_offset),
-        local_size or 0,
-        attention_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=int(kv_length),
+        q_offset=int(q_offset),
+        kv_offset=int(kv_offset),
+        sliding_window=local_size or 0,
+        key_valid=attention_mask,
     )
 
 

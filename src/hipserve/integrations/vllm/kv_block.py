@@ -82,6 +82,8 @@ def pages_of(kv_cache: Tensor, run_size: int | None) -> BlockPages:
 
     They are kept on the tensor itself: they hold its storage, which has to go with the tensor when
     vLLM measures CUDA graphs, or an engine stops.
+
+    kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`.
     """
     known: tuple[int | None, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
     if known is None or known[0] != run_size:

@@ -229,6 +229,8 @@ def touch_scratch(query: Tensor, config: HiPConfig) -> None:
 
     vLLM profiles steps without attention: what they would allocate later must not be given to the
     KV cache.
+
+    query: `[num_tokens, num_q_heads, head_dim]`.
     """
     if query.device.type == "cuda":
         num_tokens, num_heads, head_dim = query.shape

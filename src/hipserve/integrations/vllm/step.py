@@ -104,5 +104,8 @@ def found_pages(block_table: Tensor, page_size: int, found: list[tuple[int, int]
 
 
 def first_rows(x: Tensor, count: int) -> Tensor:
-    """The rows that are no padding; most steps have none, and a slice costs more than asking."""
+    """The rows of `x` `[num_tokens, ...]` that are no padding.
+
+    Most steps have none, and a slice costs more than asking.
+    """
     return x if x.shape[0] == count else x[:count]

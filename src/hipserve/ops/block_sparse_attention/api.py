@@ -49,23 +49,24 @@ def block_sparse_attention(
     """
     config = config or DEFAULT
     if check:
-        _check(q, pool, layout, selection, config, sliding_window, sm_scale, softcap)
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    return operator.run(
+        _check(q, pool, layout, selection, config)
+        _check_scores(sm_scale, softcap)
+        _check_window(sliding_window, selection)
+    return operator.attention()(
         q,
         pool.k_cache,
         pool.v_cache,
         layout.block_table,
         layout.query_blocks(config.query_block_size),
-        selection.indices.contiguous() if selection else None,
-        selection.window_start.contiguous() if selection else None,
-        config.num_sink_tokens,
-        config.key_block_size,
-        sliding_window,
-        scale,
-        softcap,
-        config.query_block_size,
-        backend,
+        indices=selection.indices.contiguous() if selection else None,
+        window_start=selection.window_start.contiguous() if selection else None,
+        num_sink_tokens=config.num_sink_tokens,
+        key_block_size=config.key_block_size,
+        sliding_window=sliding_window,
+        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        softcap=softcap,
+        query_block_size=config.query_block_size,
+        backend=backend,
     )
 
 
@@ -75,16 +76,21 @@ def _check(
     layout: BatchLayout,
     selection: BlockSelection | None,
     config: HiPConfig,
-    sliding_window: int,
-    sm_scale: float | None,
-    softcap: float,
 ) -> None:
     checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     checks.check_pool(q, pool)
     checks.check_layout(q, pool, layout)
+    if selection is not None:
+        _check_selection(q, pool, layout, selection, config)
+
+
+def _check_scores(sm_scale: float | None, softcap: float) -> None:
     if sm_scale is not None:
         checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
+
+
+def _check_window(sliding_window: int, selection: BlockSelection | None) -> None:
     checks.require(
         sliding_window >= 0 and (selection is None or sliding_window == 0),
         "sliding_window",
@@ -92,8 +98,6 @@ def _check(
         sliding_window,
         "leave it out, or pass selection=None",
     )
-    if selection is not None:
-        _check_selection(q, pool, layout, selection, config)
 
 
 def _check_selection(

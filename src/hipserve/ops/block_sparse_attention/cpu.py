@@ -22,7 +22,12 @@ def block_sparse_attention(
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
 ) -> tuple[Tensor, Tensor]:
-    """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
+    """See `hipserve.ops.block_sparse_attention`.
+
+    Returns:
+        out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
+        lse: `[num_tokens, num_q_heads]` float32.
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     torch.ops.hipserve_cpu.block_sparse_attention(

@@ -43,8 +43,8 @@ def _run(
         v_cache,
         block_table,
         query_blocks,
-        indices,
-        window_start,
+        indices=indices,
+        window_start=window_start,
         num_sink_tokens=num_sink_tokens,
         key_block_size=key_block_size,
         sliding_window=sliding_window,
@@ -58,12 +58,11 @@ _operator = torch.library.custom_op("hipserve::block_sparse_attention", _run, mu
 
 
 @_operator.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=dtype)
 
 
-def run(*arguments: object) -> tuple[Tensor, Tensor]:
-    """Calls the backend, through the custom operator while torch.compile traces."""
-    call = _operator if torch.compiler.is_compiling() else _run
-    return call(*arguments)  # type: ignore[arg-type]
+def attention() -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes it: the custom operator while torch.compile traces, else the backend itself."""
+    return _operator if torch.compiler.is_compiling() else _run

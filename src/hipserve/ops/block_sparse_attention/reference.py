@@ -24,7 +24,12 @@ def block_sparse_attention(
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
 ) -> tuple[Tensor, Tensor]:
-    """See `hipserve.ops.block_sparse_attention`; returns `out` and `lse`."""
+    """See `hipserve.ops.block_sparse_attention`.
+
+    Returns:
+        out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
+        lse: `[num_tokens, num_q_heads]` float32, or float64 for float64.
+    """
     kv = KeyPool(k_cache, v_cache)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
@@ -38,7 +43,14 @@ def block_sparse_attention(
         rows = q[row : row + num_rows]
         positions = torch.arange(position, last, device=q.device)
         part = attend(
-            rows, positions, keys, kv, block_table[seq].long(), sliding_window, sm_scale, softcap
+            rows,
+            positions,
+            keys,
+            kv,
+            block_table[seq].long(),
+            sliding_window=sliding_window,
+            sm_scale=sm_scale,
+            softcap=softcap,
         )
         out[row : row + num_rows], lse[row : row + num_rows] = part
     return out, lse
@@ -61,6 +73,7 @@ def attend(
     keys: Tensor,
     kv: KeyPool,
     pages: Tensor,
+    *,
     sliding_window: int,
     sm_scale: float,
     softcap: float,

@@ -61,7 +61,8 @@ def write_kv(
         _check(k, v, pool, index, slot_mapping)
     run = _operator if torch.compiler.is_compiling() else _run
     summaries, size = (index.summaries, index.run_size) if index else (None, 1)
-    run(k, v, pool.k_cache, pool.v_cache, summaries, slot_mapping, size, backend)
+    caches = (pool.k_cache, pool.v_cache)
+    run(k, v, *caches, summaries, slot_mapping, run_size=size, backend=backend)
 
 
 def build_index(k: Tensor, *, run_size: int | None = 16, backend: str = "auto") -> KeyIndex:
@@ -122,7 +123,8 @@ def _run(
     run_size: int,
     backend: str,
 ) -> None:
-    _backend(backend, k).write_kv(k, v, k_cache, v_cache, summaries, slot_mapping, run_size)
+    write = _backend(backend, k).write_kv
+    write(k, v, k_cache, v_cache, summaries, slot_mapping, run_size=run_size)
 
 
 _operator = torch.library.custom_op(
@@ -131,7 +133,7 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(*_: object) -> None:
+def _(*_: object, **__: object) -> None:
     return None
 
 

@@ -17,7 +17,15 @@ def write_kv(
     slot_mapping: Tensor,
     run_size: int,
 ) -> None:
-    """See `hipserve.ops.write_kv`."""
+    """Appends `k` and `v`; see `hipserve.ops.write_kv`.
+
+    Args:
+        k, v: `[num_tokens, num_kv_heads, head_dim]`.
+        k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`.
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`; None keeps none.
+        slot_mapping: `[num_tokens]` int64.
+        run_size: keys of the finest run.
+    """
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
     page, slot = slots // k_cache.shape[1], slots % k_cache.shape[1]
@@ -38,7 +46,13 @@ def write_kv(
 
 
 def summarize(k: Tensor, run_size: int) -> Tensor:
-    """See `hipserve.ops.build_index`; returns `summaries`."""
+    """The summaries of whole pages; see `hipserve.ops.build_index`.
+
+    k: `[num_pages, page_size, num_kv_heads, head_dim]`.
+
+    Returns:
+        `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
+    """
     levels = bound_levels(k.shape[1], run_size)
     return torch.cat([run_summaries(k, length) for length in levels], dim=1)
 

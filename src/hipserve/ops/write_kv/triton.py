@@ -189,7 +189,15 @@ def write_kv(
     slot_mapping: Tensor,
     run_size: int,
 ) -> None:
-    """See `hipserve.ops.write_kv`."""
+    """Appends `k` and `v`; see `hipserve.ops.write_kv`.
+
+    Args:
+        k, v: `[num_tokens, num_kv_heads, head_dim]`.
+        k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`.
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`; None keeps none.
+        slot_mapping: `[num_tokens]` int64.
+        run_size: keys of the finest run.
+    """
     tokens, heads, head_dim = k.shape
     if not tokens:
         return
@@ -225,7 +233,13 @@ def write_kv(
 
 
 def summarize(k: Tensor, run_size: int) -> Tensor:
-    """See `hipserve.ops.build_index`; returns `summaries`."""
+    """The summaries of whole pages; see `hipserve.ops.build_index`.
+
+    k: `[num_pages, page_size, num_kv_heads, head_dim]`.
+
+    Returns:
+        `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
+    """
     num_pages, page_size, heads, head_dim = k.shape
     offsets = bound_offsets(page_size, run_size)
     summaries = torch.empty(
