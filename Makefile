@@ -24,8 +24,8 @@ SANITIZERS := ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
 TIERS = $$($(BIN)/python -c 'from hipserve.platform import NATIVE_TIERS, native_library; \
 	print(*NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier) + 1])')
-SANITIZED_PYTEST := $(BIN)/python -c 'import sys, hipserve, pytest; \
-	hipserve.__path__.insert(0, "build/sanitize"); \
+SANITIZED_PYTEST := $(BIN)/python -c 'import pathlib, sys, pytest; from hipserve import platform; \
+	platform.library_folders = lambda: [pathlib.Path("build/sanitize")]; \
 	sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))'
 
 .PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval clean

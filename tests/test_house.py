@@ -172,6 +172,13 @@ def test_gates_see_what_they_are_for() -> None:
     assert [name for name, f in functions(tree) if takes_tensor(f)] == ["A.b"]
 
 
+def test_no_import_climbs_unseen() -> None:
+    """import-linter reads statements: a package that is named in a string would escape it."""
+    climbs = re.compile(r"""import_module\(\s*["']hipserve|__import__|\b__path__\b""")
+    sources = (ROOT / "src/hipserve").rglob("*.py")
+    assert [f.name for f in sources if climbs.search(f.read_text("utf-8"))] == []
+
+
 def test_commands_stay_short() -> None:
     files = (ROOT / "src/hipserve/cli").glob("*.py")
     assert [f.name for f in files if len(f.read_text("utf-8").splitlines()) >= 300] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -49,8 +49,7 @@ class NativeLibrary:
 @functools.cache
 def native_library() -> NativeLibrary:
     """Loads the native CPU kernels once."""
-    places = importlib.import_module("hipserve").__path__  # an editable install has two
-    paths = [path for place in places for path in Path(place).glob("_cpu*.so")]
+    paths = [path for folder in library_folders() for path in folder.glob("_cpu*.so")]
     if not paths:
         return NativeLibrary(
             None, "hipserve was installed without its native kernels (no compiler)"
@@ -65,6 +64,12 @@ def native_library() -> NativeLibrary:
     except (OSError, RuntimeError) as error:
         return NativeLibrary(None, f"the native kernels do not load: {str(error).splitlines()[0]}")
     return NativeLibrary(tier, built=int(paths[0].stat().st_mtime), amx_refusal=_amx_refusal())
+
+
+def library_folders() -> list[Path]:
+    """Where the native kernels may lie: an editable install has them apart from the sources."""
+    installed = importlib.metadata.distribution("hipserve").locate_file("hipserve")
+    return [Path(str(installed)), Path(__file__).parent]
 
 
 def _amx_refusal() -> str:

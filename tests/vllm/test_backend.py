@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("vllm")
 
 from hipserve import BackendError, HiPConfig
-from hipserve.integrations.vllm import compat, kv_block, layer, metrics
-from hipserve.integrations.vllm.compat import StepRequests
+from hipserve.integrations.vllm import kv_block, layer, metrics, runners
+from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import build_index, write_kv
 from hipserve.ops.write_kv.reference import summary
@@ -123,35 +123,35 @@ def test_rows_that_pad_a_graph_are_left_out() -> None:
     step = common(
         [1, 1, 0, 0], [10, 20, 0, 0], [False, False], req_idx=torch.tensor([7, 3]).numpy()
     )
-    rows = sequences(step, compat.step_requests(step), pruning_rule(PRUNES_EARLY, "cpu"))
+    rows = sequences(step, runners.step_requests(step), pruning_rule(PRUNES_EARLY, "cpu"))
     assert [(row.request, row.decoding) for row in rows] == [(7, True), (3, True)]
 
 
 def test_requests_of_the_second_model_runner() -> None:
     step = common([1, 1], [10, 20], [False, False], req_idx=torch.tensor([7, 3]).numpy())
-    assert compat.step_requests(step).rows == (7, 3)
+    assert runners.step_requests(step).rows == (7, 3)
 
 
 def test_steps_without_known_requests_keep_nothing() -> None:
-    assert compat.step_requests(common([1], [10], [False])).rows is None
+    assert runners.step_requests(common([1], [10], [False])).rows is None
 
 
 def test_a_runner_tells_rows_and_who_has_ended() -> None:
-    seen: list[compat.StepRequests] = []
+    seen: list[runners.StepRequests] = []
 
     def build(runner: Any) -> None:
-        seen.append(compat.step_requests(common([1, 1], [5, 6], [False, False])))
+        seen.append(runners.step_requests(common([1, 1], [5, 6], [False, False])))
 
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["x", "y"]))
-    update = compat.noting_the_ended(lambda *_: None)
+    update = runners.noting_the_ended(lambda *_: None)
     new = SimpleNamespace(req_id="y")
     cached = SimpleNamespace(resumed_req_ids={"r"})
     update(runner, SimpleNamespace(
         finished_req_ids={"f"}, preempted_req_ids=None, scheduled_new_reqs=[new],
         scheduled_cached_reqs=cached,
     ))  # fmt: skip
-    compat.telling_the_rows(build)(runner)
-    compat.telling_the_rows(build)(runner)
+    runners.telling_the_rows(build)(runner)
+    runners.telling_the_rows(build)(runner)
     started = frozenset({"y", "r"})
     assert seen[0] == StepRequests(("x", "y"), started, started | {"f"})
     assert seen[1] == StepRequests(("x", "y"))
@@ -168,7 +168,7 @@ def test_a_stage_makes_room_once_for_what_it_receives() -> None:
         intermediate_tensors=None, model=SimpleNamespace(make_empty_intermediate_tensors=make),
         model_config=SimpleNamespace(dtype=torch.float32), device="cpu", max_num_tokens=512,
     )  # fmt: skip
-    gather = compat.making_room(lambda runner, count: (runner.intermediate_tensors, count))
+    gather = runners.making_room(lambda runner, count: (runner.intermediate_tensors, count))
     assert gather(runner, 3) == gather(runner, 3) == ("room", 3)
     assert made == [{"batch_size": 512, "dtype": torch.float32, "device": "cpu"}]
 

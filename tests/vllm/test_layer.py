@@ -21,9 +21,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve import BackendError, ConfigError, HiPConfig
-from hipserve.integrations.vllm import backend, block_size, builder, compat, kv_block, settings
-from hipserve.integrations.vllm.compat import StepRequests
+from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
 from hipserve.integrations.vllm.layer import SEARCH_BYTES, scratch_bytes
+from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import HiPStep, found_keys, found_pages
 from hipserve.ops import build_index
 from hipserve.plan import RefreshSchedule, SequenceStep, bound_levels, runs_of_pages
@@ -91,17 +91,17 @@ def test_pages_of_found_keys_come_once() -> None:
 
 def test_the_second_runner_tells_who_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number that is given to another request tells so by itself: the former one ended."""
-    monkeypatch.setattr(compat, "_started", frozenset())
+    monkeypatch.setattr(runners, "_started", frozenset())
     states = SimpleNamespace(req_id_to_index={"new": 3, "old": 7})
     runner = SimpleNamespace(req_states=states)
-    add = compat.noting_the_started(lambda runner, scheduled: "done")
+    add = runners.noting_the_started(lambda runner, scheduled: "done")
     scheduled = SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(req_id="new")])
     assert add(runner, scheduled) == "done"
     step = common([1, 9], [10, 20], [False, True], req_idx=np.array([7, 3]))
-    requests = compat.step_requests(step)
+    requests = runners.step_requests(step)
     assert requests == StepRequests((7, 3), frozenset({3}), frozenset({3}))
     add(runner, SimpleNamespace(scheduled_new_reqs=[]))
-    assert compat.step_requests(step).started == frozenset()
+    assert runners.step_requests(step).started == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,16 @@ def test_only_blocks_of_full_attention_are_padded() -> None:
         FullAttentionSpec(**{**sizes, "block_size": 1}),  # vLLM asks for the bytes of a token
     ):
         assert backend.HiPBackend.customize_spec(spec) == spec
+
+
+def test_blocks_are_padded_as_the_engine_is_configured() -> None:
+    """vLLM's model runners ask the class for its specs, which has no other way to know."""
+    ask = runners.showing_configuration(lambda _: backend.HiPBackend.customize_spec(SPEC))
+    for options in ({"bound_block_size": 32}, {"selector": "tree"}):
+        engine = SimpleNamespace(additional_config={"hip": options})
+        layout = kv_block.BlockLayout.of(SPEC, HiPConfig.from_dict(options))
+        assert ask(SimpleNamespace(vllm_config=engine)).page_size_bytes == layout.padded_bytes
+    assert backend.HiPBackend.customize_spec(SPEC).page_size_bytes > layout.padded_bytes
 
 
 class Layer(SimpleNamespace):

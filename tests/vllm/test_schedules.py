@@ -14,7 +14,7 @@ from processes import scenario
 pytest.importorskip("vllm")
 
 from hipserve.errors import BackendError
-from hipserve.integrations.vllm import compat, platform
+from hipserve.integrations.vllm import compat, platform, runners
 from hipserve.integrations.vllm.scheduler import QueryBlocks, check_hook
 
 SCRIPT = Path(__file__).with_name("schedules.py")
@@ -154,4 +154,4 @@ def test_a_patch_whose_target_is_gone_is_refused_by_name() -> None:
         pass
 
     with pytest.raises(BackendError, match=r"has no Runner\._sample, which hipserve repairs"):
-        compat.wrap(Runner, "_sample", compat.putting_back)
+        compat.wrap(Runner, "_sample", runners.putting_back)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 BUNDLED = "acorn"
@@ -11,6 +10,4 @@ BUNDLED = "acorn"
 
 def bundled_path() -> Path:
     """Directory of the bundled model's weights, tokenizer and card."""
-    places = importlib.import_module("hipserve").__path__  # an editable install has two
-    paths = [Path(place) / "models" / BUNDLED for place in places]
-    return next(path for path in paths if (path / "config.json").exists())
+    return Path(__file__).parent / BUNDLED

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from hipserve.config import DEFAULT
 from hipserve.integrations.vllm import block_size as block_sizes
 from hipserve.integrations.vllm import compat, settings
 from hipserve.integrations.vllm.builder import HiPBuilder
@@ -114,5 +115,6 @@ class HiPBackend(AttentionBackend):
             return spec
         if spec.block_size == 1:
             return spec
-        layout = BlockLayout.of(spec, HiPImpl.latest_config)
+        engine = get_current_vllm_config_or_none()  # `runners.show_configuration`
+        layout = BlockLayout.of(spec, settings.hip_config(engine) if engine else DEFAULT)
         return replace(spec, page_size_padded=layout.padded_bytes) if layout.num_runs else spec

@@ -19,9 +19,10 @@ from vllm.v1.kv_cache_interface import (
 
 from hipserve.attention.crossover import rule_for
 from hipserve.errors import BackendError
-from hipserve.integrations.vllm import compat, settings
+from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
+from hipserve.integrations.vllm.runners import StepRequests, step_requests
 from hipserve.integrations.vllm.step import (
     HiPStep,
     found_keys,
@@ -64,8 +65,6 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        compat.follow_requests()
-        compat.receive_from_stages()
         self.config = settings.hip_config(vllm_config)
         self.rule = self._rule(vllm_config, kv_cache_spec, device)
         self.verified_rows = verified_rows(vllm_config)
@@ -138,7 +137,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         fast_build: bool = False,  # noqa: ARG002
     ) -> HiPStep:
         common = common_attn_metadata
-        requests = compat.step_requests(common)
+        requests = step_requests(common)
         self.schedule.forget(requests.ended)
         plan, selects = self._plan(common, requests)
         pages = self._found_pages(common, requests, replayed=isinstance(plan, CapturedPlan))
@@ -147,7 +146,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return HiPStep(count, slots, plan, selects, self.counted_layer, pages)
 
     def _found_pages(
-        self, common: CommonAttentionMetadata, requests: compat.StepRequests, replayed: bool
+        self, common: CommonAttentionMetadata, requests: StepRequests, replayed: bool
     ) -> Tensor | None:
         """Pages whose index the layers build; a step that graphs may replay gets it built here."""
         found = found_keys(common, requests) if self.indexed else []
@@ -161,7 +160,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return None
 
     def _plan(
-        self, common: CommonAttentionMetadata, requests: compat.StepRequests
+        self, common: CommonAttentionMetadata, requests: StepRequests
     ) -> tuple[StepPlan | CapturedPlan, bool]:
         layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         size, keeps = self.config.query_block_size, self.config.refresh_interval > 1
@@ -179,7 +178,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return plan, self._selects(plan, blocks, sum(step.decoding for step in steps))
 
     def _decide(
-        self, common: CommonAttentionMetadata, requests: compat.StepRequests
+        self, common: CommonAttentionMetadata, requests: StepRequests
     ) -> list[tuple[int, bool]]:
         return self.schedule.step(sequences(common, requests, self.rule))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionImpl
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError
-from hipserve.integrations.vllm import settings
+from hipserve.integrations.vllm import runners, settings
 from hipserve.integrations.vllm.kv_block import (
     COPY_BYTES,
     BlockPages,
@@ -39,10 +39,6 @@ layer_index = functools.cache(extract_layer_index)
 class HiPImpl(AttentionImpl[HiPStep]):
     """One layer."""
 
-    # vLLM asks the backend's class for block sizes right after it made the layers, and shows it no
-    # configuration.
-    latest_config: ClassVar[HiPConfig] = HiPConfig()
-
     def __init__(
         self,
         num_heads: int,
@@ -60,6 +56,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         if alibi_slopes is not None:
             hint = "leave out --attention-backend CUSTOM"
             raise ArgumentError("alibi_slopes", "none", "some", hint)
+        runners.join_runners()
         vllm_config = get_current_vllm_config()
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
         self.device = torch.device(current_platform.device_type)
@@ -71,7 +68,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.sinks = sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.config = HiPImpl.latest_config = settings.hip_config(vllm_config)
+        self.config = settings.hip_config(vllm_config)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
         self.selections = RequestSelections(slots)

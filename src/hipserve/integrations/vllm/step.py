@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from hipserve.plan import CapturedPlan, SequenceStep, StepPlan
 
 if TYPE_CHECKING:
-    from hipserve.integrations.vllm.compat import StepRequests
+    from hipserve.integrations.vllm.runners import StepRequests
     from hipserve.plan import PruningRule
 
 

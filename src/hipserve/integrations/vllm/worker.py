@@ -6,12 +6,12 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from hipserve.integrations.vllm import compat
+from hipserve.integrations.vllm import runners
 
 
 class HiPCpuWorker(CPUWorker):
     """The worker that hipserve puts in place of vLLM's, with whichever attention."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        compat.keep_draws()
+        runners.keep_draws()
         super().__init__(*positional, **named)
