@@ -106,7 +106,7 @@ int64_t& current() {
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
 // Raised with every change of a call, so that Python never runs kernels of another version.
-constexpr int64_t kCalls = 4;
+constexpr int64_t kCalls = 5;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {
@@ -171,32 +171,53 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
   kernels().attention(call);
 }
 
-void select_blocks(Tensor q, Tensor k_cache, std::optional<Tensor> k_bounds, Tensor block_table,
-                   Tensor query_blocks, Tensor window_starts, int64_t budget,
-                   int64_t key_block_size, int64_t bound_block_size, double bound_reach,
-                   int64_t query_stride, int64_t rerank, bool relative_scores,
-                   int64_t representative, int64_t seed, int64_t num_sink_tokens, Tensor indices) {
-  hipserve::SelectCall call{};
+// The part of a search that is the same for every selector.
+void set_search(hipserve::SelectCall& call, const Tensor& q, const Tensor& k_cache,
+                const Tensor& block_table, const Tensor& query_blocks, const Tensor& window_starts,
+                const Tensor& indices) {
   call.batch = batch_of(q, k_cache, block_table, query_blocks);
   call.q = rows_of(q);
   call.k = pages_of(k_cache);
-  call.bounds = pages_of(k_bounds);
-  call.num_runs = runs_of(k_bounds);
   call.heads = indices.size(1);
   call.max_selected = indices.size(2);
-  call.budget = budget;
-  call.key_block_size = key_block_size;
-  call.bound_block_size = bound_block_size;
-  call.bound_reach = (float)bound_reach;
-  call.query_stride = query_stride;
-  call.rerank = rerank;
-  call.relative_scores = relative_scores;
-  call.representative = representative;
-  call.seed = seed;
-  call.num_sink_tokens = num_sink_tokens;
   call.window_starts = ints<const int32_t>(window_starts);
   call.indices = ints<int32_t>(indices);
-  kernels().select_blocks(call);
+}
+
+void select_by_tree(Tensor q, Tensor k_cache, Tensor block_table, Tensor query_blocks,
+                    Tensor window_starts, int64_t budget, int64_t key_block_size,
+                    int64_t query_stride, bool relative_scores, int64_t num_sink_tokens,
+                    int64_t representative, int64_t seed, Tensor indices) {
+  hipserve::TreeCall call{};
+  set_search(call, q, k_cache, block_table, query_blocks, window_starts, indices);
+  call.budget = budget;
+  call.key_block_size = key_block_size;
+  call.query_stride = query_stride;
+  call.relative_scores = relative_scores;
+  call.num_sink_tokens = num_sink_tokens;
+  call.representative = representative;
+  call.seed = seed;
+  kernels().select_by_tree(call);
+}
+
+void select_by_bound(Tensor q, Tensor k_cache, Tensor k_bounds, Tensor block_table,
+                     Tensor query_blocks, Tensor window_starts, int64_t budget,
+                     int64_t key_block_size, int64_t query_stride, bool relative_scores,
+                     int64_t num_sink_tokens, int64_t bound_block_size, double bound_reach,
+                     int64_t rerank, Tensor indices) {
+  hipserve::DescentCall call{};
+  set_search(call, q, k_cache, block_table, query_blocks, window_starts, indices);
+  call.budget = budget;
+  call.key_block_size = key_block_size;
+  call.query_stride = query_stride;
+  call.relative_scores = relative_scores;
+  call.num_sink_tokens = num_sink_tokens;
+  call.bounds = pages_of(k_bounds);
+  call.num_runs = k_bounds.size(1);
+  call.bound_block_size = bound_block_size;
+  call.bound_reach = (float)bound_reach;
+  call.rerank = rerank;
+  kernels().select_by_bound(call);
 }
 
 void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_bounds,
@@ -225,11 +246,15 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
       "int key_block_size, int sliding_window, float sm_scale, float softcap, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
   m.def(
-      "select_blocks(Tensor q, Tensor k_cache, Tensor? k_bounds, Tensor block_table, "
-      "Tensor query_blocks, Tensor window_starts, int budget, "
-      "int key_block_size, int bound_block_size, float bound_reach, int query_stride, int rerank, "
-      "bool relative_scores, int representative, int seed, int num_sink_tokens, "
+      "select_by_tree(Tensor q, Tensor k_cache, Tensor block_table, Tensor query_blocks, "
+      "Tensor window_starts, int budget, int key_block_size, int query_stride, "
+      "bool relative_scores, int num_sink_tokens, int representative, int seed, "
       "Tensor(a!) indices) -> ()");
+  m.def(
+      "select_by_bound(Tensor q, Tensor k_cache, Tensor k_bounds, Tensor block_table, "
+      "Tensor query_blocks, Tensor window_starts, int budget, int key_block_size, "
+      "int query_stride, bool relative_scores, int num_sink_tokens, int bound_block_size, "
+      "float bound_reach, int rerank, Tensor(a!) indices) -> ()");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "
       "Tensor slot_mapping, int bound_block_size) -> ()");
@@ -244,7 +269,8 @@ STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CPU, m) {
   m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));
-  m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("select_by_tree", TORCH_BOX(&select_by_tree));
+  m.impl("select_by_bound", TORCH_BOX(&select_by_bound));
   m.impl("write_kv", TORCH_BOX(&write_kv));
   m.impl("compute_bounds", TORCH_BOX(&compute_bounds));
 }

@@ -43,18 +43,26 @@ struct AttentionCall {
   float sm_scale, softcap;
 };
 
-struct SelectCall {
+struct SelectCall {  // what every search reads
   Batch batch;
   Rows q;
-  Pages k, bounds;  // bounds.data is null where the tree searches
+  Pages k;
   int64_t heads, max_selected;
-  int64_t num_runs;  // of bounds in a page
-  int64_t budget, key_block_size, bound_block_size, query_stride;
-  int64_t rerank, representative, seed, num_sink_tokens;
-  float bound_reach;
+  int64_t budget, key_block_size, query_stride, num_sink_tokens;
   bool relative_scores;
   const int32_t* window_starts;  // [query blocks]: the end of the searched middle
   int32_t* indices;              // [query blocks, heads, max_selected]
+};
+
+struct TreeCall : SelectCall {
+  int64_t representative, seed;
+};
+
+struct DescentCall : SelectCall {
+  Pages bounds;
+  int64_t num_runs;  // of bounds in a page
+  int64_t bound_block_size, rerank;
+  float bound_reach;
 };
 
 struct WriteCall {
@@ -74,7 +82,8 @@ struct BoundsCall {
 // One ISA tier: the same source compiled with other flags (see CMakeLists.txt).
 struct Kernels {
   void (*attention)(const AttentionCall&);
-  void (*select_blocks)(const SelectCall&);
+  void (*select_by_tree)(const TreeCall&);
+  void (*select_by_bound)(const DescentCall&);
   void (*write_kv)(const WriteCall&);
   void (*compute_bounds)(const BoundsCall&);
 };

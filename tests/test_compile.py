@@ -15,6 +15,7 @@ from hipserve.ops.select_blocks import operator as selection
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import api as writing
 from hipserve.plan import pruning_rule
+from hipserve.selectors import SELECTORS
 from hipserve.testing.cases import Case, Shape, make_case
 from tiny_models import PRUNED, build, prompts
 
@@ -28,7 +29,7 @@ def qkv(batch: int = 1) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("selector", ["tree", "bound"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_hip_attention_compiles_without_a_break(compiler: str, selector: str) -> None:
     torch.compiler.reset()
     config = CONFIG.replace(selector=selector)
@@ -63,7 +64,7 @@ def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
     c = case()
     blocks = c.layout.query_blocks(CONFIG.query_block_size)
     for config in (CONFIG, CONFIG.replace(share_group=False), CONFIG.replace(selector="tree")):
-        bounds = c.kv.index.summaries if config.uses_bounds else None
+        bounds = c.kv.index.summaries if config.run_size else None
         starts = c.layout.window_starts(pruning_rule(config, "cpu"))
         tensors = (c.q, c.kv.pool.k_cache, bounds, c.layout.block_table, blocks, starts)
         search = search_spec(config).dumps()

@@ -18,12 +18,13 @@ from hipserve.attention.crossover import rule_of
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, bound_offsets
 from hipserve.plan.rule import BREAK_EVEN
+from hipserve.selectors import SELECTORS
 from hipserve.testing.cases import Pages, attend
 from hipserve.types import KeyPool
 
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"budget": 64, "num_sink_tokens": 16, "sliding_window": 32, "dense_below": 0}
-selectors = pytest.mark.parametrize("selector", ["tree", "bound"])
+selectors = pytest.mark.parametrize("selector", SELECTORS)
 
 
 def qkv(query_len: int, kv_len: int, dtype: torch.dtype = torch.float32, batch: int = 1):

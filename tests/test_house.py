@@ -17,26 +17,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 LONGEST = 400
 NATIVE = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-SHAPES_TO_BE_WRITTEN: set[str] = {
-    "ops/select_blocks/cpu:select_blocks",
-    "ops/select_blocks/operator:refresh",
-    "ops/select_blocks/operator:run",
-    "ops/select_blocks/reference:Search.candidates",
-    "ops/select_blocks/reference:Search.locate",
-    "ops/select_blocks/reference:Search.representative",
-    "ops/select_blocks/reference:interleave",
-    "ops/select_blocks/reference:mix",
-    "ops/select_blocks/reference:select_blocks",
-    "ops/select_blocks/reference:top",
-    "ops/select_blocks/triton/launch:refresh_blocks",
-}
-"""Public functions of tensors without a shape in their own docstring: goes down only."""
-CALLS_TO_BE_SHORTENED: set[str] = {
-    "ops/select_blocks/api:operator.refresh",
-    "ops/select_blocks/operator:run",
-    "ops/select_blocks/reference:Search",
-}
-"""Calls with more than six positional arguments: goes down only."""
 PACKAGES = (
     "hipserve",
     "hipserve.ops",
@@ -141,7 +121,7 @@ def test_every_public_function_of_tensors_shows_a_shape_in_its_own_docstring() -
         if takes_tensor(function) and not is_overload(function) and "._" not in f".{name}"
         if "`[" not in (ast.get_docstring(function) or "")
     }
-    assert missing - SHAPES_TO_BE_WRITTEN == set(), "add `[...]` to their docstrings"
+    assert missing == set(), "add `[...]` to their docstrings"
 
 
 def long_calls(tree: ast.Module) -> Iterator[str]:
@@ -158,7 +138,7 @@ def long_calls(tree: ast.Module) -> Iterator[str]:
 
 def test_no_call_has_more_than_six_positional_arguments() -> None:
     found = {f"{module}:{called}" for module, tree in trees() for called in long_calls(tree)}
-    assert found - CALLS_TO_BE_SHORTENED == set(), "pass arguments by name, or a record"
+    assert found == set(), "pass arguments by name, or a record"
 
 
 def test_gates_see_what_they_are_for() -> None:

@@ -5,19 +5,16 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-struct BlockList {
-  const int32_t* data;
-  int64_t count;
-};
-
-// Lengths of the lists of a descent that is to find `budget` keys in sequences up to `longest`.
+// Levels of a descent that is to find `budget` keys, and lengths of its lists.
 struct DescentSize {
+  RunLevels levels;
   int64_t runs = 0;    // candidates of a level
   int64_t kept = 0;    // runs that a level keeps
   int64_t blocks = 0;  // of the fine runs kept
-  DescentSize(const SelectCall& call, const RunLevels& levels, int64_t longest) {
-    if (!call.bounds.data) return;
-    const int64_t keys = wanted_keys(call);
+  int64_t scores = 0;  // of anything that is ranked
+  explicit DescentSize(const DescentCall& call)
+      : levels(call.batch.page_size, call.bound_block_size, call.num_runs) {
+    const int64_t keys = wanted_keys(call), longest = longest_sequence(call);
     int64_t kept_above = -1;
     for (int level = levels.coarsest(); level >= 0; --level) {
       // Children of what is kept above, and less than a parent's worth at each end.
@@ -28,18 +25,34 @@ struct DescentSize {
       kept = maximum(kept, kept_above);
     }
     blocks = kept_above * (levels.length[0] / call.key_block_size);
+    scores = maximum(runs, blocks);
   }
   // Keys that the fine runs kept should hold; re-ranking leaves `budget` of them.
-  static int64_t wanted_keys(const SelectCall& call) {
+  static int64_t wanted_keys(const DescentCall& call) {
     return call.budget * maximum(call.rerank, (int64_t)1);
+  }
+
+ private:
+  static int64_t longest_sequence(const DescentCall& call) {
+    int64_t keys = 0;
+    for (int64_t i = 0; i < call.batch.num_query_blocks; ++i) {
+      const QueryBlock& block = call.batch.query_blocks[i];
+      keys = maximum(keys, (int64_t)block.position + block.num_rows);
+    }
+    return keys;
   }
 };
 
 template <class Q, class K, class S> class Descent {
  public:
-  Descent(Arena& arena, const SelectCall& call, const RunLevels& levels, const DescentSize& size,
-          BlockRank<Q, K>& blocks, RunRank<Q, S>& runs)
-      : call_(call), levels_(levels), block_rank_(blocks), run_rank_(runs) {
+  using Call = DescentCall;
+  using Size = DescentSize;
+  Descent(Arena& arena, const Call& call, const Size& size, int64_t max_rows, Scorer& scorer,
+          BlockRank<Q, K>& blocks)
+      : call_(call),
+        levels_(size.levels),
+        block_rank_(blocks),
+        run_rank_(arena, call, levels_, max_rows, scorer) {
     candidates_ = arena.take<int32_t>(size.runs);
     best_runs_ = arena.take<int32_t>(size.runs);
     kept_runs_ = arena.take<int32_t>(size.kept);
@@ -49,7 +62,8 @@ template <class Q, class K, class S> class Descent {
   }
 
   // Blocks of `budget` keys, ascending.
-  BlockList find(const Middle& middle) {
+  BlockList find(const QueryBlock& block, int64_t head, const Middle& middle) {
+    run_rank_.begin(block, head);
     const BlockList proposed = propose(middle);
     if (!call_.rerank) return proposed;
     const int64_t keep = call_.budget / call_.key_block_size;
@@ -97,10 +111,10 @@ template <class Q, class K, class S> class Descent {
     return n;
   }
 
-  const SelectCall& call_;
+  const Call& call_;
   const RunLevels& levels_;
   BlockRank<Q, K>& block_rank_;
-  RunRank<Q, S>& run_rank_;
+  RunRank<Q, S> run_rank_;
   int32_t *candidates_, *best_runs_, *kept_runs_;  // runs of one level; positions among candidates
   int32_t *proposed_, *best_blocks_, *found_;      // blocks; positions among those proposed
 };

@@ -6,6 +6,12 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
+// Blocks that a search has found, ascending.
+struct BlockList {
+  const int32_t* data;
+  int64_t count;
+};
+
 // The keys between sinks and window of one query block and KV head: positions [begin, end).
 struct Middle {
   Sequence seq;

@@ -20,7 +20,7 @@ template <class Q> static inline void reach_out(const Q* q, int64_t n, float rea
 // The summaries of a list of runs of one level.
 template <class S> struct SummariesOfRuns {
   using Row = S;
-  const SelectCall& call;
+  const DescentCall& call;
   const Middle& middle;
   const int32_t* runs;
   int64_t length, offset;  // keys of a run, and where its level begins in a page
@@ -35,7 +35,7 @@ template <class S> struct SummariesOfRuns {
 template <class Q, class S> class RunRank {
  public:
   using Unit = typename UnitOf<Q, S>::type;
-  RunRank(Arena& arena, const SelectCall& call, const RunLevels& levels, int64_t max_rows,
+  RunRank(Arena& arena, const DescentCall& call, const RunLevels& levels, int64_t max_rows,
           Scorer& scorer)
       : call_(call),
         levels_(levels),
@@ -62,7 +62,7 @@ template <class Q, class S> class RunRank {
   }
 
  private:
-  const SelectCall& call_;
+  const DescentCall& call_;
   const RunLevels& levels_;
   Scorer& scorer_;
   Columns<Unit> columns_;

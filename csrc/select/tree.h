@@ -1,11 +1,11 @@
 // The paper's search: a beam of nodes, each a range of blocks, is halved until nodes are blocks.
 #pragma once
-#include "select/descent.h"
+#include "select/keys.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-// A hash of a range, as `mix` in ops/select_blocks/reference.py.
+// A hash of a range, as `mix` in ops/select_blocks/reference/tree.py.
 static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
   uint32_t x =
       (uint32_t)left * 0x9E3779B1u + (uint32_t)right * 0x85EBCA77u + (uint32_t)seed * 0xC2B2AE3Du;
@@ -14,15 +14,19 @@ static inline int64_t mix(int64_t left, int64_t right, int64_t seed) {
   return (x ^ (x >> 15)) & 0x7FFFFFFF;
 }
 
-// Nodes of the beam: as many as blocks are found.
-static inline int64_t beam_nodes(const SelectCall& call) {
-  return call.bounds.data ? 0 : call.budget / call.key_block_size;
-}
+struct TreeSize {
+  int64_t beam;    // nodes that are kept: as many as blocks are found
+  int64_t scores;  // of both halves of each
+  explicit TreeSize(const TreeCall& call)
+      : beam(call.budget / call.key_block_size), scores(2 * beam) {}
+};
 
 template <class Q, class K> class Tree {
  public:
-  Tree(Arena& arena, const SelectCall& call, BlockRank<Q, K>& blocks)
-      : call_(call), block_rank_(blocks), beam_(beam_nodes(call)) {
+  using Call = TreeCall;
+  using Size = TreeSize;
+  Tree(Arena& arena, const Call& call, const Size& size, int64_t, Scorer&, BlockRank<Q, K>& blocks)
+      : call_(call), block_rank_(blocks), beam_(size.beam) {
     left_ = arena.take<int32_t>(beam_);
     right_ = arena.take<int32_t>(beam_);
     child_left_ = arena.take<int32_t>(2 * beam_);
@@ -32,7 +36,7 @@ template <class Q, class K> class Tree {
   }
 
   // Blocks of `budget` keys, ascending.
-  BlockList find(const Middle& middle) {
+  BlockList find(const QueryBlock&, int64_t, const Middle& middle) {
     const int64_t first = middle.begin / call_.key_block_size;
     const int64_t count = middle.end / call_.key_block_size - first;
     for (int64_t i = 0; i < beam_; ++i) {
@@ -78,7 +82,7 @@ template <class Q, class K> class Tree {
     }
   }
 
-  const SelectCall& call_;
+  const Call& call_;
   BlockRank<Q, K>& block_rank_;
   const int64_t beam_;
   int32_t *left_, *right_;              // the beam: ranges of blocks, ascending

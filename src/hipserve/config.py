@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from hipserve.errors import ConfigError, did_you_mean
+from hipserve.selectors import SELECTORS
+from hipserve.selectors.tree import Representative
 
-Selector = Literal["tree", "bound"]
-Representative = Literal["middle", "first", "last", "random"]
+SelectorName = Literal["tree", "bound"]
 Form = Literal["toml", "json"]
 
 
@@ -55,7 +56,7 @@ class HiPConfig:
     """
 
     budget: int = 1024
-    selector: Selector = "bound"
+    selector: SelectorName = "bound"
     representative: Representative = "middle"
     query_block_size: int = 64
     key_block_size: int = 16
@@ -86,8 +87,8 @@ class HiPConfig:
         for name in ("dense_below", "decode_dense_below"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0)
-        for name, kind in (("selector", Selector), ("representative", Representative)):
-            _check_choice(name, getattr(self, name), get_args(kind))
+        _check_choice("selector", self.selector, tuple(SELECTORS))
+        _check_choice("representative", self.representative, get_args(Representative))
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name), "pass a bool")
@@ -95,7 +96,7 @@ class HiPConfig:
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        if self.uses_bounds and self.bound_block_size % self.key_block_size:
+        if self.run_size is not None and self.run_size % self.key_block_size:
             raise _wrong(
                 "bound_block_size",
                 f"a multiple of key_block_size ({self.key_block_size})",
@@ -128,22 +129,14 @@ class HiPConfig:
             )
 
     @property
-    def uses_tree(self) -> bool:
-        return self.selector == "tree"
-
-    @property
-    def uses_bounds(self) -> bool:
-        return self.selector == "bound"
-
-    @property
     def granularity(self) -> int:
         """Keys that sinks, budget and window start are aligned to."""
-        return self.bound_block_size if self.uses_bounds else self.key_block_size
+        return self.run_size or self.key_block_size
 
     @property
     def run_size(self) -> int | None:
         """Keys of the finest run that a search reads a summary of; None where it reads none."""
-        return self.bound_block_size if self.uses_bounds else None
+        return self.bound_block_size if SELECTORS[self.selector].reads_summaries else None
 
     @property
     def max_selected(self) -> int:

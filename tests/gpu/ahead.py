@@ -24,12 +24,13 @@ from triton.runtime import driver
 from hipserve import HiPConfig
 from hipserve.ops.block_sparse_attention.triton import launch as attention
 from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
-from hipserve.ops.select_blocks.spec import search_spec
+from hipserve.ops.select_blocks.spec import SearchInputs, search_spec
 from hipserve.ops.select_blocks.triton import barrier
 from hipserve.ops.select_blocks.triton import launch as selection
 from hipserve.ops.select_blocks.triton import tiling as selection_tiling
 from hipserve.ops.write_kv import triton as writing
 from hipserve.plan import bound_offsets
+from hipserve.types import BlockSelection
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 
@@ -135,18 +136,17 @@ def select(
     summaries = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
     blocks = -(-query_len // 64)
     chosen = torch.zeros(blocks, 8, config.max_selected, dtype=torch.int32)
-    selection.refresh_blocks(
+    inputs = SearchInputs(
         q,
         pages,
-        summaries if config.uses_bounds else None,
-        torch.zeros(1, 512, dtype=torch.int32),
-        torch.zeros(blocks, 4, dtype=torch.int32),
-        chosen[:, 0, 0].contiguous(),
-        search_spec(config),
-        torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None,
-        chosen,
-        chosen[:, 0, 0].contiguous(),
+        summaries if config.run_size else None,
+        block_table=torch.zeros(1, 512, dtype=torch.int32),
+        query_blocks=torch.zeros(blocks, 4, dtype=torch.int32),
+        window_starts=chosen[:, 0, 0].contiguous(),
     )
+    due = torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None
+    kept = BlockSelection(chosen, chosen[:, 0, 0].contiguous())
+    selection.refresh_blocks(inputs, search_spec(config), due, kept)
 
 
 def write(head_dim: int) -> None:

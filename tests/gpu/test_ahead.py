@@ -72,7 +72,7 @@ class Nothing:
 def test_kernels_that_compile_for_minutes_are_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hipserve.ops.select_blocks.spec import search_spec
+    from hipserve.ops.select_blocks.spec import SearchInputs, search_spec
     from hipserve.ops.select_blocks.triton import launch
 
     for kernel in ("baseline_kernel", "search_kernel"):
@@ -82,8 +82,8 @@ def test_kernels_that_compile_for_minutes_are_announced(
         q, pages = torch.zeros(1, 4, 64), torch.zeros(1, 256, 2, 64)
         bounds = torch.zeros(1, bound_offsets(256, 16)[-1], 2, 2, 64)
         table, blocks = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(1, 4).int()
-        rows = (table, blocks, blocks[:, 0])
-        launch.select_blocks(q, pages, bounds, *rows, search_spec(config))
+        inputs = SearchInputs(q, pages, bounds, table, blocks, blocks[:, 0])
+        launch.select_blocks(inputs, search_spec(config))
     assert [record.getMessage().split("(")[1].split(",")[0] for record in caplog.records] == [
         "budget=65536"
     ]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from backends import every_backend, every_tier, native, using
 from hipserve import HiPConfig
 from hipserve.ops import select_blocks
-from hipserve.ops.select_blocks.reference import Search, sample_rows
+from hipserve.ops.select_blocks.reference import IndexedKeys, TreeSearch, sample_rows
 from hipserve.ops.select_blocks.spec import search_spec
+from hipserve.selectors import SELECTORS
 from hipserve.testing.cases import Shape, make_case, random_config, random_shape
 from hipserve.testing.laws import assert_lawful
 
@@ -95,7 +96,7 @@ def test_a_budget_of_everything_selects_nothing_and_reads_all(backend: str) -> N
 
 
 @every_backend
-@pytest.mark.parametrize("selector", ["tree", "bound"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_future_keys_change_no_earlier_block(backend: str, selector: str) -> None:
     config = HiPConfig(
         selector=selector, budget=64, sliding_window=16, num_sink_tokens=16, dense_below=0
@@ -163,8 +164,8 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
         representative=representative,
         relative_scores=False,
     )
-    pages = torch.zeros(1).long()
-    search = Search(torch.ones(draws, 1, 1), k, None, pages, length, length, search_spec(config))
+    keys = IndexedKeys(k, None, torch.zeros(1).long())
+    search = TreeSearch(torch.ones(draws, 1, 1), keys, length, length, search_spec(config))
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)
     right = torch.tensor([[length // 2, length]]).expand(draws, 2)
     return search.block_scores(search.representative(left, right)).argmax(1)
@@ -176,15 +177,14 @@ def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
         selector="tree", key_block_size=2, budget=32, num_sink_tokens=0, relative_scores=False
     )
     k = torch.randn(1, 1024, 1, 1)
-    search = Search(
-        torch.ones(1, 1, 1), k, None, torch.zeros(1).long(), 1024, 1024, search_spec(config)
-    )
+    keys = IndexedKeys(k, None, torch.zeros(1).long())
+    search = TreeSearch(torch.ones(1, 1, 1), keys, 1024, 1024, search_spec(config))
     blocks = k.view(512, 2).amax(1)
     search.representative = lambda left, right: torch.stack([left, right], -1)
     search.block_scores = lambda ranges: torch.tensor(
         [[blocks[a:b].max().item() if a < b else -1e9 for a, b in ranges[0].tolist()]]
     )
-    assert search.by_tree(32)[0].tolist() == blocks.topk(16).indices.sort().values.tolist()
+    assert search.select()[0].tolist() == blocks.topk(16).indices.sort().values.tolist()
 
 
 def test_sampled_rows_count_back_from_the_last() -> None:
@@ -210,9 +210,9 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
     k[0, 20, 0, 0] = 1.0  # what the loud row wants a little
     k[0, 32:, 0, 0] = 5.0  # what the loud row reads anyway
     rows = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
-    pages = torch.zeros(1).long()
+    keys = IndexedKeys(k, None, torch.zeros(1).long())
     found = {
-        relative: Search(rows, k, None, pages, 32, 32, search_spec(changed)).select().tolist()
+        relative: TreeSearch(rows, keys, 32, 32, search_spec(changed)).select().tolist()
         for relative in (True, False)
         for changed in [config.replace(relative_scores=relative)]
     }

@@ -122,7 +122,7 @@ def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRul
 
     q: `[batch, query_len, num_q_heads, head_dim]`.
     """
-    if q.shape[1] == 1 and config.dense_below is None and config.uses_bounds:
+    if q.shape[1] == 1 and config.dense_below is None and config.run_size is not None:
         return None
     return rule_of(config, q, num_kv_heads)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.config import HiPConfig
+from hipserve.config import HiPConfig, SelectorName
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, runs_of_pages
+from hipserve.selectors import SELECTORS
 from hipserve.types import KeyIndex, KeyPool
 
 
@@ -199,7 +201,7 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
     query = rng.choice([1, 16, 64, 48])
     return HiPConfig(
         budget=bound * rng.choice([1, 2, 4, 8]) * 2,
-        selector=rng.choice(["tree", "bound"]),
+        selector=cast("SelectorName", rng.choice(list(SELECTORS))),
         representative=rng.choice(["middle", "first", "last", "random"]),
         query_block_size=query,
         key_block_size=key,

@@ -56,8 +56,8 @@ def check_cache_dtype(cache: str, model: str) -> None:
 
 def check_block_size(block_size: int, config: HiPConfig) -> None:
     """Raises ConfigError where runs of keys would straddle KV blocks."""
-    finest = config.bound_block_size
-    if config.uses_bounds and block_size % finest:
+    finest = config.run_size
+    if finest is not None and block_size % finest:
         raise ConfigError(
             "block_size",
             f"a multiple of {finest} (keys that share bounds)",

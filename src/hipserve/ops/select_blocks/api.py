@@ -23,7 +23,7 @@ def select_blocks(
 ) -> BlockSelection:
     """Chooses, for every query block and head, the key blocks that attention will read.
 
-    Section 3 of arXiv 2406.09827 for the tree; `HiPConfig` tells the selectors apart. Selections
+    `config.selector` says how; `hipserve.selectors` has the choice. Selections
     lie inside [num_sink_tokens, window_start), ascend and hold no duplicate.
 
     Args:
@@ -49,14 +49,14 @@ def select_blocks(
         checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
         checks.check_index(q, index, config.run_size)
         checks.check_layout(q, index, layout)
-        if config.uses_bounds and layout.block_table.shape[1] > 1:
+        if config.run_size is not None and layout.block_table.shape[1] > 1:
             assert index.summaries is not None
-            num_runs = index.summaries.shape[1]
-            checks.check_page_size(index.page_size, config.bound_block_size, num_runs)
+            checks.check_page_size(index.page_size, config.run_size, index.summaries.shape[1])
     rule = rule or pruning_rule(config, q.device.type)
     starts = layout.window_starts(rule)
     blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
-    return BlockSelection(operator.run(q, index, *blocks, config, backend), starts)
+    inputs = operator.search_inputs(q, index, *blocks, config=config)
+    return BlockSelection(operator.run(inputs, config, backend), starts)
 
 
 def refresh_blocks(
@@ -82,5 +82,7 @@ def refresh_blocks(
     """
     config = config or DEFAULT
     rule = rule or pruning_rule(config, q.device.type)
-    blocks = (layout.query_blocks(rule.query_block_size), layout.window_starts(rule))
-    operator.refresh(q, index, layout.block_table, *blocks, config, refresh, selection, backend)
+    starts = layout.window_starts(rule)
+    blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
+    inputs = operator.search_inputs(q, index, *blocks, config=config)
+    operator.refresh(inputs, config, refresh, selection, backend)

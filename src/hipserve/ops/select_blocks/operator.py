@@ -2,66 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
+from hipserve.errors import BackendError
 from hipserve.ops.select_blocks import cpu, reference
-from hipserve.ops.select_blocks.spec import SearchSpec, search_spec
-from hipserve.platform import resolve_backend
+from hipserve.ops.select_blocks.spec import SearchInputs, SearchSpec, search_spec
+from hipserve.platform import logger, resolve_backend
 from hipserve.types import BlockSelection, KeyIndex
 
 
-def _backend(name: str, q: Tensor) -> Callable[..., Tensor]:
+def select(inputs: SearchInputs, spec: SearchSpec, backend: str) -> Tensor:
+    """`indices` `[num_query_blocks, heads, max_selected]`, by the backend."""
+    return _backend(backend, inputs.q, spec.selector.name).select_blocks(inputs, spec)
+
+
+def _backend(name: str, q: Tensor, selector: str) -> ModuleType:
+    """The backend that runs: as for every operation, if it has the selector."""
     chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
-    if chosen == "triton":
+    module = _module(chosen)
+    if selector in module.SEARCHES:
+        return module
+    if name != "auto":
+        raise BackendError(
+            f'backend="{chosen}" cannot run: selector "{selector}" has no kernels there',
+            'use backend="auto" or backend="reference"',
+        )
+    _announce_reference(selector, chosen)
+    return reference
+
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":
         from hipserve.ops.select_blocks import triton
 
-        return triton.select_blocks
-    return cpu.select_blocks if chosen == "cpu" else reference.select_blocks
+        return triton
+    return cpu if name == "cpu" else reference
 
 
-def run(
+@functools.cache
+def _announce_reference(selector: str, backend: str) -> None:
+    """Says once that a search is slow."""
+    logger.warning('selector "%s" has no %s kernels: eager torch searches', selector, backend)
+
+
+def search_inputs(
     q: Tensor,
     index: KeyIndex,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
+    *,
     config: HiPConfig,
-    backend: str,
-) -> Tensor:
-    """Calls the backend, through the custom operator while torch.compile traces."""
-    summaries = index.summaries if config.uses_bounds else None
-    tensors = (q, index.codes, summaries, block_table, query_blocks, window_starts)
+) -> SearchInputs:
+    """Tensors as `SearchInputs` has them, `[num_tokens, num_q_heads, head_dim]` first."""
+    summaries = None if config.run_size is None else index.summaries
+    return SearchInputs(q, index.codes, summaries, block_table, query_blocks, window_starts)
+
+
+def run(inputs: SearchInputs, config: HiPConfig, backend: str) -> Tensor:
+    """`indices` `[num_query_blocks, heads, max_selected]`.
+
+    Calls the backend, through the custom operator while torch.compile traces.
+    """
     if torch.compiler.is_compiling():
-        return _operator(*tensors, _text(config), backend)
-    return _backend(backend, q)(*tensors, search_spec(config))
+        return _operator(*inputs, _text(config), backend)
+    return select(inputs, search_spec(config), backend)
 
 
 def refresh(
-    q: Tensor,
-    index: KeyIndex,
-    block_table: Tensor,
-    query_blocks: Tensor,
-    window_starts: Tensor,
-    config: HiPConfig,
-    due: Tensor,
-    selection: BlockSelection,
-    backend: str,
+    inputs: SearchInputs, config: HiPConfig, due: Tensor, selection: BlockSelection, backend: str
 ) -> None:
-    """Overwrites the entries that are due; only Triton saves the work for the others."""
-    kept = (selection.indices, selection.window_start)
-    if resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton":
-        from hipserve.ops.select_blocks import triton
+    """Overwrites the entries that are due; only Triton saves the work for the others.
 
-        summaries = index.summaries if config.uses_bounds else None
-        tensors = (q, index.codes, summaries, block_table, query_blocks, window_starts)
-        return triton.refresh_blocks(*tensors, search_spec(config), due, *kept)
-    made = run(q, index, block_table, query_blocks, window_starts, config, backend)
-    kept[0].copy_(torch.where(due[:, None, None] > 0, made, kept[0]))
-    kept[1].copy_(torch.where(due > 0, window_starts, kept[1]))
+    due: `[num_query_blocks]` int32.
+    """
+    spec = search_spec(config)
+    module = _backend(backend, inputs.q, spec.selector.name)
+    if module not in (cpu, reference):
+        return module.refresh_blocks(inputs, spec, due, selection)
+    made = run(inputs, config, backend)
+    indices, starts = selection.indices, selection.window_start
+    indices.copy_(torch.where(due[:, None, None] > 0, made, indices))
+    starts.copy_(torch.where(due > 0, inputs.window_starts, starts))
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -81,8 +109,8 @@ def _operator(
     spec: str,
     backend: str,
 ) -> Tensor:
-    tensors = (q, codes, summaries, block_table, query_blocks, window_starts)
-    return _backend(backend, q)(*tensors, SearchSpec.loads(spec))
+    inputs = SearchInputs(q, codes, summaries, block_table, query_blocks, window_starts)
+    return select(inputs, SearchSpec.loads(spec), backend)
 
 
 @_operator.register_fake
@@ -96,5 +124,5 @@ def _(
     spec: str,
     backend: str,
 ) -> Tensor:
-    shape = SearchSpec.loads(spec).selection_shape(q, codes, query_blocks)
-    return q.new_empty(shape, dtype=torch.int32)
+    inputs = SearchInputs(q, codes, summaries, block_table, query_blocks, window_starts)
+    return q.new_empty(SearchSpec.loads(spec).selection_shape(inputs), dtype=torch.int32)

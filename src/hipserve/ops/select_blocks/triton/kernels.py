@@ -8,9 +8,8 @@ import triton.language as tl
 from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.chain import dependent_launch_signal, dependent_launch_wait
 from hipserve.ops._triton.rows import kv_head_of, load_position, load_query_block
-from hipserve.ops.select_blocks.triton.barrier import grid_barrier
 from hipserve.ops.select_blocks.triton.baseline import store_baselines
-from hipserve.ops.select_blocks.triton.bounds import count_kept, keep_level, score_level
+from hipserve.ops.select_blocks.triton.bound import search_bound
 from hipserve.ops.select_blocks.triton.item import (
     Item,
     program_item,
@@ -18,7 +17,6 @@ from hipserve.ops.select_blocks.triton.item import (
     wants_refresh,
 )
 from hipserve.ops.select_blocks.triton.queries import queries_of
-from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
 from hipserve.ops.select_blocks.triton.scratch import scratch_of
 from hipserve.ops.select_blocks.triton.tree import search_tree
 
@@ -101,11 +99,7 @@ def search_kernel(
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """The steps [FIRST, END) of a search; the last one writes the chosen blocks.
-
-    Each of the others keeps the best of what the one before it scored, and scores what is in them:
-    runs of the next bound level, or at last keys.
-    """
+    """The steps [FIRST, END) of the selector's search; the last one writes the chosen blocks."""
     dependent_launch_wait(TILING.chained)
     item_id = program_item(num_blocks, TILING.search_programs, GEOMETRY)
     begin, end = GEOMETRY.spec.num_sink_tokens, tl.load(window_starts + item_id.block)
@@ -132,33 +126,7 @@ def search_kernel(
         begin=begin,
         end=end,
     )
-    kept = 0
-    LEVELS: tl.constexpr = GEOMETRY.levels
-    STEPS: tl.constexpr = GEOMETRY.steps
-    for n in tl.static_range(LEVELS):
-        if n >= FIRST and n < END:
-            score_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
-            if n + 1 < END:
-                grid_barrier(item.scratch.arrivals, n + 1, TILING)
-        if n + 1 >= FIRST and n + 1 < END:
-            keep_level(item, kept, LEVELS - 1 - n, GEOMETRY)
-        kept = count_kept(item, kept, LEVELS - 1 - n, GEOMETRY)
-    if FIRST <= STEPS - 2 and STEPS - 2 < END and STEPS > LEVELS + 1:
-        score_kept(item, kept, GEOMETRY, TILING)
-        if STEPS == END:
-            grid_barrier(item.scratch.arrivals, LEVELS + 1, TILING)
-    if STEPS == END:
-        if tl.program_id(0) % TILING.search_programs == 0:
-            choose(item, kept, selected_blocks(indices, item_id, GEOMETRY), GEOMETRY, TILING)
-
-
-@triton.jit
-def choose(item, kept, out, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """Writes the chosen blocks: the best of the kept runs, or what the tree finds."""
-    if GEOMETRY.spec.uses_bounds:
-        choose_in_runs(item, kept, out, GEOMETRY)
+    if GEOMETRY.spec.selector.name == "tree":
+        search_tree(item, item_id, indices, GEOMETRY, TILING)
     else:
-        n = search_tree(item, GEOMETRY, TILING)
-        i = tl.arange(0, GEOMETRY.list_size)
-        chosen = tl.load(item.scratch.left_edges + i, mask=i < n, other=-1)  # [SIZE]
-        tl.store(out + i, chosen, mask=i < GEOMETRY.spec.max_selected)
+        search_bound(item, item_id, indices, FIRST, END, GEOMETRY, TILING)

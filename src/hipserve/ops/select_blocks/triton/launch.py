@@ -6,53 +6,36 @@ import torch
 from torch import Tensor
 
 from hipserve.errors import BackendError
-from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.ops.select_blocks.spec import SearchInputs, SearchSpec
 from hipserve.ops.select_blocks.triton.geometry import Call
 from hipserve.ops.select_blocks.triton.kernels import baseline_kernel, search_kernel
 from hipserve.ops.select_blocks.triton.scratch import ScratchSizes
 from hipserve.ops.select_blocks.triton.tiling import plan
+from hipserve.types import BlockSelection
 
 SCRATCH_BYTES = 256 * 2**20
 
 
-def select_blocks(
-    q: Tensor,
-    k_cache: Tensor,
-    k_bounds: Tensor | None,
-    block_table: Tensor,
-    query_blocks: Tensor,
-    window_starts: Tensor,
-    spec: SearchSpec,
-) -> Tensor:
-    """See `hipserve.ops.select_blocks`.
-
-    Returns:
-        indices: `[num_query_blocks, heads, max_selected]` int32.
-    """
-    shape = spec.selection_shape(q, k_cache, query_blocks)
-    indices = torch.empty(shape, dtype=torch.int32, device=q.device)
-    tensors = (q, k_cache, k_bounds, block_table, query_blocks, window_starts)
-    refresh_blocks(*tensors, spec, None, indices, window_starts)
+def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
+    """`indices` `[num_query_blocks, heads, max_selected]` int32; see `hipserve.ops`."""
+    shape, device = spec.selection_shape(inputs), inputs.q.device
+    indices = torch.empty(shape, dtype=torch.int32, device=device)
+    refresh_blocks(inputs, spec, None, BlockSelection(indices, inputs.window_starts))
     return indices
 
 
 def refresh_blocks(
-    q: Tensor,
-    k_cache: Tensor,
-    k_bounds: Tensor | None,
-    block_table: Tensor,
-    query_blocks: Tensor,
-    window_starts: Tensor,
-    spec: SearchSpec,
-    refresh: Tensor | None,
-    indices: Tensor,
-    window_start: Tensor,
+    inputs: SearchInputs, spec: SearchSpec, refresh: Tensor | None, selection: BlockSelection
 ) -> None:
-    """Selects in place, for the query blocks whose entry in `refresh` (int32) is not 0.
+    """Selects in place, for the query blocks whose entry in `refresh` is not 0.
 
     Launches depend on shapes only, so a call can be captured into a CUDA graph.
+
+    refresh: `[num_query_blocks]` int32; None selects for all.
     """
     check_block_size(spec.key_block_size)
+    q, k_cache, k_bounds, block_table, query_blocks, window_starts = inputs
+    indices, window_start = selection.indices, selection.window_start
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     call = Call(
         q_shape=q.shape,

@@ -22,7 +22,7 @@ def run_keys(i, total, item, SIZE: tl.constexpr):
 @triton.jit
 def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """Scores the blocks in the `kept` finest runs, with the programs that share them."""
-    SIZE: tl.constexpr = GEOMETRY.spec.bound_block_size
+    SIZE: tl.constexpr = GEOMETRY.spec.run_size
     WIDTH: tl.constexpr = GEOMETRY.spec.key_block_size
     BLOCKS: tl.constexpr = TILING.keys // WIDTH
     STEP: tl.constexpr = TILING.search_programs * TILING.keys
@@ -45,14 +45,13 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
 def choose_in_runs(item, kept, out, GEOMETRY: tl.constexpr):
     """Writes the best blocks of the kept runs to `out`, ascending."""
     SPEC: tl.constexpr = GEOMETRY.spec
-    PER_RUN: tl.constexpr = SPEC.bound_block_size // SPEC.key_block_size
-    KEEP: tl.constexpr = SPEC.budget // SPEC.key_block_size
+    PER_RUN: tl.constexpr = GEOMETRY.spec.run_size // SPEC.key_block_size
     n = kept * PER_RUN
     c = tl.arange(0, GEOMETRY.blocks)
     run = tl.load(level_runs(item.scratch, 0) + c // PER_RUN, mask=c < n, other=0)  # [BLOCKS]
     block = run * PER_RUN + c % PER_RUN
-    if not SPEC.rerank:
+    if not GEOMETRY.options.rerank:
         tl.store(out + c, block, mask=c < n)
     else:
-        chosen, index = keep_best(item.scratch.block_scores, n, KEEP, GEOMETRY.blocks)
+        chosen, index = keep_best(item.scratch.block_scores, n, SPEC.max_selected, GEOMETRY.blocks)
         tl.store(out + index, block, mask=chosen)

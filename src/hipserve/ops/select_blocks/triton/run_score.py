@@ -42,7 +42,7 @@ def reach_out(rows, REACH: tl.constexpr):
 def load_run_queries(queries, tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """The `RunQueries` of tile number `tile`."""
     rows, _ = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM]
-    reached = reach_out(rows, GEOMETRY.spec.bound_reach)
+    reached = reach_out(rows, GEOMETRY.options.bound_reach)
     return RunQueries(rows, reached, load_baseline(queries, tile, TILING))
 
 

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hipserve.ops.select_blocks.triton.geometry import Geometry
-
 if TYPE_CHECKING:
+    from hipserve.ops.select_blocks.triton.geometry import Geometry
     from hipserve.ops.select_blocks.triton.tiling import Tiling
 
 NUM_SCORES = tl.constexpr(2)

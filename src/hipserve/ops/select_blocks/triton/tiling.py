@@ -10,16 +10,15 @@ from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import most_sharers
-from hipserve.ops.select_blocks.triton.geometry import (
-    Call,
-    Geometry,
-    count_candidates,
-    make_geometry,
-    ranked_keys,
-)
+from hipserve.ops.select_blocks.triton.bound import BoundGeometry
+from hipserve.ops.select_blocks.triton.geometry import Call, Geometry, TileSizes
 from hipserve.ops.select_blocks.triton.scratch import ScratchSizes, scratch_sizes
+from hipserve.ops.select_blocks.triton.tree import TreeGeometry
 from hipserve.platform import chains_launches, logger
+from hipserve.selectors import Selector
 
+SEARCHES: dict[str, type[Geometry]] = {"tree": TreeGeometry, "bound": BoundGeometry}
+"""By the name of the selector."""
 MAX_ROWS = 128
 PROGRAMS = 384
 """Fewer programs than this leave a large GPU idle: several share a query block and head."""
@@ -36,7 +35,7 @@ class Tiling(HashedOnce):
         row_tiles: tiles of the largest query block.
         keys: keys of a tile in the search.
         read_keys: keys of a tile among those that rows read regardless.
-        runs: runs of a tile, one entry a bound level.
+        runs: runs of a tile, one entry a level of summaries.
         stages: depth of the pipeline that loads keys.
         baseline_programs: programs of `baseline_kernel` that share a query block and head.
         search_programs: programs of `search_kernel` that do, and wait for each other.
@@ -68,19 +67,10 @@ class Plan(NamedTuple):
     scratch: ScratchSizes
 
 
-class TileSizes(NamedTuple):
-    """Most that a program of the search takes at a time, and its pipeline."""
-
-    keys: int
-    runs: int
-    read_keys: int
-    stages: int
-
-
 @functools.lru_cache(1024)
 def plan(call: Call, spec: SearchSpec) -> Plan:
     """What the kernels of a call are compiled for, and how they are launched."""
-    geometry = make_geometry(call, spec)
+    geometry = SEARCHES[spec.selector.name].of(call, spec)
     announce_long_compilation(geometry, call.k_shape[1])
     tiling = make_tiling(call, geometry)
     return Plan(geometry, tiling, scratch_sizes(geometry, tiling))
@@ -94,23 +84,20 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     rows = max(min(most_rows(geometry.dim, call.element_size), power_of_2(stacked)), 16)
     row_tiles = -(-stacked // rows)
     tile = tile_keys(geometry.dim, rows, row_tiles)
-    keys = max(tile.keys, spec.key_block_size)
+    tile = tile._replace(keys=max(tile.keys, spec.key_block_size))
     few = max(PROGRAMS // max(call.blocks * call.heads, 1), 1)
     few = min(few, most_sharers(call.device))
-    counts = count_candidates(geometry.lengths, geometry.kept, call.longest)
-    shares = [ranked_keys(spec) // keys * (spec.rerank > 0), *(n // tile.runs for n in counts)]
-    search_programs = max(min(few, max(shares)), 1) if counts else 1
-    runs = [tile_runs(n, tile.runs, search_programs) if rows == 16 else tile.runs for n in counts]
+    sharing = geometry.share(call, tile, most=few, few_rows=rows == 16)
     wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1)
     return Tiling(
         rows=rows,
         row_tiles=row_tiles,
-        keys=keys,
+        keys=tile.keys,
         read_keys=tile.read_keys,
-        runs=tuple(runs),
+        runs=sharing.runs,
         stages=tile.stages,
         baseline_programs=min(power_of_2(few // 2 + 1), 8),
-        search_programs=search_programs,
+        search_programs=sharing.programs,
         together=geometry.steps if max_rows == 1 else 1,
         num_warps=8 if wide else 4,
         chained=chains_launches(call.device),
@@ -122,11 +109,6 @@ def most_rows(dim: int, element_size: int) -> int:
     if dim > 256:
         return 64 // element_size
     return MAX_ROWS if dim <= 128 else MAX_ROWS // 2
-
-
-def tile_runs(count: int, most: int, sharers: int) -> int:
-    """Runs of a tile, `most` or half: with which the busiest program that shares does less."""
-    return min((most, most // 2), key=lambda runs: -(-count // (runs * sharers)) * runs)
 
 
 def tile_keys(dim: int, rows: int, row_tiles: int) -> TileSizes:
@@ -146,17 +128,17 @@ def announce_long_compilation(geometry: Geometry, page_size: int) -> None:
     """Says why a first call takes minutes."""
     entries = max(geometry.score_size, geometry.list_size)
     if entries >= LONG_LIST:
-        warn_of_long_lists(entries, geometry.spec.budget, geometry.spec.rerank, page_size)
+        warn_of_long_lists(entries, geometry.spec.budget, geometry.spec.selector, page_size)
 
 
 @functools.cache
-def warn_of_long_lists(entries: int, budget: int, rerank: int, page_size: int) -> None:
+def warn_of_long_lists(entries: int, budget: int, selector: Selector, page_size: int) -> None:
     """Warns once for each size."""
     logger.warning(
-        "kernels that search lists of %d entries compile for minutes (budget=%d, rerank=%d, "
+        "kernels that search lists of %d entries compile for minutes (budget=%d, %s, "
         "pages of %d keys); with some thousand keys in pages of 256 it is seconds",
         entries,
         budget,
-        rerank,
+        selector,
         page_size,
     )

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton.constants import HashedOnce
+from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.ops.select_blocks.triton.geometry import (
+    Call,
+    Geometry,
+    Sharing,
+    TileSizes,
+    shared_geometry,
+)
+from hipserve.ops.select_blocks.triton.item import selected_blocks
 from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys, score_blocks
 from hipserve.ops.select_blocks.triton.queries import load_queries
 from hipserve.ops.select_blocks.triton.threshold import keep_best
+from hipserve.selectors import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeGeometry(Geometry):
+    """What the walk of the tree is.
+
+    Attributes:
+        beam: most nodes that are kept, rounded up to a power of two.
+    """
+
+    __hash__ = HashedOnce.__hash__
+    beam: int
+
+    @property
+    def options(self) -> Tree:
+        assert isinstance(self.spec.selector, Tree)
+        return self.spec.selector
+
+    @classmethod
+    def of(cls, call: Call, spec: SearchSpec) -> TreeGeometry:
+        beam = power_of_2(spec.max_selected)
+        shared = shared_geometry(call, spec)
+        return cls(**shared, beam=beam, score_size=2 * beam, list_size=beam, steps=1)
+
+    def share(self, call: Call, tile: TileSizes, *, most: int, few_rows: bool) -> Sharing:  # noqa: ARG002
+        """A single program walks the tree: each round waits for the one before it."""
+        return Sharing(programs=1)
 
 
 @triton.jit
 def mix(left, right, SEED: tl.constexpr):
-    """A hash of the range [left, right), 31 bits; the same as `mix` in `reference.py`.
+    """A hash of the range [left, right), 31 bits; the same as `mix` in `reference/tree.py`.
 
     h = left * a + right * b + SEED * c, then two rounds of h = (h ^ h >> s) * m, mod 2^32
     """
@@ -36,14 +77,14 @@ def halves(c, scratch, n):
 @triton.jit
 def representative(left, right, GEOMETRY: tl.constexpr):
     """The block that stands for the range [left, right): first, last, any or the middle one."""
-    SPEC: tl.constexpr = GEOMETRY.spec
-    if SPEC.representative == "first":
+    OPTIONS: tl.constexpr = GEOMETRY.options
+    if OPTIONS.representative == "first":
         return left
-    elif SPEC.representative == "last":
+    elif OPTIONS.representative == "last":
         return right - 1
-    elif SPEC.representative == "random":
+    elif OPTIONS.representative == "random":
         length = tl.maximum(right - left, 1).to(tl.int64)
-        return left + (mix(left, right, SPEC.seed) % length).to(tl.int32)
+        return left + (mix(left, right, OPTIONS.seed) % length).to(tl.int32)
     else:
         return (left + right) // 2
 
@@ -94,13 +135,13 @@ def keep_halves(scratch, BEAM: tl.constexpr, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def search_tree(item, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """The paper's beam (section 3): leaves the blocks in `left_edges`, ascending; returns how many.
+def search_tree(item, item_id, indices, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """The paper's beam (section 3): writes the chosen blocks, ascending.
 
     A round halves every node and keeps the best BEAM halves, until no node is longer than a block.
     """
     SIZE: tl.constexpr = GEOMETRY.spec.key_block_size
-    BEAM: tl.constexpr = GEOMETRY.spec.budget // SIZE
+    BEAM: tl.constexpr = GEOMETRY.spec.max_selected
     first, count = item.begin // SIZE, item.end // SIZE - item.begin // SIZE
     divide(item.scratch, first, count, BEAM, GEOMETRY)
     queries = load_queries(item.queries, 0, GEOMETRY, TILING)
@@ -109,4 +150,6 @@ def search_tree(item, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
         score_halves(item, queries, first, item.end // SIZE, BEAM, GEOMETRY, TILING)
         keep_halves(item.scratch, BEAM, GEOMETRY)
         longest = (longest + 1) // 2
-    return BEAM
+    i = tl.arange(0, GEOMETRY.list_size)
+    chosen = tl.load(item.scratch.left_edges + i, mask=i < BEAM, other=-1)  # [BEAM]
+    tl.store(selected_blocks(indices, item_id, GEOMETRY) + i, chosen, mask=i < BEAM)

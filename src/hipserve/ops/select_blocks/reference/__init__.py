@@ -1,0 +1,33 @@
+"""The definition of block selection: eager torch, one query block at a time, any device.
+
+Every key of the searched middle is visible to every row of the block, so no score is ever masked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.ops.select_blocks.reference.bound import BoundSearch
+from hipserve.ops.select_blocks.reference.search import IndexedKeys, Search, sample_rows
+from hipserve.ops.select_blocks.reference.tree import TreeSearch
+from hipserve.ops.select_blocks.spec import SearchInputs, SearchSpec
+
+SEARCHES: dict[str, type[Search]] = {"tree": TreeSearch, "bound": BoundSearch}
+"""By the name of the selector."""
+
+
+def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
+    """`indices` `[num_query_blocks, heads, max_selected]` int32; see `hipserve.ops`."""
+    shape = spec.selection_shape(inputs)
+    indices = torch.full(shape, -1, dtype=torch.int32, device=inputs.q.device)
+    starts: list[int] = inputs.window_starts.tolist()
+    for i, (seq, row, num_rows, position) in enumerate(inputs.query_blocks.tolist()):
+        if starts[i] > spec.num_sink_tokens:
+            rows = sample_rows(inputs.q[row : row + num_rows], shape[1], spec.query_stride)
+            pages = inputs.block_table[seq].long()
+            keys = IndexedKeys(inputs.codes, inputs.summaries, pages)
+            search = SEARCHES[spec.selector.name](rows, keys, starts[i], position, spec)
+            chosen = search.select()
+            indices[i, :, : chosen.shape[1]] = chosen.int()
+    return indices

@@ -1,0 +1,82 @@
+"""The descent through summaries of runs of keys, their mean and deviation, coarse levels first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipserve.ops.select_blocks.reference.search import IndexedKeys, Search, top
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
+from hipserve.selectors import Bound
+
+
+class BoundSearch(Search):
+    """Keeps the best runs of every level, then the best blocks in the finest of them."""
+
+    def __init__(
+        self, rows: Tensor, keys: IndexedKeys, window_start: int, position: int, spec: SearchSpec
+    ) -> None:
+        """rows: `[heads, rows, head_dim]`."""
+        super().__init__(rows, keys, window_start, position, spec)
+        assert isinstance(spec.selector, Bound)
+        assert keys.summaries is not None
+        assert spec.run_size is not None
+        self.options, self.summaries = spec.selector, keys.summaries
+        sizes = (keys.codes.shape[1], spec.run_size, self.summaries.shape[1])
+        self.lengths, self.offsets = bound_levels(*sizes), bound_offsets(*sizes)
+
+    def select(self) -> Tensor:
+        runs = self.fine_runs()
+        per_run = self.lengths[0] // self.spec.key_block_size
+        inside = torch.arange(per_run, device=runs.device)
+        blocks = (runs[..., None] * per_run + inside).flatten(1)
+        if self.options.rerank:
+            best = top(self.block_scores(blocks), self.spec.max_selected)
+            blocks = blocks.gather(1, best)
+        return blocks
+
+    def fine_runs(self) -> Tensor:
+        """The best runs of the finest level, `[heads, count]`."""
+        counts = kept_runs(self.spec.budget * max(self.options.rerank, 1), self.lengths)
+        coarsest = len(self.lengths) - 1
+        runs = self.every_run(coarsest)
+        for level in range(coarsest, -1, -1):
+            if level < coarsest:
+                runs = self.candidates(runs, level)
+            runs = runs.gather(1, top(self.run_scores(runs, level), counts[level]))
+        return runs
+
+    def every_run(self, level: int) -> Tensor:
+        """All runs of a level that lie in what is searched, `[heads, count]`."""
+        begin = -(-self.begin // self.lengths[level])
+        end = max(begin, self.end // self.lengths[level])
+        every = torch.arange(begin, end, device=self.rows.device)
+        return every.expand(self.rows.shape[0], -1)
+
+    def candidates(self, kept: Tensor, level: int) -> Tensor:
+        """Children of the `kept` runs `[heads, count]`, and runs without a parent that is searched.
+
+        The parents are runs of the next level, those that lie wholly in what is searched.
+        """
+        parent, every = self.lengths[level + 1], self.every_run(level)
+        ratio = parent // self.lengths[level]
+        low, high = -(-self.begin // parent) * ratio, self.end // parent * ratio
+        edge = every[:, (every[0] < low) | (every[0] >= high)]
+        children = kept[..., None] * ratio + torch.arange(ratio, device=kept.device)
+        return torch.cat([children.flatten(1), edge], dim=1).sort(dim=1).values
+
+    def run_scores(self, runs: Tensor, level: int) -> Tensor:
+        """`[heads, count]`: a score of each run, max over the rows, from its summary.
+
+        q.mean + bound_reach * |q|.deviation: what a key scores that lies so many deviations from
+        the mean in every channel, on the side that is good for q. The rows are weighted in their
+        own dtype.
+        """
+        length = self.lengths[level]
+        page, slot = self.keys.locate(runs * length)
+        run = self.offsets[level] + slot // length
+        mean, deviation = self.summaries[page, run, self.kv_heads].to(self.rows.dtype).unbind(2)
+        reached = (self.options.bound_reach * self.rows.abs()).to(self.dtype).to(self.rows.dtype)
+        scores = self.rows @ mean.mT + reached @ deviation.mT
+        return (scores - self.baseline).amax(dim=1)

@@ -1,0 +1,254 @@
+"""The descent through summaries: from the coarsest runs to the finest, then to blocks in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from hipserve.ops._triton.constants import HashedOnce
+from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.select_blocks.spec import SearchSpec
+from hipserve.ops.select_blocks.triton.barrier import grid_barrier
+from hipserve.ops.select_blocks.triton.geometry import (
+    Call,
+    Geometry,
+    Sharing,
+    TileSizes,
+    shared_geometry,
+)
+from hipserve.ops.select_blocks.triton.item import selected_blocks
+from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
+from hipserve.ops.select_blocks.triton.run_score import (
+    load_run_queries,
+    load_summaries,
+    score_runs,
+)
+from hipserve.ops.select_blocks.triton.scratch import level_runs, level_scores
+from hipserve.ops.select_blocks.triton.threshold import keep_best
+from hipserve.plan import bound_levels, bound_offsets, kept_runs
+from hipserve.selectors import Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundGeometry(Geometry):
+    """What the descent is.
+
+    Lists with one entry a level have the finest first. `candidates` and `blocks` are rounded up to
+    powers of two.
+
+    Attributes:
+        lengths: keys of a run of each level.
+        offsets: where the runs of each level start in a page, and where the last one ends.
+        candidates: most runs that are scored, of each level.
+        kept: runs that are kept, of each level.
+        blocks: most key blocks that the re-rank scores.
+    """
+
+    __hash__ = HashedOnce.__hash__
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+    candidates: tuple[int, ...]
+    kept: tuple[int, ...]
+    blocks: int
+
+    @property
+    def options(self) -> Bound:
+        assert isinstance(self.spec.selector, Bound)
+        return self.spec.selector
+
+    @property
+    def levels(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def ratio(self) -> int:
+        """Fine runs in a coarse one."""
+        return self.lengths[-1] // self.lengths[0]
+
+    @classmethod
+    def of(cls, call: Call, spec: SearchSpec) -> BoundGeometry:
+        options, run_size = spec.selector, spec.run_size
+        assert isinstance(options, Bound)
+        assert run_size is not None
+        sizes = (call.k_shape[1], run_size, call.num_runs)
+        lengths = bound_levels(*sizes)
+        ranked = spec.budget * max(options.rerank, 1)
+        kept = kept_runs(ranked, lengths)
+        candidates = tuple(map(power_of_2, count_candidates(lengths, kept, call.longest)))
+        blocks = power_of_2(ranked // spec.key_block_size)
+        return cls(
+            **shared_geometry(call, spec),
+            lengths=lengths,
+            offsets=bound_offsets(*sizes),
+            candidates=candidates,
+            kept=kept,
+            blocks=blocks,
+            score_size=max([*candidates, blocks]),
+            list_size=power_of_2(max([*kept, blocks])),
+            steps=len(lengths) + (2 if options.rerank else 1),
+        )
+
+    def share(self, call: Call, tile: TileSizes, *, most: int, few_rows: bool) -> Sharing:
+        counts = count_candidates(self.lengths, self.kept, call.longest)
+        keys = self.kept[0] * self.lengths[0] if self.options.rerank else 0
+        programs = max(min(most, max(keys // tile.keys, *(n // tile.runs for n in counts))), 1)
+        runs = [tile_runs(n, tile.runs, programs) if few_rows else tile.runs for n in counts]
+        return Sharing(programs, tuple(runs))
+
+
+def count_candidates(
+    lengths: tuple[int, ...], kept: tuple[int, ...], longest: int
+) -> tuple[int, ...]:
+    """Most runs that are scored, of each level: all of the coarsest, then children."""
+    counts = [power_of_2(max(longest // length, 1)) for length in lengths[-1:]]
+    if len(lengths) > 1:
+        ratio = lengths[1] // lengths[0]
+        counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
+    return tuple(counts)
+
+
+def tile_runs(count: int, most: int, sharers: int) -> int:
+    """Runs of a tile, `most` or half: with which the busiest program that shares does less."""
+    return min((most, most // 2), key=lambda runs: -(-count // (runs * sharers)) * runs)
+
+
+class Candidates(NamedTuple):
+    """The runs of a level that are scored: some before, the children of kept parents, some behind.
+
+    Parents lie wholly in what is searched; the fine runs at both ends have none.
+    """
+
+    first: Any
+    """The first run of the level that lies wholly in what is searched."""
+    before: Any
+    """Candidates before the children."""
+    parents: Any
+    """Kept runs of the level above, whose children are candidates."""
+    behind: Any
+    """The first run behind all parents."""
+    count: Any
+
+
+@triton.jit
+def candidates_of(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
+    """The `Candidates` of a level, below `kept` runs of the level above."""
+    LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
+    RATIO: tl.constexpr = GEOMETRY.ratio
+    first = (item.begin + LENGTH - 1) // LENGTH
+    last = tl.maximum(first, item.end // LENGTH)
+    low, high = last, last
+    if GEOMETRY.levels - 1 > LEVEL:
+        low = (item.begin + LENGTH * RATIO - 1) // (LENGTH * RATIO) * RATIO
+        high = item.end // (LENGTH * RATIO) * RATIO
+        parents = low < high
+        low, high = tl.where(parents, low, last), tl.where(parents, high, last)
+    before = tl.maximum(tl.minimum(low, last) - first, 0)
+    behind = tl.maximum(high, first)
+    count = before + kept * RATIO + tl.maximum(last - behind, 0)
+    return Candidates(first, before, kept, behind, count)
+
+
+@triton.jit
+def candidate_runs(c, parents, candidates, RATIO: tl.constexpr):
+    """Runs of the candidates `c`, like it; `parents` points to the kept runs of the level above."""
+    first, before, behind = candidates.first, candidates.before, candidates.behind
+    children = candidates.parents * RATIO
+    inner = (c >= before) & (c < before + children)
+    parent = tl.load(parents + (c - before) // RATIO, mask=inner, other=0)
+    child = parent * RATIO + (c - before) % RATIO
+    outer = tl.where(c < before, first + c, behind + c - before - children)
+    return tl.where(inner, child, outer)
+
+
+@triton.jit
+def count_kept(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
+    """How many runs of a level are kept, below `kept` runs of the level above."""
+    KEEP: tl.constexpr = GEOMETRY.kept[LEVEL]
+    return tl.minimum(candidates_of(item, kept, LEVEL, GEOMETRY).count, KEEP)
+
+
+@triton.jit
+def keep_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Keeps the best candidates of a level, below `kept` runs of the level above, in order."""
+    SIZE: tl.constexpr = GEOMETRY.candidates[LEVEL]
+    count = count_kept(item, kept, LEVEL, GEOMETRY)
+    candidates = candidates_of(item, kept, LEVEL, GEOMETRY)
+    scores = level_scores(item.scratch, LEVEL)
+    chosen, index = keep_best(scores, candidates.count, count, SIZE)
+    parents = level_runs(item.scratch, LEVEL + 1)
+    runs = candidate_runs(tl.arange(0, SIZE), parents, candidates, GEOMETRY.ratio)
+    tl.store(level_runs(item.scratch, LEVEL) + index, runs, mask=chosen)  # [SIZE]
+    tl.debug_barrier()
+
+
+@triton.jit
+def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """Scores the candidates of a level by their summaries, with the programs that share them."""
+    scores = level_scores(item.scratch, LEVEL)
+    candidates = candidates_of(item, kept, LEVEL, GEOMETRY)
+    queries = load_run_queries(item.queries, 0, GEOMETRY, TILING)
+    RUNS: tl.constexpr = TILING.runs[LEVEL]
+    STEP: tl.constexpr = TILING.search_programs * RUNS
+    n = candidates.count
+    first = tl.program_id(0) % TILING.search_programs * RUNS
+    i = tl.arange(0, RUNS)
+    at = summaries_of(first + i, item, candidates, LEVEL, GEOMETRY)
+    for start in tl.range(first, n, STEP, num_stages=1):
+        c = start + i
+        summaries = load_summaries(at, item.bounds.strides.side, c < n, GEOMETRY)
+        # What is next is looked up while these are on their way.
+        at = summaries_of(c + STEP, item, candidates, LEVEL, GEOMETRY)
+        best = score_runs(queries, item.queries, summaries, GEOMETRY, TILING)
+        tl.store(scores + c, best, mask=c < n)  # [RUNS]
+
+
+@triton.jit
+def summaries_of(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Pointers to the summaries of the candidates `c` of a level, like it."""
+    LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
+    bounds = item.bounds
+    parents = level_runs(item.scratch, LEVEL + 1)
+    key = candidate_runs(c, parents, candidates, GEOMETRY.ratio) * LENGTH
+    there = c < candidates.count
+    page = tl.load(bounds.table + key // bounds.page_size, mask=there, other=0).to(tl.int64)
+    run = GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH
+    return bounds.start + page * bounds.strides.page + run.to(tl.int64) * bounds.strides.run
+
+
+@triton.jit
+def search_bound(
+    item,
+    item_id,
+    indices,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    """The steps [FIRST, END) of the descent; the last one writes the chosen blocks.
+
+    Each of the others keeps the best of what the one before it scored, and scores what is in them:
+    runs of the next level, or at last keys.
+    """
+    kept = 0
+    LEVELS: tl.constexpr = GEOMETRY.levels
+    STEPS: tl.constexpr = GEOMETRY.steps
+    for n in tl.static_range(LEVELS):
+        if n >= FIRST and n < END:
+            score_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
+            if n + 1 < END:
+                grid_barrier(item.scratch.arrivals, n + 1, TILING)
+        if n + 1 >= FIRST and n + 1 < END:
+            keep_level(item, kept, LEVELS - 1 - n, GEOMETRY)
+        kept = count_kept(item, kept, LEVELS - 1 - n, GEOMETRY)
+    if FIRST <= STEPS - 2 and STEPS - 2 < END and GEOMETRY.options.rerank:
+        score_kept(item, kept, GEOMETRY, TILING)
+        if STEPS == END:
+            grid_barrier(item.scratch.arrivals, LEVELS + 1, TILING)
+    if STEPS == END:
+        if tl.program_id(0) % TILING.search_programs == 0:
+            out = selected_blocks(indices, item_id, GEOMETRY)
+            choose_in_runs(item, kept, out, GEOMETRY)

@@ -1,0 +1,24 @@
+"""The descent through summaries of runs of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hipserve.selectors.selector import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Bound(Selector):
+    """Coarse runs first, then the fine ones inside, then the keys of those that are kept.
+
+    Attributes:
+        bound_reach: a run is scored so many standard deviations from its mean.
+        rerank: this many times the budget is kept and ordered by exact scores; 0 trusts the
+            summaries alone.
+    """
+
+    name: ClassVar[str] = "bound"
+    reads_summaries: ClassVar[bool] = True
+    bound_reach: float
+    rerank: int
