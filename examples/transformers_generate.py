@@ -1,4 +1,4 @@
-"""An unmodified transformers model on HiP attention: its tokens beside those of dense attention."""
+"""An unmodified transformers model on HiP attention: its tokens and those of dense attention."""
 
 import sys
 

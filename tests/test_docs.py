@@ -53,7 +53,7 @@ MODULES = [
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients of a running server are compiled alone: the tests of the server talk to one."""
+    """Clients of a running server are only compiled: the tests of the server run them."""
     monkeypatch.chdir(ROOT)
     program = compile(code, "documentation", "exec")
     if "base_url=" not in code:
@@ -103,7 +103,7 @@ def test_examples_run(example: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     expected = {
-        "library.py": "greatest difference",
+        "library.py": "maximum difference",
         "transformers_generate.py": "the same tokens as dense attention: True",
         "chat_over_a_file.py": "The pass key is 83724.",
     }

@@ -91,7 +91,7 @@ class HiPConfig:
         _check_choice("representative", self.representative, get_args(Representative))
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "true or false", getattr(self, name), "pass a bool")
+                raise _wrong(name, "true or false", getattr(self, name))
         _check_fraction("bound_reach", self.bound_reach)
         self._check_sizes()
 
@@ -163,7 +163,7 @@ class HiPConfig:
             ConfigError: for an unknown key or preset, or a value out of range.
         """
         if not isinstance(cast("object", values), dict):
-            raise ConfigError("values", "a dict of fields", repr(values), "pass a dict")
+            raise ConfigError("values", "a dict of fields", repr(values))
         values = dict(values)
         name = values.pop("preset", "default")
         _check_choice("preset", name, tuple(PRESETS))

@@ -1,4 +1,4 @@
-"""The exception tree: errors name the argument, what was expected, what came and what to do."""
+"""The exception tree. An error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HipserveError(Exception):
 
     Attributes:
         message: what is wrong.
-        hint: what to do about it; empty where the message says it all.
+        hint: what to do about it; empty where the message is enough.
     """
 
     def __init__(self, message: str = "", hint: str = "") -> None:
@@ -25,8 +25,8 @@ class ArgumentError(HipserveError, ValueError):
     Attributes:
         argument: name of the argument, as the caller wrote it.
         expected: what would have been accepted.
-        got: what came.
-        hint: what to do about it; empty where `expected` says it all.
+        got: what was given.
+        hint: what to do about it; empty where `expected` is enough.
     """
 
     def __init__(self, argument: str, expected: str, got: str, hint: str = "") -> None:
@@ -43,7 +43,7 @@ class BackendError(HipserveError, RuntimeError):
 
 
 class FitError(HipserveError):
-    """The document, the request or the cache does not fit a limit; the message gives the sum."""
+    """The document, the request or the cache exceeds a limit; the message has the numbers."""
 
 
 class NumericsError(HipserveError):
@@ -51,6 +51,6 @@ class NumericsError(HipserveError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt word: "did you mean budget?", or nothing where nothing is near."""
+    """A hint for a misspelt word, such as "did you mean budget?"; empty if no word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]}?" if near else ""

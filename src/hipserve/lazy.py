@@ -1,4 +1,4 @@
-"""Names that a package loads on first use, so that importing the package stays cheap."""
+"""Names that a package loads on first use: importing the package stays cheap."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from hipserve.errors import ArgumentError, BackendError
+from hipserve.errors import ArgumentError, BackendError, did_you_mean
 
 logger = logging.getLogger("hipserve")
 
@@ -30,7 +30,7 @@ NATIVE_CALLS = 5
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
 WIDE_FLOAT32_BYTES = 4 * 16 * 512 * 4
-"""Both sides of boxes and the rows that meet them, in the search with head_dim above 256."""
+"""Shared memory of the search with head_dim above 256: summaries and the rows that read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     """
     if backend not in get_args(Backend):
         raise ArgumentError(
-            "backend", f"one of {', '.join(get_args(Backend))}", repr(backend), "choose one of them"
+            "backend",
+            f"one of {', '.join(get_args(Backend))}",
+            repr(backend),
+            did_you_mean(str(backend), get_args(Backend)),
         )
     if backend == "reference":
         return backend
@@ -204,7 +207,9 @@ def check_device(device: str) -> torch.device:
     """
     known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if device not in (*known, default_device()):
-        raise ArgumentError("device", f"one of {', '.join(known)}", repr(device), "choose one")
+        raise ArgumentError(
+            "device", f"one of {', '.join(known)}", repr(device), did_you_mean(device, known)
+        )
     return torch.device(device)
 
 
@@ -247,7 +252,7 @@ def measured(name: str, measure: Callable[[], Any], valid: Callable[[Any], bool]
     """The value kept under `name`, or that of `measure`, which is then kept.
 
     Processes that ask at the same time wait for the first. A file that cannot be read counts as
-    empty; where none can be written, every process measures for itself.
+    empty; where none can be written, every process measures again.
     """
     path = measurements_file()
     with _alone(path):
@@ -261,7 +266,7 @@ def measured(name: str, measure: Callable[[], Any], valid: Callable[[Any], bool]
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Generator[None]:
-    """No other process is here meanwhile, if the directory of `path` can be written."""
+    """Excludes other processes, if the directory of `path` can be written."""
     with contextlib.ExitStack() as stack:
         try:
             import fcntl

@@ -77,7 +77,7 @@ class BlockSelection:
         indices: `[num_query_blocks, heads, max_selected]` int32, key-block indices ascending, then
             -1 to the end; `heads` is `num_kv_heads`, or `num_q_heads` without `share_group`.
         window_start: `[num_query_blocks]` int32, first key of the contiguous window. It belongs to
-            the selection: reused in later decode steps, the window grows from here, so that no key
+            the selection: reused in later decode steps, the window grows from here, and no key
             falls between selection and window.
     """
 

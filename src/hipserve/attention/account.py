@@ -25,7 +25,7 @@ class _Uncounted(NamedTuple):
 
 
 class KeyCounter(Protocol):
-    """What an `AttentionLayer` tells of each call."""
+    """What an `AttentionLayer` reports of each call."""
 
     def add(self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig) -> None:
         """Adds the rows of one call; without a selection they read everything."""

@@ -1,11 +1,10 @@
-"""What a CPU does best, measured on it once: its dense kernel, and from where on pruning pays.
+"""The fastest dense kernel of a CPU, and from where on pruning pays: measured once.
 
-Both depend on the machine: with AMX, torch's dense kernel can be several times as fast as ours, so
-that a search pays later. A measurement takes some tenths of a second, the first time that a kind of
-layer runs on a machine. It counts the processor time of one thread, which a busy machine hardly
-disturbs and from which all contenders scale alike. The result is kept in the user's cache
-directory, where all processes of a host find the same one. `HIPSERVE_MEASURE=0` takes our kernel
-and `BREAK_EVEN` instead.
+Both depend on the machine: with AMX, torch's dense kernel can be several times as fast as ours, and
+pruning pays later. A measurement takes some tenths of a second, the first time that a kind of layer
+runs on a machine. It counts the processor time of one thread, which a busy machine hardly changes.
+The result is kept in the user's cache directory, where all processes of a host find the same one.
+`HIPSERVE_MEASURE=0` takes our kernel and `BREAK_EVEN` instead.
 """
 
 from __future__ import annotations
@@ -30,10 +29,11 @@ from hipserve.types import KeyPool
 DenseKernel = Literal["native", "sdpa"]
 
 ROUNDS = 5
-"""After a call that warms up; the quickest counts."""
+"""Timed calls after a warm-up; the minimum counts."""
 
 MARGIN = 0.9
-"""Torch's kernel has to take less than this much of ours: it rounds chunks apart from one pass."""
+"""Torch's kernel is used where it takes less than this share of our time: it rounds chunks and one
+pass differently."""
 
 PROMPT = 1024
 """Tokens of the prompt that both dense kernels read."""
@@ -81,7 +81,7 @@ def rule_of(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule:
 def rule_for(
     config: HiPConfig, device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int
 ) -> PruningRule:
-    """The same before there is a tensor."""
+    """As `rule_of`, from the properties of q."""
     kind = LayerKind(dtype, head_dim, group_size)
     if config.dense_below is not None or device.type != "cpu" or not _may_measure(kind):
         return pruning_rule(config, device.type)
@@ -114,7 +114,7 @@ def _may_measure(kind: LayerKind) -> bool:
 
 
 def _costs(config: HiPConfig) -> str:
-    """The fields that decide what a pruned query block costs, where they are not the defaults."""
+    """The fields that change the cost of a pruned query block, where they are not the defaults."""
     default, values = HiPConfig().to_dict(), config.to_dict()
     kept = [n for n, x in values.items() if n not in _IRRELEVANT and x != default[n]]
     return ", ".join(f"{name} {values[name]}" for name in kept) or "default"
@@ -150,7 +150,7 @@ def _break_even(kind: LayerKind, config: HiPConfig, kernel: DenseKernel) -> int:
         before = (length, math.log(pruned / dense))
         if time.perf_counter() - began > PATIENCE:
             break
-    # Dense time grows with the context, that of a pruned block hardly.
+    # Dense time grows with the context; that of a pruned block is nearly constant.
     return _rounded(length * math.exp(before[1]))
 
 
@@ -207,7 +207,7 @@ class _Case:
 
 
 def _quickest(*calls: Callable[[], object]) -> list[float]:
-    """Seconds of one thread in each call: in turn, the first round not counted."""
+    """Minimum seconds of one thread for each call; they alternate, and the first round warms up."""
     times: list[list[float]] = [[] for _ in calls]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from hipserve.types import BlockSelection, KeyPool
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 FEWEST_ROWS = 32
-"""Rows of a sequence from which reading its keys for torch's kernel pays; fewer wait for memory."""
+"""Minimum rows of a sequence for which torch's kernel pays; fewer wait for memory."""
 
 
 def dense_head(
@@ -68,7 +68,7 @@ def _gpu_takes(q: Tensor, softcap: float, backend: str) -> bool:
 
 
 def _cpu_takes(q: Tensor, num_kv_heads: int, softcap: float, backend: str) -> bool:
-    """The same of torch's dense kernel for CPUs; few rows wait for memory, whichever it is."""
+    """The same of torch's dense kernel for CPUs; few rows wait for memory with either kernel."""
     if q.device.type != "cpu" or backend != "auto" or softcap or q.shape[0] < FEWEST_ROWS:
         return False
     group_size = q.shape[-2] // num_kv_heads
@@ -175,7 +175,7 @@ def _by_both(
         for span in shares.spans:
             rows, pages = slice(span.begin, span.end), layout.block_table[span.seq]
             for heads, part, part_lse in attend_rows(q[rows], pool, pages, span.position, scale):
-                if part.shape == out.shape and part.dtype == out.dtype:  # all there is
+                if part.shape == out.shape and part.dtype == out.dtype:  # all rows and heads
                     return part, part_lse
                 out[rows, heads], lse[rows, heads] = part, part_lse
     return out, lse

@@ -176,7 +176,7 @@ def whole_sequences(batch: int, query_len: int, kv_len: int, device: torch.devic
 def _check(config: HiPConfig, causal: bool, sm_scale: float | None, softcap: float) -> None:
     checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
     kind = isinstance(cast("object", config), HiPConfig)
-    checks.require(kind, "config", "a HiPConfig", type(config).__name__, "build one")
+    checks.require(kind, "config", "a HiPConfig", type(config).__name__)
     if sm_scale is not None:
         checks.check_scale(sm_scale)
     checks.check_softcap(softcap)
@@ -194,11 +194,11 @@ def check_whole(q: Tensor, k: Tensor, v: Tensor) -> None:
         checks.check_floats(argument, x, _KV_DIMS)
         checks.check_same(argument, x, q)
     if v.shape != k.shape:
-        raise ArgumentError("v", f"shape {list(k.shape)} as k", str(list(v.shape)), "match them")
+        raise ArgumentError("v", f"shape {list(k.shape)} as k", str(list(v.shape)))
     if k.shape[0] != q.shape[0]:
-        raise ArgumentError("k", f"batch {q.shape[0]} as q", str(k.shape[0]), "match them")
+        raise ArgumentError("k", f"batch {q.shape[0]} as q", str(k.shape[0]))
     checks.check_heads(q, k.shape[2], k.shape[3], "k")
     if k.shape[1] < q.shape[1]:
-        expected = f"at least the {q.shape[1]} keys of q's own rows"
+        expected = f"a kv_len of {q.shape[1]} or more, as q has rows"
         hint = "pass the keys of the whole sequence"
         raise ArgumentError("k", expected, str(k.shape[1]), hint)

@@ -1,4 +1,4 @@
-"""HiP attention has no gradient: whoever asks for one is told so."""
+"""HiP attention has no gradient; asking for one raises an error."""
 
 from __future__ import annotations
 

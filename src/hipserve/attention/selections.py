@@ -53,7 +53,7 @@ class RequestSelections:
     Attributes:
         num_slots: most requests that are alive at a time.
         indices: `[num_slots + 1, heads, max_selected]` int32, made by `allocate` or with the first
-            selection; the last slot is nobody's.
+            selection; the last slot belongs to no request.
         window_start: `[num_slots + 1]` int32.
     """
 
@@ -91,7 +91,7 @@ class RequestSelections:
     def _select_captured(
         self, q: Tensor, index: KeyIndex, plan: CapturedPlan, config: HiPConfig, backend: str
     ) -> BlockSelection:
-        """The same launches whatever the step: flags on the device say who selects again."""
+        """The same launches in every step: flags on the device say which rows select again."""
         options: dict[str, Any] = {"config": config, "rule": plan.rule, "backend": backend}
         if config.refresh_interval == 1:
             return select_blocks(q, index, plan.layout, check=False, **options)
@@ -104,7 +104,7 @@ class RequestSelections:
         return selection
 
     def allocate(self, device: torch.device, heads: int, max_selected: int) -> None:
-        """Makes room for all slots, if there is none yet."""
+        """Allocates all slots, unless that was done before."""
         if not self.indices.numel():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
             shape = (self.num_slots + 1, heads, max_selected)
@@ -158,7 +158,7 @@ class StepSelections:
         return self.requests.select(q, index, self.plan, search.config, search.backend)
 
     def clear(self) -> None:
-        """The engine's schedule forgets requests by itself."""
+        """Nothing to do: the engine's schedule forgets requests."""
 
 
 class SelectionReuse:
@@ -194,7 +194,7 @@ class SelectionReuse:
     def select(
         self, q: Tensor, index: KeyIndex, layout: BatchLayout, rule: PruningRule, search: Search
     ) -> BlockSelection:
-        """As `Selections.select`; only steps of one row a sequence keep anything.
+        """As `Selections.select`; only steps of one row a sequence keep their selection.
 
         q: `[num_tokens, num_q_heads, head_dim]`.
         """

@@ -13,9 +13,9 @@ def absorb_sinks(
 ) -> tuple[Tensor, Tensor]:
     """Attention as if the softmax had had one more column, whose value is zero.
 
-    The column takes its share of the weights and adds nothing, so that what is there shrinks by
-    `sigmoid(lse - sink_logits)`. GPT-OSS and Granite have such sinks; they are no keys, unlike
-    `num_sink_tokens`.
+    The column takes its share of the weights and adds nothing: the output is multiplied by
+    `sigmoid(lse - sink_logits)`. GPT-OSS and Granite have such sinks. They are not keys, unlike
+    those of `num_sink_tokens`.
 
     >>> out, lse = absorb_sinks(torch.ones(1, 1, 2), torch.zeros(1, 1), torch.zeros(1))
     >>> out.tolist(), round(float(lse), 4)
@@ -47,7 +47,5 @@ def _check(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
     checks.check_tensor("sink_logits", sink_logits, "[num_q_heads]")
     heads, rows = list(sink_logits.shape), list(out.shape[:-1])
     fits = rows[-1:] == heads
-    checks.require(
-        fits, "sink_logits", f"shape {rows[-1:]}, a logit a query head", heads, "check it"
-    )
-    checks.require(list(lse.shape) == rows, "lse", f"shape {rows}", list(lse.shape), "check it")
+    checks.require(fits, "sink_logits", f"shape {rows[-1:]}, a logit a query head", heads)
+    checks.require(list(lse.shape) == rows, "lse", f"shape {rows}", list(lse.shape))

@@ -14,8 +14,8 @@ SCRATCH = 16 * 2**20
 """Bytes of keys, and as many of values, that are gathered from pages at a time."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""What `scaled_dot_product_attention` runs on a CPU; it also gives the log-sum-exp. Its rows are
-counted from the first key on, so that rows behind earlier keys take two calls."""
+"""What `scaled_dot_product_attention` runs on a CPU; it also returns the log-sum-exp. Its causal
+mask begins at the first key, so rows behind earlier keys take two calls."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from hipserve.plan import BatchLayout, runs_of_pages
 from hipserve.types import KeyIndex, KeyPool
 
 GROWTH = 0.25
-"""A pool that is full grows by this share at least, so that copies stay rare."""
+"""Minimum share by which a full pool grows: copies stay rare."""
 
 FEW_SLOTS = 64
-"""So many slots are told one by one; more of them page by page."""
+"""Up to so many slots are computed one by one; more of them page by page."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,8 +60,8 @@ def empty_pages(
 class PagedLayer:
     """Keys and values of one layer, in pages that sequences own or share.
 
-    A page is shared after sequences branch (beam search); whoever writes to a shared page first
-    copies that page alone. Nothing else is ever copied, except when the pool grows.
+    A page is shared after sequences branch (beam search). A sequence that writes to a shared page
+    copies that page first. Nothing else is copied, except when the pool grows.
 
     Args:
         page_size: keys in a page.
@@ -85,7 +85,7 @@ class PagedLayer:
 
     @property
     def pool(self) -> KeyPool:
-        """The keys and values; there are some once anything was appended."""
+        """The keys and values, once some were appended."""
         return self._held()[0]
 
     @property
@@ -99,7 +99,7 @@ class PagedLayer:
         return self._pages
 
     def _tensors(self) -> list[Tensor]:
-        """Keys, values and summaries, as far as there are any."""
+        """Keys, values and summaries; those that exist."""
         if self._pages is None:
             return []
         pool, index = self._pages
@@ -114,8 +114,8 @@ class PagedLayer:
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends k and v, `[batch, new, num_kv_heads, head_dim]` each.
 
-        valid `[batch, new]` bool leaves out the tokens where it is False (padding), so that the
-        sequences of a batch may differ in length.
+        Tokens where valid `[batch, new]` bool is False (padding) are left out: sequences of a batch
+        may differ in length.
         """
         batch, new = k.shape[:2]
         self._check(k)
@@ -180,7 +180,7 @@ class PagedLayer:
         return -(-length // self.page_size)
 
     def _reserve(self, k: Tensor, counts: list[int]) -> None:
-        """Gives every sequence pages of its own for what it is about to write."""
+        """Gives every sequence its own pages for the keys that it is about to write."""
         shared = [seq for seq, count in enumerate(counts) if count and self._shares(seq)]
         ends = [self._used(n + count) for n, count in zip(self.lengths, counts, strict=True)]
         missing = [end - len(table) for end, table in zip(ends, self._tables, strict=True)]
@@ -199,7 +199,7 @@ class PagedLayer:
         return partial and self._owners[self._tables[seq][-1]] > 1
 
     def _take(self, count: int, k: Tensor) -> Iterator[int]:
-        """Pages that nobody held; the pool grows where there are too few."""
+        """Pages without an owner; the pool grows if there are too few."""
         free = [page for page, owners in enumerate(self._owners) if not owners]
         if len(free) < count or self._pages is None:
             free += self._grow(k, count - len(free))
@@ -249,5 +249,5 @@ class PagedLayer:
 @functools.lru_cache(16)
 @ordinary_tensors
 def _few_slots(slots: tuple[int, ...], device: torch.device) -> Tensor:
-    """All layers of a step write to the same slots; making them anew makes a GPU's host wait."""
+    """All layers of a step write to the same slots: made once, as making them waits for a GPU."""
     return torch.tensor(slots, dtype=torch.int64, device=device)

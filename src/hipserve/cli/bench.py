@@ -5,7 +5,7 @@ from __future__ import annotations
 from hipserve.cli import bench_attention, bench_serve
 from hipserve.cli.commands import Commands
 
-app = Commands(help="Speed of HiP attention beside dense attention.")
+app = Commands(help="Speed of HiP attention compared with dense attention.")
 
 
 @app.callback()

@@ -18,7 +18,7 @@ from hipserve.cli.numbers import (
     parse_counts,
 )
 from hipserve.cli.output import err, result, result_json, show
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ _DENSE = {"native": "our kernel", "sdpa": "torch's SDPA"}
 Heads = Annotated[str, typer.Option(metavar="Q/KV", help="Query and KV heads of the layer.")]
 Csv = Annotated[
     Path | None,
-    typer.Option(parser=options.parse_path, metavar="FILE", help="Also write every time there."),
+    typer.Option(parser=options.parse_path, metavar="FILE", help="CSV file for every time."),
 ]
 
 
@@ -47,17 +47,17 @@ def attention(
     backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
     rounds: Annotated[
-        int, typer.Option(parser=at_least(1), metavar="N", help="Times each call is timed at most.")
+        int, typer.Option(parser=at_least(1), metavar="N", help="Maximum repetitions of a call.")
     ] = 7,
     threads: Annotated[
         int | None,
-        typer.Option(parser=at_least(1), metavar="N", help="All cores if left out."),
+        typer.Option(parser=at_least(1), metavar="N", help="Threads; all cores if left out."),
     ] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu with one thread.")] = "wall",
     csv: Csv = None,
     json: options.Json = False,
 ) -> None:
-    """One layer: HiP attention, our dense kernel and torch's SDPA, checked, then timed in turn."""
+    """One layer: HiP attention, our dense kernel and torch's SDPA, checked and then timed."""
     base = options.make_config(config, preset, budget, selector)
     import torch
 
@@ -92,13 +92,15 @@ def _phases(text: str) -> tuple[Phase, ...]:
         "decode": ("decode",),
     }
     if text not in known:
-        raise ArgumentError("phase", f"one of {', '.join(known)}", repr(text), "choose one")
+        raise ArgumentError(
+            "phase", f"one of {', '.join(known)}", repr(text), did_you_mean(text, known)
+        )
     return known[text]
 
 
 def _clock(text: str) -> Clock:
     if text != "wall" and text != "cpu":
-        raise ArgumentError("clock", "wall or cpu", repr(text), "choose one")
+        raise ArgumentError("clock", "wall or cpu", repr(text))
     return text
 
 
@@ -107,7 +109,7 @@ def _shape(heads: str, head_dim: int) -> LayerShape:
 
     counts = heads.split("/")
     if len(counts) != 2 or not all(count.isdecimal() for count in counts):
-        raise ArgumentError("heads", "query heads/KV heads", repr(heads), "write 32/8")
+        raise ArgumentError("heads", "query heads/KV heads", repr(heads), "such as 32/8")
     return LayerShape(int(counts[0]), int(counts[1]), head_dim)
 
 
@@ -116,7 +118,9 @@ def _dtype(name: str) -> torch.dtype:
 
     names = ("bfloat16", "float16", "float32")
     if name not in names:
-        raise ArgumentError("dtype", f"one of {', '.join(names)}", repr(name), "choose one")
+        raise ArgumentError(
+            "dtype", f"one of {', '.join(names)}", repr(name), did_you_mean(name, names)
+        )
     return getattr(torch, name)
 
 
@@ -125,7 +129,7 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError("csv", "a file to write", f"{path} ({error})", "check it") from error
+        raise ArgumentError("csv", "a file to write", f"{path} ({error})") from error
 
 
 def _show(report: AttentionReport) -> None:
@@ -196,7 +200,7 @@ def _decode_table(report: AttentionReport, points: list[Point]) -> Table:
     every = report.config.refresh_interval
     title = f"one decode step of one layer, selecting at every step or every {every}; keys cold"
     heads = ("every", f"every {every}", "ours dense", "SDPA", "x ours", "x SDPA", "select")
-    if every == 1:  # the second column would be the first once more
+    if every == 1:  # the second column would equal the first
         title = "one decode step of one layer, selecting at every step; keys cold"
         heads = ("HiP", *heads[2:])
     table = _table(title, *heads)

@@ -1,4 +1,4 @@
-"""`hipserve bench serve`: a server with HiP attention beside vLLM's own dense attention."""
+"""`hipserve bench serve`: a server with HiP attention compared with vLLM's dense attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def serve(
     repeats: Annotated[
         int,
         typer.Option(
-            parser=at_least(1), metavar="N", help="Answers a length and server; one beyond 32k."
+            parser=at_least(1),
+            metavar="N",
+            help="Answers for each length and server; one beyond 32k.",
         ),
     ] = 3,
     budget: options.Budget = None,
@@ -35,11 +37,11 @@ def serve(
     config: options.ConfigFile = None,
     csv: Annotated[
         Path | None,
-        typer.Option(parser=options.parse_path, metavar="FILE", help="Write the rows here."),
+        typer.Option(parser=options.parse_path, metavar="FILE", help="CSV file for the rows."),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Time to first token and between tokens, beside vLLM's own dense attention, in turn."""
+    """Time to first token and between tokens, compared with vLLM's own dense attention."""
     from hipserve.lab.speed.serve import as_csv, compare
     from hipserve.serving.address import free_port
     from hipserve.serving.child import interrupt_on_signals
@@ -59,7 +61,7 @@ def serve(
 
     interrupt_on_signals()
     with tempfile.TemporaryDirectory() as folder:
-        err.print("starting two servers; then they answer in turn", highlight=False)
+        err.print("starting two servers; then they answer alternately", highlight=False)
         rows, together = compare(
             path, wanted, settings, Path(folder), ports, flags=flags, repeats=repeats, on_row=tell
         )

@@ -1,4 +1,4 @@
-"""How commands are registered: `-h` everywhere, and no option that silently replaces another."""
+"""How commands are registered: `-h` everywhere, and a repeated option is refused."""
 
 from __future__ import annotations
 

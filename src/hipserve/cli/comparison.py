@@ -22,7 +22,9 @@ LONG = 32 * 1024
 Length = Annotated[
     int | None,
     typer.Option(
-        parser=parse_count, metavar="TOKENS", help="32k, or the model's context if that is shorter."
+        parser=parse_count,
+        metavar="TOKENS",
+        help="Tokens; 32k or the model's shorter context if left out.",
     ),
 ]
 Text = Annotated[
@@ -34,14 +36,17 @@ Text = Annotated[
     ),
 ]
 Also = Annotated[
-    list[str] | None, typer.Option(metavar="PRESET", help="Also measure a preset. Repeatable.")
+    list[str] | None, typer.Option(metavar="PRESET", help="Another preset to measure. Repeatable.")
 ]
 Vary = Annotated[
     str | None,
-    typer.Option(metavar="KEY=A,B,…", help='Also measure values of one field: "budget=256,1k".'),
+    typer.Option(
+        metavar="KEY=A,B,…", help='Other values of one field to measure: "budget=256,1k".'
+    ),
 ]
 NoDense = Annotated[
-    bool, typer.Option("--no-dense", help="Compare to the first configuration, not to dense.")
+    bool,
+    typer.Option("--no-dense", help="Comparison with the first configuration instead of dense."),
 ]
 
 
@@ -57,7 +62,7 @@ def choose_length(loaded: LoadedModel, length: int | None) -> int:
 def say_what_is_dense(
     loaded: LoadedModel, configs: dict[str, HiPConfig | None], length: int
 ) -> None:
-    """Two columns of the same attention show no difference, and that means nothing."""
+    """Warns of configurations that prune nothing at this length: they equal dense attention."""
     from hipserve.lab.quality.passes import may_prune
 
     for name, config in configs.items():

@@ -68,11 +68,13 @@ def demo(
     ] = None,
     length: Annotated[
         int,
-        typer.Option(parser=parse_count, show_default="66k", help="Most tokens to read."),
+        typer.Option(parser=parse_count, show_default="66k", help="Maximum tokens to read."),
     ] = 66 * 1024,
     dense_length: Annotated[
         int,
-        typer.Option(parser=parse_count, show_default="16k", help="Tokens read densely, too."),
+        typer.Option(
+            parser=parse_count, show_default="16k", help="Tokens to read densely as well."
+        ),
     ] = 16 * 1024,
     budget: options.Budget = None,
     device: options.Device = None,
@@ -104,7 +106,7 @@ def demo(
 
 
 def _beginning(stream: BinaryIO, source: str, loaded: LoadedModel) -> str:
-    """As much of a document as the model's context can hold."""
+    """As much of a document as fits the model's context."""
     from hipserve.lab.text import decode_text, read_bytes
 
     content = read_bytes(stream, source, loaded.max_bytes)
@@ -116,7 +118,7 @@ def _beginning(stream: BinaryIO, source: str, loaded: LoadedModel) -> str:
 
 def _check_length(argument: str, value: int) -> None:
     if value < 2 * ROOM:
-        raise ArgumentError(argument, f"at least {2 * ROOM} tokens", str(value))
+        raise ArgumentError(argument, f"{2 * ROOM} tokens or more", str(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def _summary(reading: Reading, measured: dict[str, Any]) -> str:
 
 
 def _compare(loaded: LoadedModel, config: HiPConfig, text: str, length: int) -> dict[str, Any]:
-    """The same short run pruned and dense, in turn: both measured, and dense over HiP."""
+    """The same short run pruned and dense, alternately: both times, and dense over HiP."""
     say(f"the same with {length:,} tokens, HiP and then dense (torch SDPA)")
     runs: dict[str, dict[str, Any]] = {}
     for name, chosen in (("hip", config), ("dense", None)):

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.output import err, result_json, show
+from hipserve.config import HiPConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at; `advice` says what to do where it is not `ok`."""
+    """The result of one check; `advice` says what to do if it is not `ok`."""
 
     name: str
     ok: bool
@@ -53,7 +54,6 @@ def _crossover() -> Check:
     """Of layers of the 8B shape, in each precision: what runs where nothing is pruned."""
     import torch
 
-    from hipserve import HiPConfig
     from hipserve.attention.crossover import dense_kernel, rule_for
 
     found: list[str] = []
@@ -69,11 +69,11 @@ def _crossover() -> Check:
 
 
 def _operation(device: str) -> Check:
-    """HiP attention with room for every key is dense attention: run it and see."""
+    """With a budget for every key, HiP attention equals dense attention."""
     import torch
     import torch.nn.functional as F
 
-    from hipserve import HiPConfig, hip_attention
+    from hipserve.attention.hip import hip_attention
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 300, 4, 64, generator=generator).to(device)

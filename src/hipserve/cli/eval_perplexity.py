@@ -31,7 +31,10 @@ def perplexity(
     length: Length = None,
     first: Annotated[
         int | None,
-        typer.Option(parser=parse_count, help="First position that counts; a quarter of length."),
+        typer.Option(
+            parser=parse_count,
+            help="First position that counts; a quarter of the length if left out.",
+        ),
     ] = None,
     text: Text = None,
     also: Also = None,

@@ -38,7 +38,7 @@ def retrieval(
         typer.Option(
             parser=at_least(1),
             metavar="N",
-            help="About each document, where the task has so many.",
+            help="Questions about each document, if the task has as many.",
         ),
     ] = 1,
     form: Annotated[
@@ -47,7 +47,9 @@ def retrieval(
             help="chat or continuation; chat if left out and the model has a chat template."
         ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="With commas.")] = "passkey,niah,kv,variables,quote",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, with commas.")
+    ] = "passkey,niah,kv,variables,quote",
     text: Text = None,
     also: Also = None,
     vary: Vary = None,
@@ -61,7 +63,7 @@ def retrieval(
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
-    """Needles, keys and values, variables, passages: found by dense and by pruned attention?"""
+    """Accuracy of dense and pruned attention: needles, keys and values, variables, passages."""
     base = options.make_config(config, preset, budget, selector)
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_retrieval, read_documents

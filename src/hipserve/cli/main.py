@@ -1,4 +1,4 @@
-"""`hipserve`: the commands, and what becomes of their errors."""
+"""`hipserve`: the commands, and how their errors are shown."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ import typer
 
 FACTORS = {"": 1, "k": 1024, "m": 1024**2}
 COLDEST = 0.01
-"""Below it, logits over the temperature overflow; vLLM draws the same line."""
+"""Minimum temperature: below it, logits over the temperature overflow. vLLM has the same limit."""
 
 
 def parse_count(text: str | int) -> int:
     """`4096`, `4_096`, `32k`, `1.5k` or `1M` as an int.
 
     Raises:
-        typer.BadParameter: it is none of these, or not a whole number.
+        typer.BadParameter: it has another form, or is not a whole number.
     """
     match = re.fullmatch(r"([0-9][0-9_]{,30}(?:\.[0-9]{1,30})?)([kKmM]?)", str(text).strip())
     if match:
@@ -41,7 +41,7 @@ def at_least(low: int) -> Callable[[str | int], int]:
 
 
 def parse_temperature(text: str | float) -> float:
-    """0, or a finite number whose quotients with logits are finite, too.
+    """0, or a finite number whose quotients with logits are finite.
 
     Raises:
         typer.BadParameter: it is neither.

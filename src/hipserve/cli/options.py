@@ -30,7 +30,7 @@ def parse_path(text: str | Path) -> Path:
 
 Budget = Annotated[
     int | None,
-    typer.Option(parser=parse_count, metavar="KEYS", help="Keys a query block reads, such as 1k."),
+    typer.Option(parser=parse_count, metavar="KEYS", help="Keys that a query block selects: 1k."),
 ]
 Selector = Annotated[str | None, typer.Option(help="tree or bound.")]
 Preset = Annotated[str, typer.Option(help="default, fast or paper.")]
@@ -38,9 +38,9 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", parser=parse_path, metavar="FILE", help="HiPConfig as TOML or JSON."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda; the GPU if there is one.")]
-DType = Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16, float32.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="Type of weights: auto, bfloat16, float16, float32.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -54,16 +54,16 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[
     float,
-    typer.Option(parser=parse_temperature, metavar="NUMBER", help="0 is greedy; above it samples."),
+    typer.Option(
+        parser=parse_temperature, metavar="NUMBER", help="Sampling temperature; 0 is greedy."
+    ),
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of what is generated.")
-]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of generation.")]
 ControlTokens = Annotated[
     bool,
     typer.Option(
         "--allow-control-tokens",
-        help="Control tokens written in texts, such as <|eot_id|>, count as such.",
+        help="Control tokens in texts, such as <|eot_id|>, keep their meaning.",
     ),
 ]
 
@@ -83,20 +83,20 @@ def make_config(
     return base.replace(**{key: value for key, value in given.items() if value is not None})
 
 
-def refuse_beside_dense(
+def refuse_with_dense(
     config: Path | None, preset: str, budget: int | None, selector: str | None
 ) -> None:
-    """Dense attention heeds no option of pruning."""
+    """Dense attention has no pruning options."""
     given = {"config": config, "budget": budget, "selector": selector}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     names += ["--preset"] if preset != "default" else []
     if names:
         got = ", ".join(names)
-        raise ArgumentError("dense", "no option of pruning beside it", got)
+        raise ArgumentError("dense", "no pruning options with it", got)
 
 
 def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: str) -> LoadedModel:
-    """Loads a model and says which, on stderr."""
+    """Loads a model; stderr shows which."""
     from hipserve.models import BUNDLED, load
 
     dtypes = ("auto", "bfloat16", "float16", "float32")
@@ -108,7 +108,7 @@ def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: s
 
 
 def _silence() -> None:
-    """What libraries log about themselves is not for the users of a command."""
+    """Users of a command need no log messages of libraries."""
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)

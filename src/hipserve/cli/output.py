@@ -16,8 +16,8 @@ err = Console(stderr=True)
 
 
 def tolerate_any_text() -> None:
-    """What stdout's encoding lacks is written as an escape, as Python does it on stderr; what stdin
-    holds and cannot be read is kept, as Python does it with arguments."""
+    """Characters that stdout cannot encode are written as escapes, as on stderr; bytes of stdin
+    that cannot be decoded are kept, as in arguments."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -42,7 +42,7 @@ def show(renderable: Any) -> None:
 
 def _stdout() -> TextIO:
     if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]  # `>&-` in a shell
-        raise HipserveError("stdout is closed: there is nowhere to write the result")
+        raise HipserveError("stdout is closed: the result cannot be written")
     return sys.stdout
 
 
@@ -61,5 +61,5 @@ def progress_bar() -> Progress:
 
 
 def say(text: str, style: str = "dim") -> None:
-    """A line about what is going on, on stderr, as it is: no markup, no wrapping."""
+    """A line of progress on stderr, without markup or wrapping."""
     err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

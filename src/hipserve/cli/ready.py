@@ -1,4 +1,4 @@
-"""What `hipserve serve` shows: how far the start is, then the ready card."""
+"""What `hipserve serve` shows: the progress of the start, then the ready card."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hipserve.serving.client import Facts
 from hipserve.serving.command_line import Server
 
 SILENCE = 2.0
-"""Seconds without a word that a start may last."""
+"""Maximum seconds without output during a start."""
 
 
 class Teller:
-    """Says what a start is busy with, and how long it has been."""
+    """Shows what a start does, and for how long."""
 
     def __init__(self, name: str) -> None:
         self._stage = f"starting vLLM for {name}"
@@ -40,7 +40,7 @@ class Teller:
             self._status.stop()
 
     def tell(self, stage: str | None) -> None:
-        """A new stage; or None, that the last one goes on."""
+        """A new stage; None while the last one goes on."""
         changed = stage is not None and stage != self._stage
         self._stage = stage or self._stage
         if changed or self._status or time.monotonic() - self._told >= SILENCE - 0.5:
@@ -56,7 +56,7 @@ class Teller:
 
 
 def card(server: Server, facts: Facts, seconds: float) -> str:
-    """What a user wants to know about a server that has just come up."""
+    """What a user wants to know about a server that is ready."""
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.api_key else ""
     question = {"role": "user", "content": "The pass key is 83724. What is the pass key?"}
     body = json.dumps({"model": facts.name, "messages": [question]})
@@ -80,6 +80,6 @@ def describe(config: HiPConfig | None, max_context: int) -> str:
         return "dense (vLLM's own)"
     read = config.budget + config.num_sink_tokens + config.sliding_window
     return (
-        f"HiP, {config.budget:,} keys a query block beside {config.num_sink_tokens} sinks and a "
+        f"HiP, {config.budget:,} keys a query block, {config.num_sink_tokens} sinks and a "
         f"window of {config.sliding_window}: {min(read / max_context, 1):.1%} of the full context"
     )

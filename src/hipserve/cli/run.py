@@ -30,7 +30,7 @@ def run(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Dense attention, to compare.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Dense attention instead of HiP.")] = False,
     device: options.Device = None,
     dtype: options.DType = "auto",
     allow_control_tokens: options.ControlTokens = False,
@@ -42,7 +42,7 @@ def run(
     if not words[-1].strip():
         raise ArgumentError("question", "some words", repr(words[-1]))
     if dense:
-        options.refuse_beside_dense(config, preset, budget, selector)
+        options.refuse_with_dense(config, preset, budget, selector)
     question = as_text("question", words[-1])
     stream = open_document(doc)
     settings = options.make_config(config, preset, budget, selector)
@@ -88,7 +88,7 @@ def as_text(argument: str, words: str) -> str:
 
 
 def open_document(path: str) -> BinaryIO:
-    """A file, or stdin for `-`, opened before anything that takes long."""
+    """A file, or stdin for `-`, opened before a model is loaded."""
     from hipserve.lab.text import open_text
 
     return standard_input().buffer if path == "-" else open_text(path)

@@ -32,19 +32,21 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="VLLM_API_KEY", help="What clients must send as their API key."),
+        typer.Option(envvar="VLLM_API_KEY", help="API key that clients must send."),
     ] = None,
     allow_unauthenticated: Annotated[
-        bool, typer.Option(help="Let other machines in without a key.")
+        bool, typer.Option(help="Accept other machines without a key.")
     ] = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
-    dense: Annotated[bool, typer.Option("--dense", help="vLLM's own dense attention.")] = False,
-    verbose: Annotated[bool, typer.Option(help="Show vLLM's log while it starts.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="vLLM's dense attention instead of HiP.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="vLLM's log during the start.")] = False,
 ) -> None:
-    """Serves [MODEL], the bundled one if left out, through vLLM; all its other flags work, too."""
+    """Serves [MODEL], the bundled one if left out, through vLLM, whose other flags all work."""
     words = context.args
     named = bool(words) and not words[0].startswith("-")
     flags, held = tuple(words[1:] if named else words), tuple[str, ...]()
@@ -57,7 +59,7 @@ def serve(
     check_access(host, api_key, allow_unauthenticated)
     check_port(host, port)
     if dense:
-        options.refuse_beside_dense(config, preset, budget, selector)
+        options.refuse_with_dense(config, preset, budget, selector)
     settings = None if dense else options.make_config(config, preset, budget, selector)
     path = model
     if model == BUNDLED:
@@ -69,7 +71,7 @@ def serve(
 
 
 def check(model: str, flags: tuple[str, ...]) -> None:
-    """Refuses, before anything starts, a path that leads nowhere and flags that cannot be meant."""
+    """Refuses, before a server starts, a path that does not exist and flags that cannot work."""
     _refuse_gguf(model)
     check_model(model)
     check_flags(flags)
@@ -98,7 +100,7 @@ def run(server: Server, verbose: bool = False) -> None:
         code = child.stop()
     if code:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise HipserveError(f"the server ended by itself ({how}); its last words are above")
+        raise HipserveError(f"the server ended ({how}); its last lines are above")
 
 
 def _wait_until_ready(server: Server, child: Child, verbose: bool) -> None:

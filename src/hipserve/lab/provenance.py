@@ -6,6 +6,7 @@ import datetime
 import platform as python_platform
 import subprocess
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -33,8 +34,6 @@ class Provenance:
 
 def provenance(clock: str) -> Provenance:
     """Of a measurement made here and now by the `clock` of `Limits`."""
-    import hipserve
-
     now = datetime.datetime.now(datetime.UTC)
     return Provenance(
         cpu=cpu_name().rpartition(", ")[0],
@@ -43,7 +42,7 @@ def provenance(clock: str) -> Provenance:
         clock=clock,
         torch=torch.__version__,
         python=python_platform.python_version(),
-        hipserve=hipserve.__version__,
+        hipserve=version("hipserve"),
         commit=_commit(Path(__file__).parent),
         date=now.strftime("%Y-%m-%d %H:%M UTC"),
     )

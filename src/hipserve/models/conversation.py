@@ -129,7 +129,7 @@ class Conversation:
 
     @torch.inference_mode()
     def _prefill(self, ids: torch.Tensor, on_prefill: Progress | None) -> None:
-        """Reads all but the last token, which `generate` wants for itself."""
+        """Reads all but the last token, which `generate` reads."""
         begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
         for step in read(self.loaded, ids[:, begin:end], self._cache):
             if on_prefill:

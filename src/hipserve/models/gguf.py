@@ -1,7 +1,7 @@
 """GGUF files: transformers' loader for the weights, the file's own metadata for all that it misses.
 
 The loader gives SmolLM2 the wrong end of a turn, Gemma a tokenizer of another kind, Llama 3 another
-split of numbers, and drops every scaling of rotary positions; none of it says so.
+split of numbers, and drops every scaling of rotary positions; without a message.
 """
 
 from __future__ import annotations

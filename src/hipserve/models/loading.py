@@ -37,7 +37,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: what the user called it.
         max_context: tokens of prompt and answer together.
-        stop_strings: ends of an answer, for a model that seldom ends its turn by itself.
+        stop_strings: ends of an answer, for a model that seldom ends its turn.
         control_tokens: control tokens written in a turn, such as `<|eot_id|>`, count as such.
     """
 
@@ -119,7 +119,7 @@ class LoadedModel:
         return marked, found
 
     def check_fit(self, num_tokens: int, max_new_tokens: int) -> None:
-        """Raises FitError, with the sum, where prompt and answer exceed the context."""
+        """Raises FitError, with the numbers, where prompt and answer exceed the context."""
         total = num_tokens + max_new_tokens
         if total <= self.max_context:
             return
@@ -136,7 +136,7 @@ class LoadedModel:
 
     @property
     def max_bytes(self) -> int:
-        """UTF-8 bytes that no text has that fits the context: its longest tokens, one by one."""
+        """Maximum UTF-8 bytes of a text that fits the context: as many of the longest token."""
         longest = max(len(token.encode()) for token in self.tokenizer.get_vocab())
         return self.max_context * max(longest, 16)
 
@@ -187,7 +187,7 @@ def load(
 
 
 def _check_exists(name: str) -> None:
-    """A path that is none would be looked for on the hub."""
+    """Without this, a path that does not exist would be looked up on the hub."""
     if not name.strip():
         raise _unknown(name, "no name")
     if name.endswith(".gguf"):

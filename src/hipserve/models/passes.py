@@ -62,7 +62,7 @@ def read(
 def shorten(cache: Cache, length: int) -> bool:
     """Drops what the cache holds beyond `length` tokens.
 
-    False where that cannot be: layers with a window of their own forget what they left.
+    False where that is impossible: layers with a sliding window forget what left it.
     """
     surplus = cache.get_seq_length() - length
     try:

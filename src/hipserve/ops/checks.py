@@ -16,7 +16,7 @@ from hipserve.types import KeyIndex, KeyPool
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def require(condition: bool, argument: str, expected: str, got: object, hint: str) -> None:
+def require(condition: bool, argument: str, expected: str, got: object, hint: str = "") -> None:
     if not condition:
         raise ArgumentError(argument, expected, str(got), hint)
 
@@ -25,16 +25,16 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The checks of every call say what is wrong only where something is: sentences take longer to put
-# together than a short call takes.
+# The checks of every call build their sentences only where something is wrong: that takes longer
+# than a short call.
 
 
 def check_tensor(argument: str, x: object, dims: str) -> None:
     """`x` is a strided tensor with the axes named in `dims`, the last one contiguous."""
     if not isinstance(x, Tensor):
-        raise ArgumentError(argument, f"a tensor {dims}", type(x).__name__, "pass a tensor")
+        raise ArgumentError(argument, f"a tensor {dims}", type(x).__name__)
     if x.dim() != dims.count(",") + 1:
-        raise ArgumentError(argument, dims, f"shape {list(x.shape)}", "reshape it")
+        raise ArgumentError(argument, dims, f"shape {list(x.shape)}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         got, hint = f"strides {list(x.stride())}", f"call {argument}.contiguous()"
         raise ArgumentError(argument, "a contiguous last axis", got, hint)
@@ -45,42 +45,42 @@ def check_floats(argument: str, x: object, dims: str) -> None:
     assert isinstance(x, Tensor)
     if x.dtype not in DTYPES:
         allowed = ", ".join(map(name, DTYPES))
-        raise ArgumentError(argument, f"dtype {allowed}", name(x.dtype), "convert it")
+        raise ArgumentError(argument, f"dtype {allowed}", name(x.dtype))
 
 
 def check_same(argument: str, x: Tensor, q: Tensor) -> None:
     """`x` `[...]` has the dtype and the device of `q` `[..., head_dim]`."""
     if x.dtype != q.dtype:
         expected = f"dtype {name(q.dtype)} as q"
-        raise ArgumentError(argument, expected, name(x.dtype), "convert it")
+        raise ArgumentError(argument, expected, name(x.dtype))
     if x.device != q.device:
-        raise ArgumentError(argument, f"device {q.device} as q", str(x.device), "move it")
+        raise ArgumentError(argument, f"device {q.device} as q", str(x.device))
 
 
 def check_ints(argument: str, x: object, dims: str, device: torch.device) -> None:
     check_tensor(argument, x, dims)
     assert isinstance(x, Tensor)
-    require(x.dtype == torch.int32, argument, "dtype int32", name(x.dtype), "convert it")
-    require(x.device == device, argument, f"device {device} as q", x.device, "move it")
+    require(x.dtype == torch.int32, argument, "dtype int32", name(x.dtype))
+    require(x.device == device, argument, f"device {device} as q", x.device)
 
 
 def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, kv: str) -> None:
     """`q` `[..., num_q_heads, head_dim]` has whole groups of heads, and the head_dim of `kv`."""
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads:
         expected = f"a number of heads divisible by the {num_kv_heads} of {kv}"
-        raise ArgumentError("q", expected, str(q.shape[-2]), "check num_q_heads")
+        raise ArgumentError("q", expected, str(q.shape[-2]))
     if q.shape[-1] != head_dim:
-        raise ArgumentError("q", f"head_dim {head_dim} as {kv}", str(q.shape[-1]), "check it")
+        raise ArgumentError("q", f"head_dim {head_dim} as {kv}", str(q.shape[-1]))
 
 
 def check_size(argument: str, value: object) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     good = whole and cast("int", value) > 0
-    require(good, argument, "a whole number, 1 or more", value, f"set {argument} accordingly")
+    require(good, argument, "a whole number, 1 or more", value)
 
 
 def check_scale(value: float) -> None:
-    """Selection ranks by q.k, so that a negative factor would turn it upside down."""
+    """Selection ranks by q.k: a negative factor would reverse the order."""
     good = _is_number(value) and value >= 0
     require(good, "sm_scale", "a finite number, 0 or more", value, "leave it out for the default")
 
@@ -105,7 +105,7 @@ def check_pool(q: Tensor, pool: object) -> None:
         check_same(argument, x, q)
     shape = list(pool.k_cache.shape)
     same = list(pool.v_cache.shape) == shape
-    require(same, "v_cache", f"shape {shape} as k_cache", list(pool.v_cache.shape), "match them")
+    require(same, "v_cache", f"shape {shape} as k_cache", list(pool.v_cache.shape))
     check_heads(q, pool.num_kv_heads, pool.head_dim, "k_cache")
 
 
@@ -168,9 +168,7 @@ def check_layout(q: Tensor, keys: KeyPool | KeyIndex, layout: BatchLayout) -> No
         ("cu_seqlens_q", layout.cu_seqlens_q, seqs + 1),
         ("block_table", layout.block_table, seqs),
     ):
-        require(
-            x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0], "fix"
-        )
+        require(x.shape[0] == count, argument, f"{count} rows for {seqs} sequences", x.shape[0])
     check_lengths(q, layout)
     check_pages(keys, layout)
 
@@ -216,5 +214,4 @@ def check_pages(keys: KeyPool | KeyIndex, layout: BatchLayout) -> None:
             "block_table",
             f"page ids from 0 to {num_pages - 1}",
             f"{pages.tolist()[:8]} in sequence {seq}",
-            "check the page table",
         )

@@ -36,8 +36,8 @@ class RefreshSchedule:
     """Which decode rows select again: a selection serves `refresh_interval` rows of its request.
 
     Rows have to follow each other: a request that was set back, preempted or resumed selects again,
-    and so does a request after rows that were not decode rows. With an interval of 1 nobody keeps
-    anything.
+    and so does a request after rows that were not decode rows. With an interval of 1 nothing is
+    kept.
 
     Args:
         num_slots: most requests that are alive at a time.

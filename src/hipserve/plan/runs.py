@@ -17,8 +17,8 @@ def bound_levels(
 ) -> tuple[int, ...]:
     """Run lengths, in keys, of the levels of runs that a page of `page_size` keys carries.
 
-    `num_runs` is the run axis of its summaries, which tells whether there is a coarse level; None
-    stands for a page that is a whole sequence, whose last runs may be partial.
+    `num_runs` is the run axis of its summaries, which shows whether there is a coarse level; None
+    means that the page is a whole sequence, whose last runs may be partial.
     """
     ratio = COARSE_RATIO
     while ratio > 1 and ratio * bound_block_size > page_size:

@@ -20,7 +20,7 @@ class StepPlan:
     Attributes:
         layout: lengths and pages of the batch.
         rule: which of its query blocks are pruned.
-        fresh: `[n]` int64, query blocks that select afresh; None where all of them do.
+        fresh: `[n]` int64, query blocks that select again; None where all of them do.
         kept, kept_slots: `[m]` int64, query blocks that use the selection of a slot again.
         stored, stored_slots: `[s]` int64, fresh query blocks whose selection a slot keeps.
     """
@@ -91,7 +91,7 @@ def split_batch(
     seq_lens, starts = layout.lengths
     rows = [end - begin for begin, end in itertools.pairwise(starts)]
     whole = whole or [False] * len(rows)
-    ends = [n if alone else end for n, end, alone in zip(rows, seq_lens, whole, strict=True)]
+    ends = [n if own else end for n, end, own in zip(rows, seq_lens, whole, strict=True)]
     host = split_rows(ends, starts, query_block_size)
     blocks = host.to(layout.seq_lens.device, non_blocking=True)
     if any(whole):
@@ -107,8 +107,8 @@ class DecodeBuffers:
     """Plans of decode steps at fixed addresses, for CUDA graphs.
 
     At replay no Python runs between the layers: kernels read what was written here beforehand, and
-    whether a row selects afresh is a number on the device. Rows beyond the batch are padding; they
-    have no query row and share the last slot, which belongs to nobody.
+    whether a row selects again is a number on the device. Rows beyond the batch are padding; they
+    have no query row and share the last slot, which belongs to no request.
 
     Args:
         num_slots: most requests that are alive at a time, and most rows of a step.
@@ -168,7 +168,7 @@ class CapturedPlan:
         layout: lengths and pages of the batch; query block i is row i.
         rule: which of its query blocks are pruned.
         slots: `[num_seqs]` int64, slot of every row's request.
-        refresh: `[num_seqs]` int32, 1 where a row selects afresh.
+        refresh: `[num_seqs]` int32, 1 where a row selects again.
     """
 
     layout: BatchLayout

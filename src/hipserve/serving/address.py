@@ -9,7 +9,7 @@ from hipserve.errors import ConfigError
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_access(host: str, api_key: str | None, allow_unauthenticated: bool) -> None:
-    """Refuses an address that others reach and nothing guards.
+    """Refuses an address that other machines reach without a key.
 
     Raises:
         ConfigError: naming the option.
@@ -35,12 +35,12 @@ def check_access(host: str, api_key: str | None, allow_unauthenticated: bool) ->
         "host",
         "127.0.0.1, or an API key for an address that other machines reach",
         f"{host} without a key",
-        "set --api-key or VLLM_API_KEY, or say --allow-unauthenticated",
+        "set --api-key or VLLM_API_KEY, or pass --allow-unauthenticated",
     )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ConfigError, at once instead of after a start, where somebody else listens."""
+    """Raises ConfigError where the port is taken: at once instead of after a start."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

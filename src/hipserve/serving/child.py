@@ -1,4 +1,4 @@
-"""A server's process: started, watched until it is ready, read, told to stop, ended."""
+"""A server's process: started, watched until it is ready, read, asked to stop, ended."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Log:
         return line
 
     def follow(self, out: TextIO) -> None:
-        """Hands lines on until there are no more."""
+        """Writes lines to `out` until the log ends."""
         while (line := self._lines.get()) is not None:
             _pass_on(line + "\n", out)
         self._lines.put(None)
 
     def last_words(self) -> list[str]:
-        """The last lines, once none came for half a second."""
+        """The last lines, after half a second without a new one."""
         while self.next(timeout=0.5) is not None:
             pass
         return list(self.last)
@@ -71,7 +71,7 @@ class Log:
 
 
 def _pass_on(line: str, out: TextIO) -> None:
-    with suppress(ValueError):  # a closed file: nobody reads any more, and the server goes on
+    with suppress(ValueError):  # a closed file: the reader is gone, and the server goes on
         out.write(line)
         out.flush()
 
@@ -80,10 +80,10 @@ class Child:
     """A server's process and all that it starts: they end with the `with` block around it.
 
     Attributes:
-        process: what was started; it leads a process group of its own.
+        process: what was started; it leads its own process group.
         log: standard output and error, together.
         ready: it answers.
-        stopping: it was told to end, and by a signal to this process.
+        stopping: a signal to this process asked it to end.
     """
 
     def __init__(
@@ -174,6 +174,6 @@ class Child:
 
 
 def interrupt_on_signals() -> None:
-    """SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that no child outlives it."""
+    """SIGTERM and SIGHUP unwind this process as Ctrl-C does: no child outlives it."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)

@@ -14,7 +14,7 @@ from hipserve.serving.environment import make_environment, on_cpu, quarter_of_me
 
 COMMAND = "hipserve.integrations.vllm.command"
 DRAIN_SECONDS = 30
-"""How long a server that is told to stop goes on answering what it has begun."""
+"""Seconds that a server has for running requests once it is asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Server:
         name: what clients call it.
         config: HiP attention's settings; None serves with vLLM's own dense attention.
         host, port: the address.
-        api_key: what clients have to send; None lets everybody in.
+        api_key: what clients have to send; None accepts all clients.
         flags: vLLM's own flags, passed on as they are.
-        file_flags: those that vLLM reads by itself, from its own file of flags.
+        file_flags: those that vLLM reads from its own file of flags.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""vLLM's own file of flags, behind `--config`: read for checks; vLLM reads it by itself too."""
+"""vLLM's own file of flags, behind `--config`: read here for checks only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_engine_file(path: Path | None) -> bool:
 
 
 def read_engine_file(path: Path) -> tuple[str, ...]:
-    """The flags in vLLM's own file, as words of a command line: for checks, vLLM reads it too.
+    """The flags in vLLM's own file, as words of a command line.
 
     Raises:
         ArgumentError: no such file, or no table of flags.

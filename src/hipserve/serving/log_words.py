@@ -16,7 +16,7 @@ STAGES = (
     ("init engine", "the engine runs"),
     ("Starting vLLM server", "opening the address"),
 )
-"""What vLLM's log lines mean to somebody who waits."""
+"""What vLLM's log lines say about the progress of a start."""
 
 USAGE = ("Value error, ", ": error: ", "errors.ConfigError: ", "errors.ArgumentError: ")
 """Marks of lines in which vLLM or hipserve refuses an option."""

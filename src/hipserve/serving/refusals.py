@@ -1,4 +1,4 @@
-"""What `hipserve serve` refuses before anything starts: models and flags that cannot be meant."""
+"""What `hipserve serve` refuses before a server starts: models and flags that cannot work."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _sources() -> Iterator[str]:
 
 
 def check_model(name: str) -> None:
-    """Refuses a path that leads to no directory; anything else may be a name on the hub.
+    """Refuses a path that is no directory; other names may be on the hub.
 
     Raises:
         ArgumentError: naming the path.

@@ -1,7 +1,7 @@
 """`attn_implementation="hip"` for unmodified transformers models, and the cache that goes with it.
 
 Importing this package registers the implementation. `HiPCache`, passed as `past_key_values`, keeps
-keys and values in pages, so that a decode step neither copies nor reads the whole cache; without
+keys and values in pages, and a decode step neither copies nor reads the whole cache; without
 it HiP attention runs over the tensors that transformers' own caches hand out.
 """
 

@@ -62,7 +62,9 @@ class HiPCacheLayer(CacheLayerMixin):
         self.reuse, self.account = SelectionReuse(), Account()
         self.seen = 0
         self._fresh: tuple[Tensor, Tensor] | None = None
-        self.padded: list[tuple[int, Tensor]] = []  # where columns with padding begin, who counts
+        self.padded: list[
+            tuple[int, Tensor]
+        ] = []  # where columns with padding begin, and which count
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         """Pages are made when something is appended.
@@ -242,7 +244,7 @@ class HiPCache(Cache):
 
     def __init__(self, config: Any, page_size: int | None = None) -> None:
         if not hasattr(config, "get_text_config"):
-            raise ArgumentError("config", "model.config", type(config).__name__, "pass that")
+            raise ArgumentError("config", "model.config", type(config).__name__)
         hip = config_of(config.get_text_config(decoder=True))
         run_size = hip.run_size
         if page_size is None:

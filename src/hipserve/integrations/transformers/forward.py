@@ -137,7 +137,7 @@ def _pages_mask(
 
     Raises:
         ArgumentError: the mask hides other keys of the pages than it did when they were written, or
-            tokens inside of a window: pages hold no padding, so that it would reach too far.
+            tokens inside of a window: pages hold no padding, and the window would reach too far.
     """
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""Masks: a record instead of a matrix, O(1) for any length."""
+"""Masks as records instead of matrices: O(1) for any length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hipserve.errors import ArgumentError
 
 @dataclass(eq=False)
 class MaskDescription:
-    """Who may read whom, for a batch: causal, a window, and which keys are padding."""
+    """Which keys the rows of a batch may read: causal, a window, and which keys are padding."""
 
     batch_size: int
     q_length: int
@@ -28,7 +28,7 @@ class MaskDescription:
     _agrees: dict[Any, bool] = field(default_factory=dict, repr=False)
     _holes: dict[Any, bool] = field(default_factory=dict, repr=False)
 
-    ndim: ClassVar[int] = 4  # transformers leaves a mask of four axes alone
+    ndim: ClassVar[int] = 4  # transformers does not change a mask of four axes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class MaskDescription:
         Found once for all layers of a device: each time waits for it.
 
         Raises:
-            ArgumentError: the mask does not reach as far as the keys.
+            ArgumentError: the mask has fewer columns than there are keys.
         """
         if self.key_valid is None:
             return None
@@ -69,10 +69,10 @@ class MaskDescription:
         return self._valid_rows[asked]
 
     def check_held(self, held: int, padded: Sequence[tuple[int, Tensor]]) -> None:
-        """The mask hides what it hid when a cache read its `held` keys, and nothing else of them.
+        """Of the `held` keys the mask hides the same as when a cache read them.
 
-        `padded`: where columns with padding begin, and who counts `[batch, columns]`. Compared once
-        for all layers that share these tensors.
+        `padded`: where columns with padding begin, and which count `[batch, columns]`. Compared
+        once for all layers that share these tensors.
 
         Raises:
             ArgumentError: it does not.

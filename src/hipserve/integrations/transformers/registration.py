@@ -20,7 +20,7 @@ def register(config: HiPConfig | None = None) -> None:
     `save_pretrained` writes them and `from_pretrained` reads them back.
     """
     if not (config is None or isinstance(cast("object", config), HiPConfig)):
-        raise ArgumentError("config", "a HiPConfig", type(config).__name__, "build one")
+        raise ArgumentError("config", "a HiPConfig", type(config).__name__)
     if config is not None:
         set_default(config)
     AttentionInterface.register(NAME, hip_forward)

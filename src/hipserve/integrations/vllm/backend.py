@@ -77,7 +77,7 @@ class HiPBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Bounds of keys that came by another way are made when their request starts."""
+        """The index of keys that came another way is built when their request starts."""
         return True
 
     @classmethod
@@ -98,7 +98,7 @@ class HiPBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: Any,  # noqa: ARG003
     ) -> str | None:
-        """A hint next to vLLM's own reasons, where there is another way than other attention."""
+        """What to do instead of choosing another attention, next to vLLM's own reasons."""
         if not use_mm_prefix:  # images, which are read in both directions
             return None
         images = """--limit-mm-per-prompt '{"image":0}'"""
@@ -106,10 +106,10 @@ class HiPBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pads the blocks of layers that may be pruned with room for the bounds of their keys.
+        """Pads the blocks of layers that may be pruned with room for the index of their keys.
 
         With blocks of one token vLLM asks for the bytes of a token, to make the blocks of hybrids
-        as large as their recurrent states; those are padded later to blocks with bounds.
+        as large as their recurrent states; those are padded later to blocks with an index.
         """
         if type(spec) is not FullAttentionSpec or spec.page_size_padded is not None:
             return spec

@@ -191,7 +191,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return rows if bool(((lens == rows) | (lens == 0)).all()) else 0
 
     def _selects(self, plan: StepPlan, query_blocks: Tensor, num_decoding: int) -> bool:
-        """Counts a step's query blocks; whether its layers have anything to select."""
+        """Counts a step's query blocks; True if its layers have something to select."""
         blocks = query_blocks[:, 2:].tolist()
         pruned = self.num_pruned
         short = sum(not self.rule.prunes(first, rows) for rows, first in blocks)

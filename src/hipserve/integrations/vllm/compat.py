@@ -31,7 +31,7 @@ CPU wheel is called `vllm` |
 `parallel_config.worker_cls` and the platform plug-in, both supported | RFC 57566 (contract for \
 backends of others) | nothing above is left |
 
-A patch whose target is gone is refused by name (`wrap`), so that none fails without a word.
+A patch whose target is gone raises an error that names it (`wrap`).
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def page_views(kv_cache: Tensor, run_size: int | None) -> BlockPages:
 def rebuild_index(index: KeyIndex, pages: Tensor) -> None:
     """Builds the index of whole pages from the keys that they hold, reading each key once.
 
-    Runs behind the last key of a page summarise what lies there: nobody reads them before
-    `write_kv` makes them again.
+    Runs behind the last key of a page summarise undefined keys; they are not read before `write_kv`
+    computes them again.
 
     Args:
         pages: `[n]` int64, page ids.

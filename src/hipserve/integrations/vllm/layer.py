@@ -95,7 +95,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         return None if self.is_local(layer) else self.config.run_size
 
     def keeps_index(self, layer: Any) -> bool:
-        """The layer writes pages whose index somebody reads."""
+        """The layer writes pages whose index is read."""
         return self.writes and self.run_size(layer) is not None
 
     def forward(
@@ -191,14 +191,14 @@ class TallyAccount:
     counts_keys: bool
 
     def add(self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig) -> None:
-        """As `KeyCounter.add`; of one layer only, which stands for all pruned ones."""
+        """As `KeyCounter.add`, of one layer, which represents all pruned ones."""
         if self.counts_keys and selection is not None:
             read, visible = selection.keys_read(layout, config)
             self.tally.add("hipserve_keys_read", float(read))
             self.tally.add("hipserve_keys_visible", float(visible))
 
     def add_dense(self, batch: int, rows: int) -> None:
-        """Rows of a step are packed: there are no whole sequences."""
+        """Not called: rows of a step are packed."""
 
     def add_seconds(self, search: float, attention: float) -> None:
         """As `KeyCounter.add_seconds`."""

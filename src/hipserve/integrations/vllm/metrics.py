@@ -1,4 +1,4 @@
-"""Counters of HiP attention beside vLLM's own on `/metrics`.
+"""Counters of HiP attention on `/metrics`, along with vLLM's own.
 
 vLLM computes in worker processes and answers `/metrics` in another. Every worker keeps its numbers
 in a small mapped file of a directory that belongs to the engine; the collector adds them up.
@@ -41,19 +41,19 @@ class Metric:
 
 
 _DENSE = (
-    "Query blocks, times layers, that read every key there is: a dense layer, a window of the "
-    "model's own, or too short to prune."
+    "Query blocks, times layers, that read every key: in a dense layer, in a window of the model, "
+    "or too short to prune."
 )
 
 METRICS = (
     Metric("hipserve_keys_read", "Keys that rows read, in the first pruned layer of a worker."),
     Metric("hipserve_keys_visible", "Keys that the same rows would read with dense attention."),
-    Metric("hipserve_selection_seconds", "Time spent choosing, summed over layers and workers."),
-    Metric("hipserve_attention_seconds", "Time spent attending, summed over layers and workers."),
-    Metric("hipserve_refreshes", "Decode rows, times layers, that chose keys afresh."),
-    Metric("hipserve_reuses", "Decode rows, times layers, that used their last choice again."),
+    Metric("hipserve_selection_seconds", "Time of selection, summed over layers and workers."),
+    Metric("hipserve_attention_seconds", "Time of attention, summed over layers and workers."),
+    Metric("hipserve_refreshes", "Decode rows, times layers, that selected keys."),
+    Metric("hipserve_reuses", "Decode rows, times layers, that used their last selection again."),
     Metric("hipserve_query_blocks", "Query blocks, times layers."),
-    Metric("hipserve_found_keys", "Keys that requests found computed, whose index was built."),
+    Metric("hipserve_found_keys", "Keys that requests found computed, and whose index was built."),
     Metric("hipserve_dense_query_blocks", _DENSE, "dense_layer"),
     Metric("hipserve_dense_query_blocks", _DENSE, "model_window"),
     Metric("hipserve_dense_query_blocks", _DENSE, "short"),
@@ -83,7 +83,7 @@ class Tally:
         self._values[_PLACES[name, reason]] += value
 
     def remove(self) -> None:
-        """Takes the numbers away, and the directory with the last of them."""
+        """Removes the numbers, and the directory with the last of them."""
         self.path.unlink(missing_ok=True)
         if self.path.parent.exists() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
@@ -137,7 +137,7 @@ def show(registry: CollectorRegistry) -> CollectorRegistry:
 
 
 class HiPStatLogger(StatLoggerBase):
-    """`vllm.stat_logger_plugins`: where vLLM's API server learns that there is more to show."""
+    """`vllm.stat_logger_plugins`: adds the collector in vLLM's API server."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:  # noqa: ARG002
         if compat.uses_hip(vllm_config):

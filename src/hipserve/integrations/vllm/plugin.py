@@ -19,8 +19,8 @@ def register() -> None:
 def cpu_platform() -> str | None:
     """`vllm.platform_plugins`: the CPU platform that heeds the flag; None on other machines.
 
-    vLLM asks for its platform first in every process that it starts, so that this is also where
-    the CPU wheel gets the name by which vLLM looks for it.
+    vLLM asks for its platform first in every process that it starts. Here the CPU wheel therefore
+    gets the name by which vLLM looks for it.
     """
     name_the_wheel()
     from vllm.platforms import cpu_platform_plugin

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepRequests:
-    """Who is in a step.
+    """The requests of a step.
 
     Attributes:
         rows: the request of every row, or None where it is not known.
@@ -83,10 +83,10 @@ def second_runner() -> Any:
 
 @functools.cache
 def follow_requests() -> None:
-    """Lets the model runners tell who starts, and the first one who is in which row and who ends.
+    """Lets the model runners say which requests start, and the first one also rows and ends.
 
-    Rows whose request is not known keep no selection, and find the bounds of all earlier keys made
-    again: where vLLM has other methods, steps are slower, not wrong.
+    Rows of unknown requests keep no selection, and the index of all their earlier keys is built
+    again: where vLLM has other methods, steps are slower but right.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -170,7 +170,7 @@ def keep_draws() -> None:
 
     The first model runner samples a token after every chunk, throws it away, and rewinds the
     request's generator by four offsets, which only CUDA generators have. Here the generator is put
-    back where it was, so that the answer is that of the same prompt read in a single chunk.
+    back where it was, and the answer is that of the same prompt read in a single chunk.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

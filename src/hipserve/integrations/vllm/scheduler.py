@@ -1,7 +1,7 @@
 """vLLM's schedulers, with prefill chunks that end where query blocks end.
 
-How a prompt is cut depends on who else is in the batch. Cut inside a query block, its two halves
-would choose their keys apart; cut at its end, a request gets the same answer in any company.
+How a prompt is cut depends on the rest of the batch. Cut inside a query block, its two halves would
+select different keys; cut at its end, a request gets the same answer in any batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QueryBlocks(Scheduler):
         self._check_budget()
 
     def _round_threshold(self) -> None:
-        """A threshold below a query block would cut every chunk to nothing, for ever."""
+        """With a threshold below a query block every chunk would be empty."""
         size, threshold = self.query_block_size, self.scheduler_config.long_prefill_token_threshold
         if threshold % size:
             rounded = threshold + size - threshold % size
@@ -69,13 +69,13 @@ class QueryBlocks(Scheduler):
             self.query_block_size = 1
             logger.warning(
                 "a step takes %d prompt tokens, less than a query block of %d: answers depend on "
-                "who else is served; raise max_num_batched_tokens, or lower query_block_size",
+                "the other requests; raise max_num_batched_tokens, or lower query_block_size",
                 longest,
                 size,
             )
         elif longest - self.max_num_running_reqs < size:
             logger.warning(
-                "a step takes %d tokens, which leaves no query block of %d beside %d requests that "
+                "a step takes %d tokens, which leaves no query block of %d while %d requests "
                 "decode: prompts wait until some of them end; raise max_num_batched_tokens, or "
                 "lower max_num_seqs",
                 longest,
@@ -103,7 +103,7 @@ class QueryBlocks(Scheduler):
         return whole if whole or waiting_helps else count
 
     def _cut_elsewhere(self, request: Request, end: int) -> bool:
-        """Not the budget of tokens ended the chunk: it would never become longer by waiting.
+        """Something other than the budget of tokens ended the chunk, so waiting makes it no longer.
 
         vLLM ends chunks in front of an image that has to wait, and where the state of Mamba layers
         is kept.

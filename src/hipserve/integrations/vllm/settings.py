@@ -1,4 +1,4 @@
-"""What vLLM's configuration says to HiP attention, checked before anything starts."""
+"""HiP attention's settings in vLLM's configuration, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BLOCK_SIZE = 256
-"""Tokens of a KV block unless the user says otherwise: it carries all bound levels."""
+"""Tokens of a KV block unless the user says otherwise: it has summaries of all levels."""
 
 
 def hip_config(vllm_config: VllmConfig) -> HiPConfig:
@@ -60,7 +60,7 @@ def check_block_size(block_size: int, config: HiPConfig) -> None:
     if finest is not None and block_size % finest:
         raise ConfigError(
             "block_size",
-            f"a multiple of {finest} (keys that share bounds)",
+            f"a multiple of {finest} (keys that share a summary)",
             str(block_size),
             "use a power of two such as 128 or 256",
         )

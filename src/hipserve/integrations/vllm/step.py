@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class HiPStep(AttentionMetadata):
     """What the layers of one step need, built once for all of them.
 
-    vLLM copies its fields into classes of its own and adds attributes, hence no slots.
+    vLLM copies its fields into its own classes and adds attributes, hence no slots.
 
     Attributes:
         num_tokens: rows of q that count; the rest is padding.
@@ -74,7 +74,7 @@ def sequences(
 def found_keys(common: CommonAttentionMetadata, requests: StepRequests) -> list[tuple[int, int]]:
     """Row and number of keys of every request that starts in this step behind computed keys.
 
-    Where it is not known who starts, everybody does whose prompt is being read.
+    Where it is unknown which requests start, all count whose prompt is being read.
     """
     if requests.rows is not None and not requests.started:
         return []

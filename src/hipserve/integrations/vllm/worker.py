@@ -10,7 +10,7 @@ from hipserve.integrations.vllm import runners
 
 
 class HiPCpuWorker(CPUWorker):
-    """The worker that hipserve puts in place of vLLM's, with whichever attention."""
+    """Replaces vLLM's worker, with HiP attention or without."""
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         runners.keep_draws()

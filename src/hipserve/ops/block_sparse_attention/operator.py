@@ -1,4 +1,4 @@
-"""`hipserve::block_sparse_attention` as a custom operator, so that torch.compile sees it whole."""
+"""`hipserve::block_sparse_attention` as a custom operator: torch.compile sees it whole."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _check(
         checks.check_floats(argument, x, dims)
         fits = tuple(x.shape[1:]) == tuple(pool.k_cache.shape[2:])
         expected = f"heads and head_dim {list(pool.k_cache.shape[2:])} of the pages"
-        checks.require(fits, argument, expected, list(x.shape[1:]), "match the pages")
+        checks.require(fits, argument, expected, list(x.shape[1:]))
     checks.check_same("v", v, k)
     checks.check_pool(k, pool)
     if index is not None:
@@ -101,15 +101,15 @@ def _check(
         checks.require(same, "index", expected, list(index.codes.shape), "build it of these pages")
     checks.check_tensor("slot_mapping", slot_mapping, "[num_tokens]")
     int64 = slot_mapping.dtype == torch.int64
-    checks.require(int64, "slot_mapping", "dtype int64", checks.name(slot_mapping.dtype), "convert")
+    checks.require(int64, "slot_mapping", "dtype int64", checks.name(slot_mapping.dtype))
     for argument, x in (("v", v), ("slot_mapping", slot_mapping)):
         same = x.shape[0] == k.shape[0]
-        checks.require(same, argument, f"{k.shape[0]} tokens as k", x.shape[0], "match them")
+        checks.require(same, argument, f"{k.shape[0]} tokens as k", x.shape[0])
     slots = pool.k_cache.shape[0] * pool.page_size
     inside = slot_mapping.numel() == 0 or int(slot_mapping.min()) >= -1
     inside = inside and (slot_mapping.numel() == 0 or int(slot_mapping.max()) < slots)
     checks.require(
-        inside, "slot_mapping", f"slots from -1 to {slots - 1}", slot_mapping.tolist()[:8], "check"
+        inside, "slot_mapping", f"slots from -1 to {slots - 1}", slot_mapping.tolist()[:8]
     )
 
 

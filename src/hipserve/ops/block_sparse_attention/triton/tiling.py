@@ -1,4 +1,4 @@
-"""Sizes of a launch, from shapes alone: a captured launch stays valid."""
+"""Sizes of a launch, from shapes only: a captured launch stays valid."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Geometry(Heads):
         num_sink_tokens: keys at the start of a sequence that every block reads.
         key_block_size: keys of a chosen block.
         max_selected: entries of a list of chosen blocks.
-        selected: there are such lists; otherwise everything is read.
+        selected: blocks are chosen; otherwise everything is read.
         windowed: only the last `sliding_window` keys are read.
         capped: scores are capped by `softcap`.
         same_strides: keys and values lie at the same offsets.
@@ -180,7 +180,7 @@ def has_small_programs(call: Call, geometry: Geometry) -> bool:
 
 
 def largest_tile(dim: int, half: bool, shared: int) -> TileSize:
-    """Most rows of a tile, and its keys: accumulators fit registers and keys the memory."""
+    """Maximum rows of a tile, and its keys: accumulators fit registers and keys the memory."""
     if dim <= 128:
         most = MAX_ROWS if shared >= WIDE_BYTES else MAX_ROWS // 4
         return TileSize(most, 64) if half else TileSize(max(most // 2, MAX_ROWS // 4), 32)
