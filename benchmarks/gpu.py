@@ -1,4 +1,4 @@
-"""HiP attention on one GPU beside the fastest dense attention there: one command, one CSV.
+"""HiP attention on one GPU compared with the fastest dense attention there: one command, one CSV.
 
     python benchmarks/gpu.py check --count 1000 --processes 16   # kernels against the definition
     python benchmarks/gpu.py tune             # tiles of the search, timed
@@ -259,7 +259,7 @@ def decode(
     """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides.
 
     The block table of an engine's graph has room for the longest sequence that it serves: `room`
-    keys, or these alone if 0. Where nothing in it can be pruned, nothing is searched.
+    keys, or these only if 0. Where nothing in it can be pruned, nothing is searched.
     """
     made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
     q, pools, indexes, layouts = zip(*made, strict=True)

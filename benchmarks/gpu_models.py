@@ -1,4 +1,4 @@
-"""Whole models on one GPU, dense beside HiP, through transformers: time to first token and decode.
+"""Whole models on one GPU, dense and HiP, through transformers: time to first token and decode.
 
     python benchmarks/gpu_models.py --csv docs/data/models-gpu.csv
 

@@ -105,7 +105,7 @@ static inline void multiply_block(UnitRows a, int64_t rows, UnitRows b, int64_t 
 }
 #else
 struct TileRegisters {
-  TileRegisters() {}  // declared, so that gcc does not call the variable unused
+  TileRegisters() {}  // without it gcc calls the variable unused
 };
 template <bool kAdd>
 static inline void multiply_block(UnitRows, int64_t, UnitRows, int64_t, int, UnitRows) {}

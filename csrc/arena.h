@@ -40,7 +40,7 @@ class Arena {
  private:
   static constexpr size_t kAlignment = 64;
 #if defined(__SANITIZE_ADDRESS__)
-  // Between pieces lie gaps that nobody may touch.
+  // Between pieces are gaps that no kernel may touch.
   static constexpr size_t kGap = 64;
   void close(size_t begin, size_t end, bool closed) {
     if (!base_) return;

@@ -105,7 +105,7 @@ int64_t& current() {
 }
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
-// Raised with every change of a call, so that Python never runs kernels of another version.
+// Raised with every change of a call: Python never runs kernels of another version.
 constexpr int64_t kCalls = 5;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }

@@ -1,4 +1,4 @@
-// A number of rows as a constant, so that a product keeps all of them in registers.
+// A number of rows as a constant: a product keeps all of them in registers.
 #pragma once
 #include <stdint.h>
 

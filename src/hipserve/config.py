@@ -36,9 +36,9 @@ class HiPConfig:
         bound_reach: a run is scored so many standard deviations from its mean, in every channel
             towards the query; 0 is the mean, in which a single peak is lost.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
-            0 trusts the summaries alone.
-        relative_scores: score keys relative to the greatest score that a row finds among the keys
-            it reads anyway (sinks and window), so that rows with large norms do not outvote rows
+            0 uses the summaries only.
+        relative_scores: score keys relative to the maximum score that a row finds among the keys
+            it reads anyway (sinks and window): rows with large norms do not outvote rows
             that have more to gain.
         share_group: one selection for all query heads of a KV head (GQA group), or one for each.
         num_sink_tokens: first keys of a sequence, always read.
@@ -106,7 +106,7 @@ class HiPConfig:
         if self.budget < self.granularity:
             raise _wrong(
                 "budget",
-                f"at least one block ({self.granularity} keys)",
+                f"one block or more ({self.granularity} keys)",
                 self.budget,
                 "raise budget or lower key_block_size",
             )

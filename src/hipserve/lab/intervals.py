@@ -11,8 +11,8 @@ from typing import TypeVar
 Z = 1.959964
 ROUNDS = 2000
 MIN_VALUES = 4
-"""Fewest values that a bootstrap interval is made of: with 3, one in 27 resamples holds nothing but
-the smallest of them, so that an end of the interval would be a single value."""
+"""Minimum number of values for a bootstrap interval: of 3 values, one resample in 27 holds only the
+minimum, and an end of the interval would be a single value."""
 
 T = TypeVar("T")
 Interval = tuple[float, float]

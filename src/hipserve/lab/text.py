@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from hipserve.errors import ArgumentError, FitError
 
 MAX_BYTES = 1 << 30
-"""Bytes of a text to measure on: an endless file is not read for ever."""
+"""Maximum bytes of a text to measure on: a file may be endless."""
 GZIP = b"\x1f\x8b"
 PART = 1 << 20
 

@@ -105,7 +105,7 @@ def _last(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _common_prefix(prompts: Sequence[Tensor]) -> int:
-    """Tokens that all prompts begin with; one at least is left to each of them."""
+    """Tokens that all prompts begin with; each keeps one token or more of its own."""
     shortest = min(prompt.shape[1] for prompt in prompts) - 1
     rows = torch.cat([prompt[:, :shortest] for prompt in prompts])
     return int((rows == rows[0]).all(0).int().cumprod(0).sum())

@@ -142,8 +142,8 @@ def _encode(
 
 
 def _running_text(loaded: LoadedModel, text: str, completion: str) -> tuple[Tensor, Tensor]:
-    """Split where the tokens of the text with and without its completion part: tokenizers join what
-    stands beside the cut."""
+    """Split where the tokens of the text with and without its completion differ: tokenizers join
+    words across the cut."""
     options = {"return_tensors": "pt"}
     whole = loaded.tokenizer(text + completion, **options)["input_ids"].to(loaded.device)
     begun = loaded.tokenizer(text, **options)["input_ids"].to(loaded.device)

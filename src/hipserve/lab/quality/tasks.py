@@ -149,7 +149,7 @@ class Sample:
 
     Attributes:
         document: the first user turn, instruction and text.
-        questions: second user turns, each after the document alone.
+        questions: second user turns, each directly after the document.
         exact: answers are scored all or nothing; by the share of right tokens otherwise.
     """
 
@@ -256,7 +256,7 @@ def make_sample(
     seed: int,
     questions: int = 1,
 ) -> Sample:
-    """A sample whose prompt and answer take at most `length` tokens, and at least 97 % of them.
+    """A sample whose prompt and answer take 97 to 100 % of `length` tokens.
 
     Args:
         task: one of `TASKS`.

@@ -1,4 +1,4 @@
-"""`bench attention`: HiP attention beside dense attention, checked and then timed in turn."""
+"""`bench attention`: HiP attention compared with dense attention, checked and then timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bench_attention(
     limits: Limits | None = None,
     progress: Progress = lambda _: None,
 ) -> AttentionReport:
-    """Times one layer at each length, beside our dense kernel and torch's SDPA.
+    """Times one layer at each length, compared with our dense kernel and torch's SDPA.
 
     Args:
         lengths: context lengths, in tokens.

@@ -16,7 +16,7 @@ TOPIC_KEYS = 256
 
 TOPICS_SOUGHT = 3
 STRENGTH = 0.5
-"""Size of a topic direction in each channel, beside noise of 1."""
+"""Size of a topic direction in each channel; the noise has size 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Many clients at once: no request may get lost, mixed up with another, or leave anything behind.
 
-Every prompt hides a pass key of its own, and some of the requests are asked again, alone.
+Every prompt hides its own pass key, and some of the requests are asked again, one at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Outcome:
         lost: requests that failed, or got fewer tokens than they asked for.
         hidden, found: prompts that hide a key, and answers that name it.
         mixed_up: answers that name the key of another request.
-        checked, wrong: requests asked again alone, and those that got another answer then.
+        checked, wrong: requests asked again one at a time, and those with another answer then.
     """
 
     requests: int
@@ -62,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What a server holds when nobody asks for anything: requests, and a share of the KV cache."""
+    """What an idle server holds: requests, and a share of the KV cache."""
 
     running: float
     waiting: float
@@ -91,7 +91,7 @@ def _ask(server: Server, case: Case) -> Answer | None:
 
 
 def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) -> Outcome:
-    """All cases by so many clients; then `checks` of them, the longest among them, alone."""
+    """All cases by so many clients; then `checks` of them one at a time, the longest included."""
     began = time.perf_counter()
     answers = at_once(clients, lambda case: _ask(server, case), cases)
     seconds = time.perf_counter() - began
@@ -102,8 +102,8 @@ def run_mixed(server: Server, cases: Sequence[Case], clients: int, checks: int) 
     keys = {case.key for case in cases}
     wrong = 0
     for case, answer in asked_again:
-        alone = _ask(server, case)
-        wrong += alone is None or alone.text != answer.text
+        again = _ask(server, case)
+        wrong += again is None or again.text != answer.text
     return Outcome(
         requests=len(cases),
         lost=len(cases) - len(good),

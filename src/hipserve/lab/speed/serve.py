@@ -1,7 +1,7 @@
-"""Speed of a server with HiP attention beside the same engine with its own dense attention.
+"""Speed of a server with HiP attention compared with the same engine's dense attention.
 
-Both servers run at the same time and answer in turn, so that whatever else the machine does meets
-both. Every prompt hides a pass key; unless both servers find it, there are no numbers.
+Both servers run at the same time and answer alternately, so other load affects both. Every prompt
+hides a pass key; unless both servers find it, there are no numbers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt length, dense beside HiP: medians over `answers` of each."""
+    """One prompt length, dense and HiP: medians over `answers` of each."""
 
     prompt_tokens: int
     answers: int

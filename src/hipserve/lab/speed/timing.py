@@ -1,4 +1,4 @@
-"""Times taken in turn: every round runs each contender once, so that drift hits all alike.
+"""Times taken alternately: every round runs each contender once, and drift affects all alike.
 
 Before the first round each runs once uncounted: first calls generate kernels and fill caches.
 """
@@ -32,7 +32,7 @@ class Contender:
 class Limits:
     """How long a contender may go on: rounds, or seconds if they are spent first.
 
-    The `cpu` clock counts what this process used, so that a busy machine disturbs it little; it is
+    The `cpu` clock counts what this process used, which a busy machine hardly changes; it is
     for one thread.
     """
 
@@ -72,7 +72,7 @@ def seconds(call: Callable[[int], object], turn: int, clock: Clock = "wall") -> 
 
 
 def fastest(ways: dict[str, Callable[[], object]], rounds: int = 3) -> str:
-    """Which of several ways to compute the same takes the least time; the first call is free."""
+    """The fastest of several ways to compute the same; the first call warms up."""
     for way in ways.values():
         way()
     times = {

@@ -72,7 +72,7 @@ def refresh_blocks(
 ) -> None:
     """`select_blocks` into an earlier selection, where a flag on the device asks for it.
 
-    What runs depends on shapes alone and nothing is read back, so that a CUDA graph may hold it.
+    What runs depends on shapes only and nothing is read back: a CUDA graph may hold it.
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.

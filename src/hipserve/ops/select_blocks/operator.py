@@ -1,4 +1,4 @@
-"""`hipserve::select_blocks` as a custom operator, so that torch.compile sees it whole."""
+"""`hipserve::select_blocks` as a custom operator: torch.compile sees it whole."""
 
 from __future__ import annotations
 
