@@ -36,7 +36,9 @@ def _backend(name: str, q: Tensor, selector: str) -> ModuleType:
     return reference
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
+    """A backend, imported when it is first asked for."""
     if name == "triton":
         from hipserve.ops.select_blocks import triton
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hipserve.config import HiPConfig
+from hipserve.ops._triton.constants import HashedOnce
 from hipserve.selectors import SELECTORS, Selector
 
 
@@ -34,8 +35,8 @@ class SearchInputs(NamedTuple):
     window_starts: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class SearchSpec:
+@dataclass(frozen=True)
+class SearchSpec(HashedOnce):
     """The fields of `HiPConfig` that decide what a query block chooses, by the same names.
 
     Window starts are not among them: `hipserve.plan` computes those, once a step for all layers.
@@ -44,6 +45,7 @@ class SearchSpec:
         selector: how blocks are found, with options of its own; the other fields are for all.
     """
 
+    __hash__ = HashedOnce.__hash__
     selector: Selector
     budget: int
     key_block_size: int

@@ -18,8 +18,8 @@ SCRATCH_BYTES = 256 * 2**20
 
 def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
     """`indices` `[num_query_blocks, heads, max_selected]` int32; see `hipserve.ops`."""
-    shape, device = spec.selection_shape(inputs), inputs.q.device
-    indices = torch.empty(shape, dtype=torch.int32, device=device)
+    shape = spec.selection_shape(inputs)
+    indices = torch.empty(shape, dtype=torch.int32, device=inputs.q.device)
     refresh_blocks(inputs, spec, None, BlockSelection(indices, inputs.window_starts))
     return indices
 
