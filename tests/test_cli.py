@@ -316,8 +316,8 @@ def test_every_count_takes_a_suffix() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *("", "run", "chat", "demo", "serve", "doctor", "version", "bench", "eval"),
-        *("bench attention", "bench serve", "eval retrieval", "eval perplexity"),
+        *("", "run", "chat", "demo", "serve", "doctor", "version", "bench", "eval", "lab"),
+        *("bench attention", "bench serve", "eval retrieval", "eval perplexity", "lab quality"),
     ],
 )
 def test_h_is_help(words: str) -> None:

@@ -1,4 +1,4 @@
-"""What both commands of `hipserve eval` share: configurations to compare, lengths, texts."""
+"""What commands that measure quality share: configurations to compare, lengths, texts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ Length = Annotated[
         parser=parse_count,
         metavar="TOKENS",
         help="Tokens; 32k or the model's shorter context if left out.",
+    ),
+]
+First = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count, help="First position that counts; a quarter of the length if left out."
     ),
 ]
 Text = Annotated[

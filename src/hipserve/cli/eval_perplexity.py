@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.comparison import (
     Also,
+    First,
     Length,
     NoDense,
     Text,
@@ -18,24 +18,18 @@ from hipserve.cli.comparison import (
     make_configs,
     say_what_is_dense,
 )
-from hipserve.cli.numbers import format_count, parse_count
+from hipserve.cli.numbers import format_count
 from hipserve.cli.output import err, result_json, say, show
 
 if TYPE_CHECKING:
     from hipserve.lab import PerplexityReport
-    from hipserve.lab.quality.perplexity import Nll
+    from hipserve.lab.quality.fidelity import Fidelity
 
 
 def perplexity(
     model: options.Model = None,
     length: Length = None,
-    first: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count,
-            help="First position that counts; a quarter of the length if left out.",
-        ),
-    ] = None,
+    first: First = None,
     text: Text = None,
     also: Also = None,
     vary: Vary = None,
@@ -78,23 +72,31 @@ def _table(report: PerplexityReport) -> Table:
     span = f"{format_count(report.first)} to {format_count(report.length)}"
     title = f"{report.model}, positions {span}, {len(report.documents)} documents"
     domains = list(next(iter(report.results.values())).by_domain)
-    table = Table("attention", "nll", "change", "95 % interval", "perplexity", *domains)
-    table.title = title
+    fixed = ("attention", "nll", "change", "95 % interval", "KL", "same top-1", "perplexity")
+    table = Table()
+    for heading in (*fixed, *domains):
+        table.add_column(heading)
+    table.title, table.caption = title, f"intervals over {report.unit}"
     for name, nll in report.results.items():
-        table.add_row(
-            name,
-            f"{nll.mean:.4f}",
-            f"{nll.change:+.2%}",
-            _change(nll),
-            f"{nll.perplexity:.3f}",
-            *(f"{nll.by_domain[domain]:.4f}" for domain in domains),
-        )
+        table.add_row(name, *_cells(nll))
     return table
 
 
-def _change(nll: Nll) -> str:
+def _cells(nll: Fidelity) -> list[str]:
+    return [
+        f"{nll.mean:.4f}",
+        f"{nll.change:+.2%}",
+        _change(nll),
+        f"{nll.kl:.4f}",
+        f"{nll.same_top:.1%}",
+        f"{nll.perplexity:.3f}",
+        *(f"{part:.4f}" for part in nll.by_domain.values()),
+    ]
+
+
+def _change(nll: Fidelity) -> str:
     from hipserve.lab.intervals import MIN_VALUES
-    from hipserve.lab.quality.perplexity import PIECE
+    from hipserve.lab.quality.fidelity import PIECE
 
     if nll.interval is None:
         return f"needs {MIN_VALUES} pieces of {PIECE:,} tokens, has {nll.pieces}"

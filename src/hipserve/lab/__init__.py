@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hipserve.lazy import loader as _loader
 
 if TYPE_CHECKING:
+    from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
     from hipserve.lab.quality.perplexity import PerplexityReport, evaluate_perplexity
     from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
     from hipserve.lab.quality.tasks import TASKS, make_sample
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionReport",
     "Clock",
     "Document",
+    "FidelityReport",
     "LayerShape",
     "Limits",
     "PerplexityReport",
@@ -31,6 +33,7 @@ __all__ = [
     "Point",
     "RetrievalReport",
     "bench_attention",
+    "evaluate_fidelity",
     "evaluate_perplexity",
     "evaluate_retrieval",
     "fit_exponent",
@@ -44,6 +47,7 @@ __getattr__ = _loader(
         "AttentionReport": "hipserve.lab.speed.report",
         "Clock": "hipserve.lab.speed.timing",
         "Document": "hipserve.lab.text",
+        "FidelityReport": "hipserve.lab.quality.fidelity",
         "LayerShape": "hipserve.lab.speed.inputs",
         "Limits": "hipserve.lab.speed.timing",
         "PerplexityReport": "hipserve.lab.quality.perplexity",
@@ -52,6 +56,7 @@ __getattr__ = _loader(
         "RetrievalReport": "hipserve.lab.quality.retrieval",
         "TASKS": "hipserve.lab.quality.tasks",
         "bench_attention": "hipserve.lab.speed.attention",
+        "evaluate_fidelity": "hipserve.lab.quality.fidelity",
         "evaluate_perplexity": "hipserve.lab.quality.perplexity",
         "evaluate_retrieval": "hipserve.lab.quality.retrieval",
         "fit_exponent": "hipserve.lab.speed.report",

@@ -1,11 +1,13 @@
-"""95 % intervals of what was measured on few samples."""
+"""Intervals of what was measured on few samples."""
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 Z = 1.959964
@@ -41,3 +43,84 @@ def bootstrap(
 
 def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over independent units (documents), and how sure it is.
+
+    Attributes:
+        value: the mean.
+        error: its standard error; None for under `MIN_VALUES` units.
+        units: how many.
+        effective: how many of equal weight would be as sure.
+    """
+
+    value: float
+    error: float | None
+    units: int
+    effective: float
+
+    def interval(self, level: float = 0.95) -> Interval | None:
+        """Student's interval; None without an error."""
+        if self.error is None:
+            return None
+        half = student((1 + level) / 2, max(round(self.effective) - 1, 1)) * self.error
+        return self.value - half, self.value + half
+
+
+def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
+    """Weighted mean of the values of independent units.
+
+    Its variance is that of a mean of clusters: the spread between units, whatever the spread and
+    the dependence of tokens or questions inside of each.
+    """
+    total = sum(weights) if weights else float(len(values))
+    shares = [w / total for w in weights or [1.0] * len(values)]
+    middle = math.fsum(w * x for w, x in zip(shares, values, strict=True))
+    effective = 1 / math.fsum(w * w for w in shares)
+    if len(values) < MIN_VALUES:
+        return Estimate(middle, None, len(values), effective)
+    spread = math.fsum((w * (x - middle)) ** 2 for w, x in zip(shares, values, strict=True))
+    error = math.sqrt(spread * effective / (effective - 1)) if effective > 1 else None
+    return Estimate(middle, error, len(values), effective)
+
+
+def estimate_change(
+    base: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None
+) -> Estimate:
+    """How much greater the weighted mean of `other` is, relative to that of `base`, pair by pair.
+
+    The error is that of the linearised ratio: other - ratio x base, over the mean of base.
+    """
+    of_base, of_other = estimate(base, weights).value, estimate(other, weights).value
+    ratio = of_other / of_base
+    rest = [(b - ratio * a) / of_base for a, b in zip(base, other, strict=True)]
+    around = estimate(rest, weights)
+    return Estimate(ratio - 1, around.error, around.units, around.effective)
+
+
+@functools.lru_cache(maxsize=1024)
+def student(probability: float, freedom: int) -> float:
+    """Quantile of Student's distribution, for probabilities of at least one half."""
+    if freedom > 1000:
+        return statistics.NormalDist().inv_cdf(probability)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        below = (1 + _student_center(angle, freedom)) / 2 < probability
+        low, high = (angle, high) if below else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_center(angle: float, freedom: int) -> float:
+    """P(|T| <= sqrt(freedom) tan(angle)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    odd = freedom % 2
+    square = math.cos(angle) ** 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for i in range(1, freedom // 2 + 1):
+        total += term
+        term *= square * (2 * i if odd else 2 * i - 1) / (2 * i + 1 if odd else 2 * i)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total

@@ -19,21 +19,51 @@ LOGITS_BYTES = 256 << 20
 """Bound on the float32 logits of one forward pass: 4,096 rows of 262,144 words would be 4 GiB."""
 
 
+CUDA_FACTOR = 4
+"""As many times as much on a GPU, where small chunks leave it idle."""
+
+
+def skip(
+    loaded: LoadedModel,
+    ids: Tensor,
+    cache: Cache,
+    first: int,
+    *,
+    beside: int = 1,
+    rows: int | None = None,
+) -> None:
+    """Reads the chunks of `ids` `[1, tokens]` that end before position `first`."""
+    step = rows or _logit_rows(loaded, beside)
+    _last(loaded, ids[:, : first - first % step], cache, rows)
+
+
 def prefill(
-    loaded: LoadedModel, ids: Tensor, cache: Cache, first: int = 0
+    loaded: LoadedModel,
+    ids: Tensor,
+    cache: Cache,
+    first: int = 0,
+    *,
+    beside: int = 1,
+    rows: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Reads `ids` `[1, tokens]`; yields positions from `first` on with the logits behind them."""
-    step = _logit_rows(loaded)
-    start = first - first % step
-    _last(loaded, ids[:, :start], cache)
-    for stop, logits in read(loaded, ids[:, start:], cache, rows=step, first=first):
-        yield stop - logits.shape[1], logits
+    """Reads on in `ids` `[1, tokens]`; yields positions from `first` on with the logits behind
+    them.
+
+    Args:
+        beside: logits that are made for each position.
+        rows: of a chunk; as many as `LOGITS_BYTES` allow if None.
+    """
+    step = rows or _logit_rows(loaded, beside)
+    rest = ids[:, cache.get_seq_length() :]
+    for stop, logits in read(loaded, rest, cache, rows=step, first=first):
+        yield stop - logits.shape[1] // beside, logits
 
 
-def _logit_rows(loaded: LoadedModel) -> int:
+def _logit_rows(loaded: LoadedModel, beside: int) -> int:
     """Rows of a chunk whose logits keep to `LOGITS_BYTES`: a power of two, from 64 to `CHUNK`."""
-    words = loaded.model.config.get_text_config().vocab_size
-    rows = max(LOGITS_BYTES // (4 * words), 64)
+    words = loaded.model.config.get_text_config().vocab_size * beside
+    factor = CUDA_FACTOR if loaded.device.type == "cuda" else 1
+    rows = max(LOGITS_BYTES * factor // (4 * words), 64)
     return min(1 << (rows.bit_length() - 1), passes.CHUNK)
 
 
@@ -96,10 +126,10 @@ def _branch(cache: Cache) -> Cache:
     return copy.deepcopy(cache) if windowed else cache
 
 
-def _last(loaded: LoadedModel, ids: Tensor, cache: Cache) -> Tensor:
+def _last(loaded: LoadedModel, ids: Tensor, cache: Cache, rows: int | None = None) -> Tensor:
     """Reads `ids` `[1, tokens]`; the logits behind the last of them, `[1, 1, words]`."""
     logits = torch.empty(0)
-    for step in read(loaded, ids, cache):
+    for step in read(loaded, ids, cache, rows=rows):
         logits = step.logits
     return logits
 

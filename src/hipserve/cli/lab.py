@@ -1,0 +1,15 @@
+"""`hipserve lab`: the commands that say what is lost, and whether it matters, together."""
+
+from __future__ import annotations
+
+from hipserve.cli import lab_quality
+from hipserve.cli.commands import Commands
+
+app = Commands(help="What pruned attention loses, with intervals, controls and verdicts.")
+
+
+@app.callback()
+def _lab() -> None: ...
+
+
+app.command()(lab_quality.quality)

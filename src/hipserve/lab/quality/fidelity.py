@@ -1,0 +1,333 @@
+"""How far is pruned attention from dense attention on real text? Every token, one pass each."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hipserve.config import DEFAULT, HiPConfig
+from hipserve.errors import ArgumentError, FitError, did_you_mean
+from hipserve.lab.intervals import MIN_VALUES, Interval, estimate, estimate_change, mean
+from hipserve.lab.quality.beside import Reference, Tokens, read_beside, read_reference
+from hipserve.lab.quality.passes import check_length
+from hipserve.lab.text import Document
+from hipserve.lab.verdicts import Decision, Verdict, judge
+from hipserve.models import LoadedModel
+
+PIECE = 1024
+"""Tokens of a piece, the unit of intervals where there are too few documents: neighbouring tokens
+are not independent."""
+MARGINS = {"likelihood": 0.005, "kl": 0.05}
+"""Differences that count as none, unless others are given: of likelihood, half a percent; of KL, in
+nats, somewhat more than weights in 4 bits cost (0.043, ggml-org/llama.cpp#12557)."""
+MEASURES = ("likelihood", "kl", "top1")
+FLOOR, BLIND = "noise floor", "sinks + window"
+FLOOR_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """One attention compared with the reference, token by token.
+
+    Attributes:
+        mean: nats, mean over domains of the mean over their tokens of the negative log-likelihood.
+        by_domain: nats.
+        change: mean relative to that of the reference, minus 1.
+        interval: 95 % interval of `change`; None from too few pieces.
+        pieces: documents that intervals rest on, or pieces of `PIECE` tokens of too few documents.
+        kl, kl_interval: nats per token, KL(reference || this), and its 95 % interval.
+        kl_p99: nats; 99 % of all tokens have less.
+        same_top, same_top_interval: share of tokens of which both find the same likeliest.
+        verdicts: by measure, where it has a margin.
+    """
+
+    mean: float
+    by_domain: dict[str, float]
+    change: float
+    interval: Interval | None
+    pieces: int
+    kl: float
+    kl_interval: Interval | None
+    kl_p99: float
+    same_top: float
+    same_top_interval: Interval | None
+    verdicts: dict[str, Verdict]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+    @property
+    def decision(self) -> Decision | None:
+        """The worst of all verdicts."""
+        found = {verdict.decision for verdict in self.verdicts.values()}
+        return next((worst for worst in ("different", "undecided", "same") if worst in found), None)
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityReport:
+    """Tokens at positions [first, length) of every document, under each configuration.
+
+    Attributes:
+        unit: what intervals rest on, `documents` or pieces of them.
+        warnings: sentences on what the numbers cannot show.
+    """
+
+    model: str
+    first: int
+    length: int
+    unit: str
+    documents: list[str]
+    too_short: list[str]
+    margins: dict[str, float]
+    configs: dict[str, dict[str, Any]]
+    results: dict[str, Fidelity]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_fidelity(
+    loaded: LoadedModel,
+    configs: dict[str, HiPConfig | None],
+    documents: Sequence[Document],
+    *,
+    length: int,
+    first: int | None = None,
+    margins: Mapping[str, float] = MARGINS,
+    controls: bool = True,
+    progress: Callable[[str, str], None] | None = None,
+) -> FidelityReport:
+    """Teacher-forced prefill of the first `length` tokens of each document under each attention.
+
+    Args:
+        configs: by name; None is dense attention. The first one is what others are compared with.
+        documents: those with fewer than `length` tokens are left out and listed in the report.
+        length: tokens read of each document.
+        first: position of the first token that counts; a quarter of `length` if None.
+        margins: greatest differences that count as none, by measure of `MEASURES`.
+        controls: two rows more: the reference again, in other chunks and through other kernels
+            (what no difference looks like), and sinks and window with a single block (what has to
+            be caught).
+        progress: receives document and configuration before each pass.
+
+    Raises:
+        ArgumentError: `length` or `first` leaves nothing to measure, or an unknown measure.
+        FitError: `length` exceeds the context, or no document is long enough.
+    """
+    check_margins(margins)
+    first = _check_span(loaded, length, first)
+    kept = _encode_all(loaded, documents, length, first)
+    reference = next(iter(configs))
+    rows = _with_controls(configs, length) if controls else configs
+    columns: dict[str, list[Tokens]] = {name: [] for name in rows}
+    for doc, ids in kept.items():
+        say = functools.partial(progress or _say_nothing, doc.name)
+        for name, tokens in _read(loaded, rows, ids, first, say):
+            columns[name].append(tokens)
+    units = _Units.of(list(kept), length - first)
+    results = {
+        name: _compare(
+            columns[reference], columns[name], units, {} if name == reference else margins
+        )
+        for name in rows
+    }
+    return FidelityReport(
+        model=loaded.name,
+        first=first,
+        length=length,
+        unit=units.name,
+        documents=[doc.name for doc in kept],
+        too_short=[doc.name for doc in documents if doc not in kept],
+        margins=dict(margins),
+        configs={name: config.to_dict() if config else {} for name, config in rows.items()},
+        results=results,
+        warnings=_warnings(results, reference, units),
+    )
+
+
+def check_margins(margins: Mapping[str, float]) -> None:
+    """Raises ArgumentError for a measure that does not exist, or a margin that is no distance."""
+    for name, margin in margins.items():
+        if name not in MEASURES:
+            expected = f"one of {', '.join(MEASURES)}"
+            raise ArgumentError("margin", expected, repr(name), did_you_mean(name, MEASURES))
+        if not 0 < margin < math.inf:
+            raise ArgumentError("margin", f"{name} above 0", str(margin))
+
+
+def _say_nothing(document: str, name: str) -> None: ...
+
+
+def _check_span(loaded: LoadedModel, length: int, first: int | None) -> int:
+    if length < 2:
+        raise ArgumentError("length", "2 tokens or more", str(length))
+    check_length(loaded, length)
+    first = length // 4 if first is None else first
+    if not 0 < first < length:
+        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first))
+    return first
+
+
+def _encode_all(
+    loaded: LoadedModel, documents: Sequence[Document], length: int, first: int
+) -> dict[Document, Tensor]:
+    """`[1, length]` tokens of each document that has so many."""
+    options = {"return_tensors": "pt", "truncation": True, "max_length": length}
+    encoded = {doc: loaded.tokenizer(doc.text, **options)["input_ids"] for doc in documents}
+    kept = {doc: ids.to(loaded.device) for doc, ids in encoded.items() if ids.shape[1] == length}
+    if not kept:
+        longest = max((ids.shape[1] for ids in encoded.values()), default=0)
+        raise FitError(
+            f"nothing to measure at positions {first:,} to {length:,}: the longest document has "
+            f"{longest:,} tokens",
+            "lower the length or give longer texts",
+        )
+    return kept
+
+
+def _with_controls(
+    configs: dict[str, HiPConfig | None], length: int
+) -> dict[str, HiPConfig | None]:
+    """Behind the reference its double, and at the end what is blind to the middle of a text."""
+    (reference, own), *others = configs.items()
+    base = own or next((config for _, config in others if config), DEFAULT)
+    everything = base.replace(dense_below=length + 1, decode_dense_below=length + 1)
+    return {reference: own, FLOOR: own or everything, **dict(others), BLIND: blind(base)}
+
+
+def blind(base: HiPConfig) -> HiPConfig:
+    """Sinks and window, and of everything between them the single block that no budget is below."""
+    return base.replace(
+        budget=base.granularity,
+        dense_layers=(),
+        dense_below=0,
+        decode_dense_below=0,
+    )
+
+
+def _read(
+    loaded: LoadedModel,
+    configs: dict[str, HiPConfig | None],
+    ids: Tensor,
+    first: int,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Tokens]]:
+    """The tokens of one document under every attention; the first is what others stand beside."""
+    reference: Reference | None = None
+    for name, config in configs.items():
+        say(name)
+        loaded.use(config)
+        if reference is None:
+            reference = read_reference(loaded, ids, first)
+            nll = reference.nll
+            yield name, Tokens(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool))
+        else:
+            rows = FLOOR_ROWS if name == FLOOR else None
+            yield name, read_beside(loaded, ids, first, reference, rows)
+
+
+class _Units(NamedTuple):
+    """What is independent: documents, or pieces where there are too few of them.
+
+    Attributes:
+        name: what they are called.
+        size: tokens of one.
+        domains: of each document.
+        weights: of each unit, such that every domain counts as much as any other.
+    """
+
+    name: str
+    size: int
+    domains: list[str]
+    weights: list[float]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], tokens: int) -> _Units:
+        """For documents of so many tokens that count."""
+        enough = len(documents) >= MIN_VALUES
+        size = tokens if enough else PIECE
+        domains = [doc.domain for doc in documents]
+        sizes = [min(size, tokens - start) for start in range(0, tokens, size)]
+        weights = [n / domains.count(domain) for domain in domains for n in sizes]
+        return cls("documents" if enough else f"pieces of {PIECE:,} tokens", size, domains, weights)
+
+    def means(self, columns: Sequence[Tensor]) -> list[float]:
+        """Of each unit; a column `[tokens]` for each document."""
+        return [
+            float(part.double().mean()) for column in columns for part in column.split(self.size)
+        ]
+
+
+def _compare(
+    base: Sequence[Tokens], other: Sequence[Tokens], units: _Units, margins: Mapping[str, float]
+) -> Fidelity:
+    nlls, kls = [tokens.nll for tokens in other], [tokens.kl for tokens in other]
+    of_base = units.means([tokens.nll for tokens in base])
+    change = estimate_change(of_base, units.means(nlls), units.weights)
+    kl = estimate(units.means(kls), units.weights)
+    flips = estimate(units.means([~tokens.same for tokens in other]), units.weights)
+    by_domain = {
+        domain: mean(
+            [float(nll.mean()) for nll, d in zip(nlls, units.domains, strict=True) if d == domain]
+        )
+        for domain in dict.fromkeys(units.domains)
+    }
+    measured = {"likelihood": change, "kl": kl, "top1": flips}
+    flipped = flips.interval()
+    return Fidelity(
+        mean=mean(list(by_domain.values())),
+        by_domain=by_domain,
+        change=change.value,
+        interval=change.interval(),
+        pieces=change.units,
+        kl=kl.value,
+        kl_interval=kl.interval(),
+        kl_p99=_quantile(torch.cat(kls), 0.99),
+        same_top=1 - flips.value,
+        same_top_interval=(1 - flipped[1], 1 - flipped[0]) if flipped else None,
+        verdicts={name: judge(measured[name], margin) for name, margin in margins.items()},
+    )
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """Of `[tokens]`, which may be more than `torch.quantile` takes."""
+    return float(values.kthvalue(max(math.ceil(share * len(values)), 1)).values)
+
+
+def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> list[str]:
+    found: list[str] = []
+    for name, row in results.items():
+        decisions = {verdict.decision for verdict in row.verdicts.values()}
+        if name == FLOOR and "different" in decisions:
+            found.append(f"{name}: {reference} differs from itself; nothing below can be trusted")
+        if name == BLIND and "different" not in decisions:
+            found.append(
+                f"{name} was not caught: these texts do not show what pruning loses; give more or "
+                "longer ones"
+            )
+        likelihood = row.verdicts.get("likelihood")
+        if likelihood and likelihood.decision == "different" and row.change < 0:
+            found.append(
+                f"{name}: likelier than {reference} by more than the margin, which is no fidelity; "
+                "look at KL, and for a fault of the measurement"
+            )
+    judged = [name for name, row in results.items() if row.verdicts and name not in (FLOOR, BLIND)]
+    if units.name != "documents":
+        found.append(
+            f"intervals and verdicts hold for these texts only: {MIN_VALUES} documents or more "
+            "would say something about others"
+        )
+    if len(judged) > 2:
+        found.append(
+            f"{len(judged)} configurations were judged, each for itself: choose by some documents "
+            "and confirm by others"
+        )
+    return found

@@ -1,0 +1,224 @@
+"""`lab quality` measures what it says, tells noise from loss, and catches blind attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+from typer.testing import CliRunner
+
+from hipserve import ArgumentError, HiPConfig
+from hipserve.cli.main import app
+from hipserve.lab import Document, FidelityReport, evaluate_fidelity
+from hipserve.lab.quality import fidelity, passes
+from hipserve.lab.quality.beside import read_beside, read_reference
+from hipserve.lab.text import language_reference
+from hipserve.models import LoadedModel, bundled_path, load
+
+SMALL = HiPConfig(
+    budget=64, num_sink_tokens=16, sliding_window=64, query_block_size=16, dense_below=0
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LoadedModel:
+    """In the type of its weights, with the noise of bfloat16."""
+    return load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def capped() -> LoadedModel:
+    """A model that changes its logits behind the head, as Gemma 2 does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
+    config = Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5, initializer_range=0.5)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return LoadedModel(model, AutoTokenizer.from_pretrained(bundled_path()), "capped", 4096)
+
+
+def documents(count: int, size: int = 9000) -> list[Document]:
+    text = language_reference()
+    step = (len(text) - size) // count
+    parts = [text[i * step : i * step + size] for i in range(count)]
+    return [Document(f"part {i}", "docs" if i % 2 else "more", t) for i, t in enumerate(parts)]
+
+
+@torch.no_grad()
+def whole_logits(loaded: LoadedModel, ids: torch.Tensor, config: HiPConfig | None) -> torch.Tensor:
+    loaded.use(config)
+    return loaded.model(ids, use_cache=False).logits[0].double()
+
+
+@pytest.mark.parametrize("name", ["loaded", "capped"])
+def test_tokens_are_those_of_whole_logits(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk, against both logits of the whole text at once."""
+    model: LoadedModel = request.getfixturevalue(name)
+    ids = torch.randint(3, 8192, (1, 600), generator=torch.Generator().manual_seed(1))
+    log_p = whole_logits(model, ids, None).log_softmax(-1)
+    log_q = whole_logits(model, ids, SMALL).log_softmax(-1)
+    monkeypatch.setattr(passes, "LOGITS_BYTES", 256 * 4 * 8192)
+    monkeypatch.setattr("hipserve.models.passes.CHUNK", 256)
+    rows: list[int] = []
+    hook = model.model.lm_head.register_forward_hook(lambda *io: rows.append(io[2].shape[1]))
+    model.use(None)
+    reference = read_reference(model, ids, 300)
+    model.use(SMALL)
+    tokens = read_beside(model, ids, 300, reference)
+    hook.remove()
+    assert max(rows) == 256, "the logits of a chunk keep to their bound"
+    assert sum(rows) == 1 + 301 + 1 + 2 * 301, "one row of what comes before, then both of each"
+    targets = ids[0, 300:, None]
+    p, q = log_p[299:-1], log_q[299:-1]
+    close: Any = {"atol": 2e-3, "rtol": 2e-3}
+    torch.testing.assert_close(reference.nll.double(), -p.gather(1, targets)[:, 0], **close)
+    torch.testing.assert_close(tokens.nll.double(), -q.gather(1, targets)[:, 0], **close)
+    divergence = (p.exp() * (p - q)).sum(-1)
+    assert divergence.mean() > 1e-3
+    torch.testing.assert_close(tokens.kl.double(), divergence, atol=1e-4, rtol=1e-2)
+    same = p.argmax(-1) == q.argmax(-1)
+    assert 0 < same.double().mean() < 1
+    assert (tokens.same == same).double().mean() > 0.99, "but for ties"
+
+
+@pytest.fixture(scope="module")
+def report(shipped: LoadedModel) -> FidelityReport:
+    configs = {"dense": None, "hip": SMALL}
+    return evaluate_fidelity(shipped, configs, documents(5), length=700, first=350)
+
+
+def test_the_floor_is_the_same_and_blind_attention_is_caught(report: FidelityReport) -> None:
+    assert list(report.results) == ["dense", "noise floor", "hip", "sinks + window"]
+    dense, floor, hip, blind = report.results.values()
+    assert (dense.change, dense.kl, dense.same_top, dense.verdicts) == (0, 0, 1, {})
+    assert floor.decision == "same"
+    assert floor.kl < 1e-3 < hip.kl < blind.kl
+    assert floor.same_top > hip.same_top > blind.same_top
+    assert blind.decision == "different"
+    assert blind.verdicts["kl"].decision == "different"
+    assert blind.change > 0
+    assert blind.kl_p99 > 3 * blind.kl > 0
+    assert not any("caught" in warning for warning in report.warnings)
+    assert not any("itself" in warning for warning in report.warnings)
+
+
+def test_intervals_rest_on_documents(report: FidelityReport) -> None:
+    hip = report.results["hip"]
+    assert (report.unit, hip.pieces) == ("documents", 5)
+    for value, interval in (
+        (hip.change, hip.interval),
+        (hip.kl, hip.kl_interval),
+        (hip.same_top, hip.same_top_interval),
+    ):
+        assert interval is not None
+        assert interval[0] < value < interval[1]
+    assert report.configs["sinks + window"]["budget"] == 16
+    assert json.loads(json.dumps(report.to_dict()))["results"]["hip"]["verdicts"]["kl"]["margin"]
+
+
+def test_one_pass_of_every_attention(capped: LoadedModel) -> None:
+    """However many are varied, dense attention reads a document once."""
+    read: list[tuple[str, int]] = []
+
+    def note(module: Any, inputs: Any) -> None:
+        config = capped.model.config
+        name = str(config.hip["budget"]) if config.hip else "dense"
+        read.append((name, inputs[0].shape[1]))
+
+    hook = capped.model.model.embed_tokens.register_forward_pre_hook(note)
+    configs = {"dense": None} | {f"{b}": SMALL.replace(budget=b) for b in (32, 64, 128)}
+    evaluate_fidelity(capped, configs, documents(1), length=600)
+    hook.remove()
+    tokens = {name: sum(n for at, n in read if at == name) for name in dict(read)}
+    assert tokens == {"dense": 600, "32": 1200, "64": 600, "128": 600, "16": 600}, "32: floor, own"
+
+
+def test_warnings_say_what_numbers_cannot(capped: LoadedModel) -> None:
+    roomy = SMALL.replace(budget=1024)
+    configs = {"dense": None, "hip": roomy, "x": roomy, "y": roomy}
+    margins = {"kl": 50.0}
+    one = evaluate_fidelity(capped, configs, documents(1), length=1200, margins=margins)
+    found = " / ".join(one.warnings)
+    assert one.unit == "pieces of 1,024 tokens"
+    assert one.results["hip"].interval is None
+    assert one.results["hip"].verdicts["kl"].more == 3
+    assert "sinks + window was not caught" in found
+    assert "for these texts only" in found
+    assert "3 configurations were judged" in found
+
+
+def test_likelier_than_dense_is_a_warning() -> None:
+    """A planted gain: every token of every document finds its successor more likely."""
+    units = fidelity._Units.of(documents(4, 1), 10)
+    base = [fidelity.Tokens(torch.full((10,), 2.0), torch.zeros(10), torch.ones(10).bool())] * 4
+    noise = torch.linspace(0.97, 0.99, 4)
+    better = [base[0]._replace(nll=base[0].nll * x) for x in noise]
+    results = {
+        "dense": fidelity._compare(base, base, units, {}),
+        "hip": fidelity._compare(base, better, units, fidelity.MARGINS),
+    }
+    (warning,) = fidelity._warnings(results, "dense", units)
+    assert "hip: likelier than dense" in warning
+    assert results["hip"].verdicts["likelihood"].decision == "different"
+
+
+def test_domains_count_alike() -> None:
+    docs = [Document(str(i), "a" if i else "b", "") for i in range(5)]
+    units = fidelity._Units.of(docs, 10)
+    tokens = [
+        fidelity.Tokens(torch.full((10,), x), torch.full((10,), x), torch.ones(10).bool())
+        for x in (5.0, 1.0, 1.0, 2.0, 2.0)
+    ]
+    row = fidelity._compare(tokens, tokens, units, {})
+    assert row.by_domain == {"b": 5.0, "a": 1.5}
+    assert row.mean == row.kl == pytest.approx(3.25)
+
+
+@pytest.mark.parametrize("margins", [{"perplexity": 0.1}, {"kl": 0.0}, {"kl": float("nan")}])
+def test_margins_that_are_none(capped: LoadedModel, margins: dict[str, float]) -> None:
+    with pytest.raises(ArgumentError, match="margin: expected"):
+        evaluate_fidelity(capped, {"dense": None}, documents(1), length=600, margins=margins)
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["lab", "quality", *words])
+
+
+def test_the_command_prints_and_chooses(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"title": d.name, "text": d.text}) for d in documents(4)))
+    words = ["--text", str(texts), "--length", "300", "--documents", "1::2", "--device", "cpu"]
+    shown = invoke(*words, "--margin", "kl=20%", "--margin", "top1=50%")
+    assert shown.exit_code == 0, shown.stderr
+    assert "sinks + window: likelihood" in shown.stdout
+    assert "kl same (margin 0.2)" in shown.stdout or "kl undecided (margin 0.2" in shown.stdout
+    assert "nothing was pruned" in shown.stderr
+    result = json.loads(invoke(*words, "--json").stdout)
+    assert result["documents"] == ["part 1", "part 3"]
+    assert result["margins"] == {"likelihood": 0.005, "kl": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--margin", "kl"], "expected MEASURE=SIZE, got 'kl'"),
+        (["--margin", "likelyhood=1%"], "margin: expected one of likelihood"),
+        (["--documents", "5"], "documents: expected a slice that leaves some of the 1 texts"),
+        (["--documents", "1::"], "documents: expected a slice"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], part: str) -> None:
+    refused = invoke(*words)
+    assert isinstance(refused.exception, ArgumentError)
+    assert part in str(refused.exception)
