@@ -145,7 +145,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     name = backend if backend != "auto" else ("cpu" if device.type == "cpu" else "triton")
     refusal = (cpu_refusal if name == "cpu" else triton_refusal)(device, dtype, head_dim)
     if backend != "auto" and refusal:
-        raise BackendError(f'backend="{name}" cannot run: {refusal}; use backend="auto"')
+        raise BackendError(f'backend="{name}" cannot run: {refusal}', 'use backend="auto"')
     return _announce("reference" if refusal else name, refusal)
 
 

@@ -28,7 +28,7 @@ def stage_of(line: str) -> str | None:
 
 
 def complaint(lines: Iterable[str]) -> str:
-    """The sentence in which a server that died said why."""
+    """The sentence that says why a server ended."""
     text = [re.sub(r"^(\[\w+\]: )?(\(.*?\) )?(ERROR [\d: -]+\[.*?\] )?", "", x) for x in lines]
     errors = [x.strip() for x in text if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", x)]
     ours = [x for x in errors if x.startswith("hipserve.")]
@@ -39,14 +39,16 @@ def complaint(lines: Iterable[str]) -> str:
 
 
 def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
-    """What the last words of a server that did not start mean, as an error of a command.
+    """The last lines of a server that did not start, as an error of the command.
 
     vLLM advises `gpu_memory_utilization`, which is not what limits the KV cache on a CPU.
     """
     if re.search(r"memory for the cache blocks|cache is needed|even a single token", sentence):
         more = "--kv-cache-memory-bytes" if on_cpu else "--gpu-memory-utilization"
         facts = re.split(r"\.? *Try increasing", sentence)[0].rstrip(". ")
-        return FitError(f"the server did not start: {facts}; raise {more} or lower --max-model-len")
+        return FitError(
+            f"the server did not start: {facts}", f"raise {more} or lower --max-model-len"
+        )
     if any(mark in line for line in lines for mark in USAGE):
         hint = "`hipserve-vllm serve --help=all` lists vLLM's flags"
         return ArgumentError("serve", "options that vLLM takes", sentence, hint)

@@ -119,15 +119,15 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         if type(spec) not in READ or spec.head_size_v != spec.head_size:
             raise BackendError(
                 f"HiP attention cannot read the KV cache of {self.layer_names[0]} ({name}, heads "
-                f"of {spec.head_size} and {spec.head_size_v}); "
-                "leave out --attention-backend CUSTOM"
+                f"of {spec.head_size} and {spec.head_size_v})",
+                "leave out --attention-backend CUSTOM",
             )
         needed = BlockLayout.of(spec, self.config).padded_bytes
         if self.indexed and spec.page_size_bytes < needed:
             raise BackendError(
                 f"a KV block of {self.layer_names[0]} ({name}) has {spec.page_size_bytes} bytes, "
-                f"but with the index of its keys it needs {needed}; choose another --block-size, "
-                'or set {"hip": {"selector": "tree"}}'
+                f"but with the index of its keys it needs {needed}",
+                'choose another --block-size, or set {"hip": {"selector": "tree"}}',
             )
 
     def build(

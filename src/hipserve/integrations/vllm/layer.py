@@ -216,8 +216,8 @@ def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: i
     if refusal:
         install = "install triton, or " if refusal == triton_library() else ""
         raise BackendError(
-            f"HiP attention cannot serve on {device}: {refusal}; {install}leave out "
-            "--attention-backend CUSTOM"
+            f"HiP attention cannot serve on {device}: {refusal}",
+            f"{install}leave out --attention-backend CUSTOM",
         )
 
 

@@ -33,8 +33,8 @@ def check_hook(scheduler: type[Any]) -> None:
     if HOOK not in scheduler.schedule.__code__.co_names:
         raise BackendError(
             f"the scheduler of vllm {vllm.__version__} does not call {HOOK}, through which "
-            "hipserve ends prefill chunks at query blocks; install a version named in "
-            "docs/serving.md, or name a scheduler with --scheduler-cls"
+            "hipserve ends prefill chunks at query blocks",
+            "install a version named in docs/serving.md, or name a scheduler with --scheduler-cls",
         )
 
 

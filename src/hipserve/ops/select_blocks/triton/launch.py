@@ -77,8 +77,8 @@ def check_block_size(size: int) -> None:
     """Blocks of a tile have to fill it."""
     if size & (size - 1):
         raise BackendError(
-            f"the Triton kernels need a key_block_size that is a power of two, not {size}; "
-            'change it or use backend="reference"'
+            f"the Triton kernels need a key_block_size that is a power of two, not {size}",
+            'change it or use backend="reference"',
         )
 
 
