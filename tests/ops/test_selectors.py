@@ -62,11 +62,17 @@ def recent(monkeypatch: pytest.MonkeyPatch) -> Iterator[HiPConfig]:
 
 
 def test_every_selector_has_a_name_a_definition_and_kernels() -> None:
-    from hipserve.ops.select_blocks.triton.tiling import SEARCHES
-
     assert {name: kind.name for name, kind in SELECTORS.items()} == {n: n for n in SELECTORS}
-    for registry in (get_args(SelectorName), reference.SEARCHES, cpu.SEARCHES, SEARCHES):
+    for registry in (get_args(SelectorName), reference.SEARCHES, cpu.SEARCHES):
         assert set(registry) == set(SELECTORS)
+
+
+def test_every_selector_has_kernels_for_gpus() -> None:
+    assert set(triton().SEARCHES) == set(SELECTORS)
+
+
+def triton() -> Any:
+    return pytest.importorskip("hipserve.ops.select_blocks.triton", exc_type=ImportError)
 
 
 def test_options_are_those_of_the_configuration() -> None:
@@ -168,14 +174,26 @@ def test_a_registered_selector_compiles(recent: HiPConfig) -> None:
     )
 
 
+REFUSAL = 'backend="{}" cannot run: selector "recent" has no kernels there; use backend="auto"'
+
+
+def test_a_gpu_without_kernels_refuses_by_name(
+    recent: HiPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton()
+    case = make_case(Shape((700,), (70,)))
+    monkeypatch.setattr(operator, "resolve_backend", lambda *_: "triton")
+    with pytest.raises(BackendError, match=REFUSAL.format("triton")):
+        select_blocks(case.q, case.index, case.layout, config=recent, backend="triton")
+
+
 @native
-def test_backends_without_kernels_refuse_by_name_and_auto_falls_back(
-    recent: HiPConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_cpu_without_kernels_refuses_by_name_and_auto_runs_the_definition(
+    recent: HiPConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     case = make_case(Shape((700,), (70,)))
     tensors = (case.q, case.index, case.layout)
-    refusal = 'backend="{}" cannot run: selector "recent" has no kernels there; use backend="auto"'
-    with pytest.raises(BackendError, match=refusal.format("cpu")):
+    with pytest.raises(BackendError, match=REFUSAL.format("cpu")):
         select_blocks(*tensors, config=recent, backend="cpu")
     expected = select_blocks(*tensors, config=recent, backend="reference")
     with caplog.at_level(logging.WARNING):
@@ -184,9 +202,6 @@ def test_backends_without_kernels_refuse_by_name_and_auto_falls_back(
     assert torch.equal(got.indices, expected.indices)
     warnings = [r.getMessage() for r in caplog.records if "recent" in r.getMessage()]
     assert warnings == ['selector "recent" has no cpu kernels: eager torch searches']
-    monkeypatch.setattr(operator, "resolve_backend", lambda *_: "triton")
-    with pytest.raises(BackendError, match=refusal.format("triton")):
-        select_blocks(*tensors, config=recent, backend="triton")
 
 
 def test_a_selector_that_nobody_registered_is_refused() -> None:
