@@ -26,7 +26,7 @@ TIERS = $$($(BIN)/python -c 'from hipserve.platform import NATIVE_TIERS, native_
 	print(*NATIVE_TIERS[: NATIVE_TIERS.index(native_library().tier) + 1])')
 SANITIZED_PYTEST := $(BIN)/python -c 'import pathlib, sys, pytest; from hipserve import platform; \
 	platform.library_folders = lambda: [pathlib.Path("build/sanitize")]; \
-	sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))'
+	sys.exit(platform.native_library().reason or pytest.main(["--capture=sys", *sys.argv[1:]]))'
 
 .PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval clean
 .DELETE_ON_ERROR:

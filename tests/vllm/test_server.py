@@ -58,7 +58,7 @@ def test_ready_card(server: Running) -> None:
     assert f"address      {server.url}/v1, model acorn" in card
     assert "context      8,192 tokens" in card
     assert "1,024 keys a query block" in card
-    assert "page bounds" in card
+    assert "index        " in card
     assert "19.5% of the full context" in card
     assert f"metrics      {server.url}/metrics" in card
     assert "curl http" in card

@@ -67,7 +67,7 @@ def card(server: Server, facts: Facts, seconds: float) -> str:
         "context": f"{facts.max_context:,} tokens, prompt and answer together",
         "attention": describe(server.config, facts.max_context),
         "KV cache": f"{facts.kv_tokens:,} tokens",
-        "page bounds": f"{format_bytes(facts.bound_bytes)}, inside the KV cache",
+        "index": f"{format_bytes(facts.bound_bytes)}, inside the KV cache",
         "metrics": f"{server.url}/metrics",
         "try": f"{curl} -d '{body}'",
     }

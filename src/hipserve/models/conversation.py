@@ -28,7 +28,7 @@ class Statistics:
         first_token_seconds: from the question to the first token of the answer.
         decode_seconds: from the first to the last token.
         prefill_share, decode_share: keys read, of those that dense attention reads.
-        cache_bytes: keys, values and bounds of all paged layers.
+        cache_bytes: keys, values and index of all paged layers.
     """
 
     prompt_tokens: int

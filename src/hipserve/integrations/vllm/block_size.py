@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 SIZES = (BLOCK_SIZE, 128, 64, 32, 16)
 
 PROFILE_SHARE = 8
-"""The cache that graphs are measured with takes at most this part of the card, one in so many."""
+"""The cache that graphs are measured with takes up to one part in so many of the card."""
 
-BOUND_BYTES = 1.09
-"""Bytes of a block with bounds, of those without: at most, which is with 64 tokens."""
+INDEX_BYTES = 1.09
+"""Maximum ratio of the bytes of a block with its index and without: with 64 tokens."""
 
 
 def of_engine(vllm_config: VllmConfig, memory: int) -> int:
@@ -52,4 +52,4 @@ def largest(token_bytes: int, captured: int, memory: int) -> int:
 
 def measuring_bytes(token_bytes: int, captured: int, block_size: int) -> float:
     """Bytes of the cache that vLLM measures graphs with."""
-    return token_bytes * captured * block_size * BOUND_BYTES
+    return token_bytes * captured * block_size * INDEX_BYTES
