@@ -32,7 +32,7 @@ class KeyCounter(Protocol):
         ...
 
     def add_dense(self, batch: int, rows: int) -> None:
-        """Adds the first `rows` rows of `batch` whole sequences, which read all they may."""
+        """Adds the first `rows` rows of `batch` whole sequences, which read every visible key."""
         ...
 
     def add_seconds(self, search: float, attention: float) -> None:
@@ -79,7 +79,7 @@ class Account:
         self._add(keys, keys)
 
     def add_seconds(self, search: float, attention: float) -> None:
-        """Time is not kept."""
+        """Does nothing: time is not kept."""
 
     def _counts_with(self, entry: _Uncounted) -> bool:
         """It can be counted together with those that wait."""

@@ -126,7 +126,7 @@ def _is_position(x: object) -> bool:
 
 @torch.no_grad()
 def _faster(kind: LayerKind) -> DenseKernel:
-    """Both kernels read the same prompt."""
+    """The faster kernel, for the same prompt."""
     case = _Case(kind, PROMPT, PROMPT)
     try:
         native, sdpa = _quickest(case.native, case.sdpa)
@@ -159,7 +159,7 @@ def _prunes(config: HiPConfig, position: int) -> bool:
 
 
 def _crossing(before: tuple[int, float], after: tuple[int, float]) -> int:
-    """Where the logarithm of a ratio passes 0 between two lengths, rounded up."""
+    """The length at which the logarithm of a ratio passes 0, rounded up."""
     (low, above), (high, below) = before, after
     if not low:
         return high

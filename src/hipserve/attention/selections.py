@@ -51,7 +51,7 @@ class RequestSelections:
     """The selections of one layer, one a slot.
 
     Attributes:
-        num_slots: most requests that are alive at a time.
+        num_slots: maximum number of requests that are alive at a time.
         indices: `[num_slots + 1, heads, max_selected]` int32, made by `allocate` or with the first
             selection; the last slot belongs to no request.
         window_start: `[num_slots + 1]` int32.

@@ -189,7 +189,7 @@ def _prefill_table(report: AttentionReport, points: list[Point]) -> Table:
 
 
 def _footnote(report: AttentionReport, points: list[Point]) -> str | None:
-    """What HiP's time is where nothing is pruned."""
+    """What HiP's time measures where nothing is pruned."""
     if not any(point.reads_all for point in points):
         return None
     kernel = report.dense_kernel if points[0].phase == "prefill" else "native"

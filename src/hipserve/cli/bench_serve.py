@@ -78,7 +78,7 @@ def serve(
 
 
 def table(rows: list[Row]) -> Table:
-    """Rows as people read them."""
+    """Rows as a table."""
     columns = ("prompt", "first token: dense", "HiP", "", "between tokens: dense", "HiP", "")
     shown = Table(*columns)
     for row in rows:

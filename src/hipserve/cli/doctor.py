@@ -51,7 +51,7 @@ def _native() -> Check:
 
 
 def _crossover() -> Check:
-    """Of layers of the 8B shape, in each precision: what runs where nothing is pruned."""
+    """Dense kernel and crossover of layers of the 8B shape, in each precision."""
     import torch
 
     from hipserve.attention.crossover import dense_kernel, rule_for

@@ -1,4 +1,4 @@
-"""Numbers as people write them: 32k is 32 x 1024, 1M is 1024 x 1024."""
+"""Numbers with suffixes: 32k is 32 x 1024, 1M is 1024 x 1024."""
 
 from __future__ import annotations
 

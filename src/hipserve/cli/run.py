@@ -101,7 +101,7 @@ def standard_input() -> TextIO:
 
 
 def read_document(stream: BinaryIO, path: str, loaded: LoadedModel) -> str:
-    """The text of what `open_document` opened, unless it is longer than the model could read."""
+    """The text of what `open_document` opened, unless it is longer than the model can read."""
     from hipserve.lab.text import decode_text, read_bytes
 
     source, limit = "stdin" if path == "-" else path, loaded.max_bytes

@@ -85,10 +85,10 @@ def _refuse_gguf(model: str) -> None:
 
 
 def run(server: Server, verbose: bool = False) -> None:
-    """Starts the server, says what it is doing, shows the ready card, and waits for its end.
+    """Starts the server, shows its progress and the ready card, and waits for its end.
 
     Raises:
-        BackendError: the server died before it was ready; the message says why.
+        BackendError: the server ended before it was ready; the message says why.
     """
     child = Child(server.command(), server.environment())
     try:

@@ -22,7 +22,7 @@ def version(json: options.Json = False) -> None:
 
 
 def show_own(wanted: bool) -> None:
-    """`hipserve --version`: without torch's, which would have to be looked up."""
+    """`hipserve --version`: without looking up torch's."""
     if wanted:
         result(f"hipserve {version_of('hipserve')}")
         raise typer.Exit

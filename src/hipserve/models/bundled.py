@@ -1,4 +1,4 @@
-"""Where the model that ships with the package lies; importing this loads no torch."""
+"""Where the model that ships with the package is; importing this loads no torch."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Statistics:
 
     Attributes:
         prompt_tokens: tokens of the whole conversation so far.
-        cached_tokens: those whose keys were there already.
+        cached_tokens: those whose keys were in the cache already.
         new_tokens: tokens of the answer.
         first_token_seconds: from the question to the first token of the answer.
         decode_seconds: from the first to the last token.
@@ -64,7 +64,7 @@ class Conversation:
         self._cache = make_cache(self.loaded)
 
     def say(self, content: str) -> None:
-        """Adds a user's turn that wants no answer yet, such as the document."""
+        """Adds a user's turn that needs no answer yet, such as the document."""
         self.turns.append({"role": "user", "content": content})
 
     def ask(
@@ -76,7 +76,7 @@ class Conversation:
         on_prefill: Progress | None = None,
         **options: Any,
     ) -> str:
-        """The model's answer; `statistics` holds what it cost.
+        """The model's answer; `statistics` has its cost.
 
         Args:
             max_new_tokens: most tokens of the answer.

@@ -88,7 +88,7 @@ def _contents(reader: Any) -> Contents:
 
 
 def _scale_positions(settings: Any, fields: Fields, path: Path) -> None:
-    """Linear and YaRN scaling of rotary positions, of which the loader knows nothing."""
+    """Linear and YaRN scaling of rotary positions, which the loader does not support."""
     prefix = f"{fields['general.architecture']}.rope.scaling"
     kind = fields.get(f"{prefix}.type", "none")
     if kind == "none":

@@ -104,7 +104,7 @@ class LoadedModel:
             return self.tokenizer.apply_chat_template(_joined(turns), **options)
 
     def _mark_controls(self, turns: list[Turn]) -> tuple[list[Turn], list[str]]:
-        """The turns with a mark for every control token that stands in a content, and those."""
+        """The turns with a mark for every control token in their contents, and these tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
         names = {*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
         names.add(MARK[0])  # a text may hold even that
@@ -226,7 +226,7 @@ def _one_after_the_other(turns: list[Turn]) -> str:
 
 
 def _joined(turns: list[Turn]) -> list[Turn]:
-    """Neighbouring turns of one role made one: most chat templates insist on alternation."""
+    """Neighbouring turns of one role are joined: most chat templates require alternation."""
     joined: list[Turn] = []
     for turn in turns:
         if joined and joined[-1]["role"] == turn["role"]:

@@ -1,4 +1,4 @@
-"""Forward passes over a cache: the one loop that reads a long prompt, and ways back."""
+"""Forward passes over a cache: the one loop that reads a long prompt, and truncation."""
 
 from __future__ import annotations
 

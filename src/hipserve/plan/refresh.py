@@ -40,7 +40,7 @@ class RefreshSchedule:
     kept.
 
     Args:
-        num_slots: most requests that are alive at a time.
+        num_slots: maximum number of requests that are alive at a time.
         refresh_interval: decode steps that share one selection.
     """
 

@@ -111,7 +111,7 @@ class DecodeBuffers:
     have no query row and share the last slot, which belongs to no request.
 
     Args:
-        num_slots: most requests that are alive at a time, and most rows of a step.
+        num_slots: maximum number of requests that are alive at a time, and of rows of a step.
         device: where the kernels run.
     """
 

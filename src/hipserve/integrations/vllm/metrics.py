@@ -147,7 +147,7 @@ class HiPStatLogger(StatLoggerBase):
             compat.extend_registry(show)
 
     def record(self, *_: Any, **__: Any) -> None:
-        """The workers count."""
+        """Does nothing: the workers count."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Logs nothing."""

@@ -63,7 +63,7 @@ class QueryBlocks(Scheduler):
             )
 
     def _check_budget(self) -> None:
-        """Decode rows come first: what they leave may be less than a query block."""
+        """Warns where decode rows, which come first, leave less than a query block."""
         size, longest = self.query_block_size, self._longest_chunk
         if longest < size:
             self.query_block_size = 1
