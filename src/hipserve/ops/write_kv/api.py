@@ -61,8 +61,8 @@ def write_kv(
         _check(k, v, pool, index, slot_mapping)
     run = _operator if torch.compiler.is_compiling() else _run
     summaries, size = (index.summaries, index.run_size) if index else (None, 1)
-    caches = (pool.k_cache, pool.v_cache)
-    run(k, v, *caches, summaries, slot_mapping, run_size=size, backend=backend)
+    k_cache, v_cache = pool.k_cache, pool.v_cache
+    run(k, v, k_cache, v_cache, summaries, slot_mapping, run_size=size, backend=backend)
 
 
 def build_index(k: Tensor, *, run_size: int | None = 16, backend: str = "auto") -> KeyIndex:
