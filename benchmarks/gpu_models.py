@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from hipserve.integrations.transformers import HiPCache
+from hipserve.integrations.transformers import HiPCache, register
 from hipserve.lab.text import language_reference
 from hipserve.models import load
 
@@ -59,6 +59,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 @torch.inference_mode()
 def run(model: Any, ids: Tensor, implementation: str) -> tuple[float, float, Tensor]:
     """Seconds to the first token, median seconds a further token, logits of the first."""
+    register()
     model.set_attn_implementation(implementation)
     make = HiPCache if implementation == "hip" else lambda config: DynamicCache(config=config)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,17 @@ def test_layers_of_unequal_head_dim_equal_sdpa() -> None:
     for edges in ([0, 100], [0, 64, 99, 100]):
         got = logits_in_parts(model, ids, edges, HiPCache(config))
         torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_importing_changes_nothing_in_transformers() -> None:
+    program = (
+        "from hipserve import HiPCache, register\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "known = lambda: ['hip' in x().valid_keys() for x in (AttentionInterface, "
+        "AttentionMaskInterface)]\n"
+        "assert known() == [False, False]\n"
+        "register()\n"
+        "assert known() == [True, True]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import hipserve
+
+hipserve.register()
+
 PRUNED = {
     "budget": 32,
     "num_sink_tokens": 16,

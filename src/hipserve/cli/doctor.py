@@ -92,8 +92,9 @@ def _operation(device: str) -> Check:
 def _transformers() -> Check:
     import transformers
 
-    from hipserve.integrations.transformers import NAME
+    from hipserve.integrations.transformers import NAME, register
 
+    register()
     known = NAME in transformers.AttentionInterface().valid_keys()
     return Check(
         'attn_implementation="hip"',

@@ -1,7 +1,7 @@
 """`attn_implementation="hip"` for unmodified transformers models, and the cache that goes with it.
 
-Importing this package registers the implementation. `HiPCache`, passed as `past_key_values`, keeps
-keys and values in pages, and a decode step neither copies nor reads the whole cache; without
+`register` makes the implementation known to transformers. `HiPCache`, passed as `past_key_values`,
+keeps keys and values in pages, and a decode step neither copies nor reads the whole cache. Without
 it HiP attention runs over the tensors that transformers' own caches hand out.
 """
 
@@ -23,5 +23,3 @@ __all__ = [
     "hip_forward",
     "register",
 ]
-
-register()

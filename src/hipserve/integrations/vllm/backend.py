@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from hipserve.config import DEFAULT
 from hipserve.integrations.vllm import block_size as block_sizes
-from hipserve.integrations.vllm import compat, settings
+from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.builder import HiPBuilder
 from hipserve.integrations.vllm.kv_block import BlockLayout
 from hipserve.integrations.vllm.layer import HiPImpl
@@ -22,8 +22,6 @@ from hipserve.platform import head_dim_refusal
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
-
-compat.check_version()
 
 
 class HiPBackend(AttentionBackend):

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionImpl
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError
-from hipserve.integrations.vllm import runners, settings
+from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import (
     COPY_BYTES,
     BlockPages,
@@ -56,6 +56,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         if alibi_slopes is not None:
             hint = "leave out --attention-backend CUSTOM"
             raise ArgumentError("alibi_slopes", "none", "some", hint)
+        compat.check_version()
         runners.join_runners()
         vllm_config = get_current_vllm_config()
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
