@@ -25,9 +25,9 @@ from hipserve.lab import (
     make_sample,
     read_documents,
 )
-from hipserve.lab.intervals import bootstrap, mean, wilson
+from hipserve.lab.intervals import mean, wilson
 from hipserve.lab.quality import passes, perplexity, retrieval
-from hipserve.lab.quality.passes import greedy_hits
+from hipserve.lab.quality.passes import Answer, greedy_hits
 from hipserve.lab.quality.tasks import PUZZLES, Question, Sample, plant
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, bundled_path, load
@@ -132,19 +132,8 @@ def test_unknown_tasks_and_short_texts() -> None:
 )
 def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> None:
     """Values of Wilson's formula as published tables give them."""
-    assert wilson(successes, trials) == pytest.approx(expected, abs=1e-4)
-
-
-def test_bootstrap_covers_as_often_as_it_says() -> None:
-    rng = random.Random(0)
-    hits = 0
-    for trial in range(60):
-        values = [rng.gauss(3.0, 2.0) for _ in range(40)]
-        low, high = bootstrap(values, mean, seed=trial)
-        hits += low <= 3.0 <= high
-    assert 50 <= hits <= 60
-    assert bootstrap([2.0] * 5, mean) == (2.0, 2.0)
     assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(successes, trials) == pytest.approx(expected, abs=1e-4)
 
 
 class FakeModel:
@@ -167,13 +156,13 @@ def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -
     model: Any = FakeModel()
     asked: list[tuple[str, bool]] = []
 
-    def hits(loaded: FakeModel, prompts: list[str], answers: list[str]) -> list[list[bool]]:
+    def hits(loaded: FakeModel, prompts: list[str], answers: list[str]) -> list[Answer]:
         assert len(prompts) == len(answers) == 1
         asked.append((prompts[0], loaded.config is None))
         weak = loaded.config is not None and len(asked) % 4 == 0
-        return [[not weak or i % 4 > 0 for i in range(8)]]
+        return [Answer([not weak or i % 4 > 0 for i in range(8)], -3.0 if weak else -1.0)]
 
-    monkeypatch.setattr(retrieval, "greedy_hits", hits)
+    monkeypatch.setattr(retrieval, "read_answers", hits)
     monkeypatch.setattr(retrieval, "_answer_ids", lambda loaded, asked: asked.answer.split())
     monkeypatch.setattr(FakeModel, "encode", lambda self, turns: turns[0]["content"], raising=False)
     monkeypatch.setattr(retrieval, "_count", lambda loaded, form, sample: count(sample))
@@ -196,6 +185,10 @@ def test_retrieval_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -
     assert exact.difference["hip"].mean == -0.5
     assert partial.difference["hip"].interval[0] < partial.difference["hip"].mean < 0
     assert "dense" not in exact.difference
+    flips = exact.flips["hip"], partial.flips["hip"]
+    assert [(row.lost, row.gained, row.nats) for row in flips] == [(3, 0, -1.0)] * 2
+    assert flips[0].nats_interval[0] < -1 < flips[0].nats_interval[1]
+    assert flips[0].verdict.margin == report.margin == 0.02
     pairs = list(zip(asked[::2], asked[1::2], strict=True))
     assert all(a[0] == b[0] and a[1] and not b[1] for a, b in pairs), "the same samples, in turn"
     assert len({a[0] for a, _ in pairs}) == 12
@@ -301,13 +294,11 @@ def test_perplexity_report(loaded: LoadedModel) -> None:
 
 
 def test_one_piece_makes_no_interval(loaded: LoadedModel) -> None:
-    """Resampling a single value, or three, says nothing about others."""
+    """A single value says nothing about others."""
     documents = [Document("one", "docs", language_reference()[:4000])]
     report = evaluate_perplexity(loaded, {"dense": None, "hip": SMALL}, documents, length=500)
     assert report.results["hip"].change != 0
     assert (report.results["hip"].interval, report.results["hip"].pieces) == (None, 1)
-    assert bootstrap([1.0, 2.0, 3.0], mean) is None
-    assert bootstrap([1.0, 2.0, 3.0, 4.0], mean) is not None
 
 
 @tasks
@@ -341,11 +332,11 @@ def test_the_form_follows_the_chat_template(
     """A base model is given a text to complete: nobody asks it anything."""
     seen: list[str] = []
 
-    def hits(_: Any, prompts: list[torch.Tensor], answers: list[torch.Tensor]) -> list[list[bool]]:
+    def hits(_: Any, prompts: list[torch.Tensor], answers: list[torch.Tensor]) -> list[Answer]:
         seen.append(loaded.tokenizer.decode(prompts[0][0], skip_special_tokens=True))
-        return [[True] for _ in prompts]
+        return [Answer([True], -0.1) for _ in prompts]
 
-    monkeypatch.setattr(retrieval, "greedy_hits", hits)
+    monkeypatch.setattr(retrieval, "read_answers", hits)
     run = functools.partial(
         evaluate_retrieval, loaded, {"hip": SMALL}, ["passkey"], HAY, length=600, samples=1
     )

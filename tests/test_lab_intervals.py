@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from hipserve.lab.intervals import Estimate, estimate, estimate_change, student
+from hipserve.lab.intervals import (
+    Estimate,
+    design_effect,
+    estimate,
+    estimate_change,
+    estimate_clusters,
+    estimate_flips,
+    student,
+)
 from hipserve.lab.verdicts import MAX_UNITS, judge
 
 ROUNDS = 1000
@@ -126,3 +134,63 @@ def test_what_no_number_of_documents_decides() -> None:
     assert judge(estimate([0.1, 0.2]), 0.5).more == 2
     assert judge(Estimate(0.0, 0.4, 12, 12.0), 0.5).more in range(1, MAX_UNITS)
     assert judge(estimate([0.0] * 4), 0.5).decision == "same"
+
+
+def flips(rng: random.Random, lost: float, gained: float, questions: int, rho: float) -> list[int]:
+    """Of one document: each question copies the document's own draw with probability sqrt(rho)."""
+
+    def draw() -> int:
+        x = rng.random()
+        return -1 if x < lost else int(x < lost + gained)
+
+    own = draw()
+    return [own if rng.random() < rho**0.5 else draw() for _ in range(questions)]
+
+
+@pytest.mark.parametrize(("questions", "rho"), [(1, 0.0), (8, 0.0), (8, 0.2)])
+def test_an_interval_of_flips_covers_the_truth(questions: int, rho: float) -> None:
+    def sample(rng: random.Random) -> Estimate:
+        count = 320 // questions
+        return estimate_flips([flips(rng, 0.05, 0.03, questions, rho) for _ in range(count)])
+
+    # several questions about a document are trusted less than these deserve
+    assert 0.93 < covered(sample, -0.02, 0.95) < (0.98 if questions == 1 else 1)
+
+
+@pytest.mark.parametrize(("questions", "rho"), [(1, 0.0), (8, 0.2)])
+@pytest.mark.parametrize("documents", [12, 80])
+def test_lost_answers_of_the_margin_pass_once_in_twenty(
+    documents: int, questions: int, rho: float
+) -> None:
+    rng, passed = random.Random(1), 0
+    for _ in range(ROUNDS):
+        found = [flips(rng, 0.06, 0.01, questions, rho) for _ in range(documents)]
+        passed += judge(estimate_flips(found), 0.05).decision == "same"
+    assert passed / ROUNDS < 0.075
+
+
+def test_planted_losses_are_found_and_equal_answers_accepted() -> None:
+    rng = random.Random(2)
+    found = {"same": 0, "different": 0, "undecided": 0}
+    for _ in range(200):
+        lossy = [flips(rng, 0.12, 0.01, 8, 0.1) for _ in range(60)]
+        found[judge(estimate_flips(lossy), 0.02).decision] += 1
+    assert found["different"] > 180
+    equal = [[0] * 8 for _ in range(120)]
+    assert judge(estimate_flips(equal), 0.02).decision == "same"
+    few = judge(estimate_flips(equal[:10]), 0.02)
+    assert few.decision == "undecided"
+    assert few.more is not None
+    enough = [[0] * 8 for _ in range(10 + few.more // 8 + 1)]
+    assert judge(estimate_flips(enough), 0.02).decision == "same"
+
+
+def test_questions_of_a_document_count_by_their_design_effect() -> None:
+    """Eight equal questions are one; independent ones are eight; one for each document is one."""
+    rng = random.Random(0)
+    scores = [float(rng.random() < 0.5) for _ in range(100)]
+    assert design_effect([[score] * 8 for score in scores]) == pytest.approx(8, rel=0.02)
+    apart = [[float(rng.random() < 0.5) for _ in range(8)] for _ in range(200)]
+    assert design_effect(apart) < 1.3
+    assert design_effect([[score] for score in scores]) == 1.0
+    assert estimate_clusters([[1.0], [0.0, 0.0, 0.0]]).value == 0.25

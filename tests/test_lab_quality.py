@@ -41,7 +41,13 @@ def capped() -> LoadedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
-    config = Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5, initializer_range=0.5)
+    config = Gemma2Config(
+        **sizes,
+        **heads,
+        final_logit_softcapping=0.5,
+        attn_logit_softcapping=None,
+        initializer_range=0.5,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(bundled_path()), "capped", 4096)
 
@@ -166,7 +172,7 @@ def test_likelier_than_dense_is_a_warning() -> None:
     better = [base[0]._replace(nll=base[0].nll * x) for x in noise]
     results = {
         "dense": fidelity._compare(base, base, units, {}),
-        "hip": fidelity._compare(base, better, units, fidelity.MARGINS),
+        "hip": fidelity._compare(base, better, units, {"likelihood": 0.005, "kl": 0.05}),
     }
     (warning,) = fidelity._warnings(results, "dense", units)
     assert "hip: likelier than dense" in warning
@@ -209,6 +215,34 @@ def test_the_command_prints_and_chooses(tmp_path: Path) -> None:
     assert result["margins"] == {"likelihood": 0.005, "kl": 0.05}
 
 
+def test_tasks_stand_beside_the_text(
+    capped: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model that knows nothing answers nothing right, but gives every answer some probability."""
+    monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: capped)
+    settings, text = tmp_path / "small.toml", tmp_path / "text.txt"
+    settings.write_text(SMALL.dumps())
+    text.write_text(language_reference()[:9000])
+    words = ["--length", "500", "--samples", "4", "--questions", "2", "--tasks", "niah"]
+    words += ["--config", str(settings), "--form", "continuation", "--text", str(text)]
+    shown = invoke(*words, "--json")
+    assert shown.exit_code == 0, shown.stderr
+    (task,) = json.loads(shown.stdout)["tasks"]["results"]
+    assert list(task["scores"]) == ["dense", "noise floor", "hip", "sinks + window"]
+    assert task["samples"] == 8
+    floor, hip, _ = task["flips"].values()
+    assert abs(floor["nats"]) < 1e-3 < abs(hip["nats"])
+    low, high = hip["nats_interval"]
+    assert low < hip["nats"] < high
+    assert hip["verdict"]["decision"] == "undecided"
+    assert "leaves little to lose" in shown.stderr
+    assert "niah: sinks + window was not caught" in shown.stderr
+    words[words.index("--samples") + 1] = "1"
+    table = invoke(*words).stdout
+    assert "niah, hip: answers undecided (margin 0.02: " in table
+    assert "gained" in table
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -216,6 +250,8 @@ def test_the_command_prints_and_chooses(tmp_path: Path) -> None:
         (["--margin", "likelyhood=1%"], "margin: expected one of likelihood"),
         (["--documents", "5"], "documents: expected a slice that leaves some of the 1 texts"),
         (["--documents", "1::"], "documents: expected a slice"),
+        (["--tasks", "niah,pi"], "task: expected one of passkey"),
+        (["--form", "poem"], "form: expected chat or continuation"),
     ],
 )
 def test_mistakes_are_named(words: list[str], part: str) -> None:

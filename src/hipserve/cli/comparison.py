@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hipserve.cli import options
-from hipserve.cli.numbers import format_count, parse_count
+from hipserve.cli.numbers import at_least, format_count, parse_count
 from hipserve.cli.output import say
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from hipserve.lab.quality import retrieval
     from hipserve.models import LoadedModel
 
 LONG = 32 * 1024
@@ -54,6 +55,33 @@ NoDense = Annotated[
     bool,
     typer.Option("--no-dense", help="Comparison with the first configuration instead of dense."),
 ]
+
+Samples = Annotated[
+    int, typer.Option(parser=at_least(1), metavar="N", help="Documents of each task.")
+]
+Questions = Annotated[
+    int,
+    typer.Option(
+        parser=at_least(1),
+        metavar="N",
+        help="Questions about each document, if the task has as many.",
+    ),
+]
+Form = Annotated[
+    str | None,
+    typer.Option(help="chat or continuation; chat if left out and the model has a chat template."),
+]
+
+
+def parse_form(name: str | None) -> retrieval.Form | None:
+    """The form of a question.
+
+    Raises:
+        ArgumentError: there is no such form.
+    """
+    if name not in (None, "chat", "continuation"):
+        raise ArgumentError("form", "chat or continuation", repr(name))
+    return name
 
 
 def choose_length(loaded: LoadedModel, length: int | None) -> int:

@@ -10,43 +10,32 @@ from rich.table import Table
 from hipserve.cli import options
 from hipserve.cli.comparison import (
     Also,
+    Form,
     Length,
     NoDense,
+    Questions,
+    Samples,
     Text,
     Vary,
     choose_length,
     make_configs,
+    parse_form,
     say_what_is_dense,
 )
-from hipserve.cli.numbers import at_least, format_count
+from hipserve.cli.numbers import format_count
 from hipserve.cli.output import err, result_json, show
-from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.lab import RetrievalReport
-    from hipserve.lab.quality.retrieval import Form, Score
+    from hipserve.lab.quality.retrieval import Score, TaskResult
 
 
 def retrieval(
     model: options.Model = None,
     length: Length = None,
-    samples: Annotated[
-        int, typer.Option(parser=at_least(1), metavar="N", help="Documents of each task.")
-    ] = 50,
-    questions: Annotated[
-        int,
-        typer.Option(
-            parser=at_least(1),
-            metavar="N",
-            help="Questions about each document, if the task has as many.",
-        ),
-    ] = 1,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            help="chat or continuation; chat if left out and the model has a chat template."
-        ),
-    ] = None,
+    samples: Samples = 50,
+    questions: Questions = 1,
+    form: Form = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks, with commas.")
     ] = "passkey,niah,kv,variables,quote",
@@ -68,7 +57,7 @@ def retrieval(
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_retrieval, read_documents
 
-    chosen = _form(form)
+    chosen = parse_form(form)
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
@@ -92,24 +81,24 @@ def retrieval(
         show(_table(report))
 
 
-def _form(name: str | None) -> Form | None:
-    if name not in (None, "chat", "continuation"):
-        raise ArgumentError("form", "chat or continuation", repr(name))
-    return name
-
-
 def _table(report: RetrievalReport) -> Table:
     size = f"{format_count(report.length)} tokens, by {report.form}"
     title = f"{report.model}, {size}, score and 95 % interval"
     table = Table("task", "samples", *report.configs, title=title)
     for row in report.results:
         cells = [
-            f"{score.mean:.3f}{_interval(score)}"
-            + (f" ({row.difference[name].mean:+.3f})" if name in row.difference else "")
+            f"{score.mean:.3f}{_interval(score)}{_change(row, name)}"
             for name, score in row.scores.items()
         ]
         table.add_row(row.task, str(row.samples), *(cell.replace("[", r"\[") for cell in cells))
     return table
+
+
+def _change(row: TaskResult, name: str) -> str:
+    if name not in row.difference:
+        return ""
+    flips = row.flips[name]
+    return f" ({row.difference[name].mean:+.3f}: {flips.lost} lost, {flips.gained} gained)"
 
 
 def _interval(score: Score) -> str:

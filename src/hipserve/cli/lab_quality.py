@@ -11,12 +11,16 @@ from hipserve.cli import options
 from hipserve.cli.comparison import (
     Also,
     First,
+    Form,
     Length,
     NoDense,
+    Questions,
+    Samples,
     Text,
     Vary,
     choose_length,
     make_configs,
+    parse_form,
     say_what_is_dense,
 )
 from hipserve.cli.numbers import format_count
@@ -24,15 +28,17 @@ from hipserve.cli.output import err, result, result_json, say, show
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from hipserve.lab import Document, FidelityReport
+    from hipserve.lab import Document, FidelityReport, RetrievalReport
     from hipserve.lab.quality.fidelity import Fidelity
+    from hipserve.lab.quality.retrieval import TaskResult
     from hipserve.lab.verdicts import Verdict
 
 Margin = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MEASURE=SIZE",
-        help="Difference that counts as none: likelihood=0.5%, kl=0.05 (nats) or top1=5%. "
+        help="Difference that counts as none: likelihood=0.5%, kl=0.05 (nats), top1=5% or "
+        "answers=2%. "
         "Repeatable.",
     ),
 ]
@@ -51,6 +57,11 @@ def quality(
     first: First = None,
     text: Text = None,
     documents: Documents = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of eval retrieval as well, with commas.")] = "",
+    samples: Samples = 50,
+    questions: Questions = 8,
+    form: Form = None,
+    seed: options.Seed = 0,
     margin: Margin = None,
     also: Also = None,
     vary: Vary = None,
@@ -63,15 +74,22 @@ def quality(
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
-    """Likelihood, KL and likeliest tokens of real text beside dense attention, with verdicts.
+    """Likelihood, KL, likeliest tokens and answers compared with dense attention, with verdicts.
 
     The first row below dense attention is its noise floor, the last one has to be caught.
     """
     base = options.make_config(config, preset, budget, selector)
     configs = make_configs(base, also, vary, no_dense)
     margins = _margins(margin)
-    from hipserve.lab import evaluate_fidelity, read_documents
+    names, chosen_form = (
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        parse_form(form),
+    )
+    from hipserve.lab import evaluate_fidelity, evaluate_retrieval, read_documents
+    from hipserve.lab.quality.tasks import check_task
 
+    for task in names:
+        check_task(task)
     chosen = _choose(read_documents(text or ()), documents)
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
@@ -85,23 +103,50 @@ def quality(
             margins=margins,
             progress=lambda document, name: status.update(f"{document} ({name})"),
         )
+        answers = evaluate_retrieval(
+            loaded,
+            configs,
+            names,
+            "\n\n".join(document.text for document in chosen),
+            length=length,
+            samples=samples,
+            questions=questions,
+            form=chosen_form,
+            seed=seed,
+            margin=margins["answers"],
+            controls=True,
+            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+        )
     for name in report.too_short:
         say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
     say_what_is_dense(loaded, configs, length)
-    for warning in report.warnings:
+    for warning in (*report.warnings, *answers.warnings):
         say(warning, style="yellow")
     if json:
-        result_json(report.to_dict())
+        result_json({**report.to_dict(), "tasks": answers.to_dict() if names else None})
         return
+    _show_text(report)
+    if names:
+        _show_tasks(answers)
+
+
+def _show_text(report: FidelityReport) -> None:
     show(_table(report))
     for name, row in report.results.items():
         if row.verdicts:
             result(f"{name}: {_sentence(row, report.unit)}")
 
 
+def _show_tasks(report: RetrievalReport) -> None:
+    show(_task_table(report))
+    for row in report.results:
+        for name, flips in row.flips.items():
+            result(f"{row.task}, {name}: answers {_words(flips.verdict, 'questions')}")
+
+
 def _margins(given: list[str] | None) -> dict[str, float]:
     """Those that are given, on top of the defaults."""
-    from hipserve.lab.quality.fidelity import MARGINS, check_margins
+    from hipserve.lab.verdicts import MARGINS, check_margins
 
     parsed = dict(map(_margin, given or ()))
     check_margins(parsed)
@@ -153,6 +198,33 @@ def _cells(row: Fidelity) -> list[str]:
         f"{row.kl_p99:.3f}",
         _with_error(row.same_top, row.same_top_interval, ".1%", ".1%"),
         row.decision or "",
+    ]
+
+
+def _task_table(report: RetrievalReport) -> Table:
+    size = f"{format_count(report.length)} tokens, by {report.form}"
+    table = Table(title=f"{report.model}, {size}")
+    for heading in ("task", "attention", "score", "change", "lost", "gained", "nats", "verdict"):
+        table.add_column(heading)
+    table.caption = "95 % intervals over documents; nats: change of the right answer's logarithm"
+    for row in report.results:
+        for name in report.configs:
+            table.add_row(f"{row.task} ({row.samples})", name, *_task_cells(row, name))
+    return table
+
+
+def _task_cells(row: TaskResult, name: str) -> list[str]:
+    cells = [f"{row.scores[name].mean:.3f}"]
+    if name not in row.flips:
+        return cells
+    flips, change = row.flips[name], row.difference[name]
+    return [
+        *cells,
+        _with_error(change.mean, change.interval, "+.1%", ".1%"),
+        str(flips.lost),
+        str(flips.gained),
+        _with_error(flips.nats, flips.nats_interval, "+.3f", ".3f"),
+        flips.verdict.decision,
     ]
 
 

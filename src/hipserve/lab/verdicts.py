@@ -9,9 +9,11 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from hipserve.errors import ArgumentError, did_you_mean
 from hipserve.lab.intervals import MIN_VALUES, Estimate, student
 
 Decision = Literal["same", "different", "undecided"]
@@ -19,6 +21,12 @@ LEVEL = 0.9
 POWER = 0.8
 MAX_UNITS = 10_000
 """More documents than anybody adds: the value is too near to the margin to be told from it."""
+
+MARGINS = {"likelihood": 0.005, "kl": 0.05, "answers": 0.02}
+"""Differences that count as none, unless others are given: of likelihood, half a percent; of KL, in
+nats, somewhat more than weights in 4 bits cost (0.043, ggml-org/llama.cpp#12557); of right answers,
+two in a hundred."""
+MEASURES = ("likelihood", "kl", "top1", "answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,16 @@ class Verdict:
     decision: Decision
     margin: float
     more: int | None
+
+
+def check_margins(margins: Mapping[str, float]) -> None:
+    """Raises ArgumentError for a measure that does not exist, or a margin that is no distance."""
+    for name, margin in margins.items():
+        if name not in MEASURES:
+            expected = f"one of {', '.join(MEASURES)}"
+            raise ArgumentError("margin", expected, repr(name), did_you_mean(name, MEASURES))
+        if not 0 < margin < math.inf:
+            raise ArgumentError("margin", f"{name} above 0", str(margin))
 
 
 def judge(measured: Estimate, margin: float) -> Verdict:

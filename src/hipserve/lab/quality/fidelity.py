@@ -11,23 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hipserve.config import DEFAULT, HiPConfig
-from hipserve.errors import ArgumentError, FitError, did_you_mean
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError, FitError
 from hipserve.lab.intervals import MIN_VALUES, Interval, estimate, estimate_change, mean
 from hipserve.lab.quality.beside import Reference, Tokens, read_beside, read_reference
+from hipserve.lab.quality.controls import BLIND, FLOOR, not_caught, with_controls
 from hipserve.lab.quality.passes import check_length
 from hipserve.lab.text import Document
-from hipserve.lab.verdicts import Decision, Verdict, judge
+from hipserve.lab.verdicts import MARGINS, Decision, Verdict, check_margins, judge
 from hipserve.models import LoadedModel
 
 PIECE = 1024
 """Tokens of a piece, the unit of intervals where there are too few documents: neighbouring tokens
 are not independent."""
-MARGINS = {"likelihood": 0.005, "kl": 0.05}
-"""Differences that count as none, unless others are given: of likelihood, half a percent; of KL, in
-nats, somewhat more than weights in 4 bits cost (0.043, ggml-org/llama.cpp#12557)."""
-MEASURES = ("likelihood", "kl", "top1")
-FLOOR, BLIND = "noise floor", "sinks + window"
 FLOOR_ROWS = 1024
 
 
@@ -112,7 +108,7 @@ def evaluate_fidelity(
         documents: those with fewer than `length` tokens are left out and listed in the report.
         length: tokens read of each document.
         first: position of the first token that counts; a quarter of `length` if None.
-        margins: greatest differences that count as none, by measure of `MEASURES`.
+        margins: greatest differences that count as none, by measure: `likelihood`, `kl`, `top1`.
         controls: two rows more: the reference again, in other chunks and through other kernels
             (what no difference looks like), and sinks and window with a single block (what has to
             be caught).
@@ -123,10 +119,11 @@ def evaluate_fidelity(
         FitError: `length` exceeds the context, or no document is long enough.
     """
     check_margins(margins)
+    margins = {name: margin for name, margin in margins.items() if name != "answers"}
     first = _check_span(loaded, length, first)
     kept = _encode_all(loaded, documents, length, first)
     reference = next(iter(configs))
-    rows = _with_controls(configs, length) if controls else configs
+    rows = with_controls(configs, length) if controls else configs
     columns: dict[str, list[Tokens]] = {name: [] for name in rows}
     for doc, ids in kept.items():
         say = functools.partial(progress or _say_nothing, doc.name)
@@ -151,16 +148,6 @@ def evaluate_fidelity(
         results=results,
         warnings=_warnings(results, reference, units),
     )
-
-
-def check_margins(margins: Mapping[str, float]) -> None:
-    """Raises ArgumentError for a measure that does not exist, or a margin that is no distance."""
-    for name, margin in margins.items():
-        if name not in MEASURES:
-            expected = f"one of {', '.join(MEASURES)}"
-            raise ArgumentError("margin", expected, repr(name), did_you_mean(name, MEASURES))
-        if not 0 < margin < math.inf:
-            raise ArgumentError("margin", f"{name} above 0", str(margin))
 
 
 def _say_nothing(document: str, name: str) -> None: ...
@@ -191,26 +178,6 @@ def _encode_all(
             "lower the length or give longer texts",
         )
     return kept
-
-
-def _with_controls(
-    configs: dict[str, HiPConfig | None], length: int
-) -> dict[str, HiPConfig | None]:
-    """Behind the reference its double, and at the end what is blind to the middle of a text."""
-    (reference, own), *others = configs.items()
-    base = own or next((config for _, config in others if config), DEFAULT)
-    everything = base.replace(dense_below=length + 1, decode_dense_below=length + 1)
-    return {reference: own, FLOOR: own or everything, **dict(others), BLIND: blind(base)}
-
-
-def blind(base: HiPConfig) -> HiPConfig:
-    """Sinks and window, and of everything between them the single block that no budget is below."""
-    return base.replace(
-        budget=base.granularity,
-        dense_layers=(),
-        dense_below=0,
-        decode_dense_below=0,
-    )
 
 
 def _read(
@@ -309,10 +276,7 @@ def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> li
         if name == FLOOR and "different" in decisions:
             found.append(f"{name}: {reference} differs from itself; nothing below can be trusted")
         if name == BLIND and "different" not in decisions:
-            found.append(
-                f"{name} was not caught: these texts do not show what pruning loses; give more or "
-                "longer ones"
-            )
+            found.append(not_caught(name))
         likelihood = row.verdicts.get("likelihood")
         if likelihood and likelihood.decision == "different" and row.change < 0:
             found.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,30 +94,52 @@ def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> boo
     )
 
 
+class Answer(NamedTuple):
+    """What a model makes of an answer that it is given.
+
+    Attributes:
+        hits: of each token, is it the likeliest after the prompt and the tokens before it?
+        nats: log-probability of all tokens together.
+    """
+
+    hits: list[bool]
+    nats: float
+
+
 @torch.no_grad()
-def greedy_hits(
+def read_answers(
     loaded: LoadedModel, prompts: Sequence[Tensor], answers: Sequence[Tensor]
-) -> list[list[bool]]:
-    """For each token of each answer `[tokens]`: is it the likeliest after its prompt and those
-    before it?
+) -> list[Answer]:
+    """How likely each answer `[tokens]` is after its prompt.
 
     Prompts `[1, tokens]` are prefilled and answers decoded token by token, as generation would; all
     hits mean that greedy decoding gives exactly this answer. What several prompts begin with is
     read once.
     """
-    cache, hits = make_cache(loaded), list[list[bool]]()
+    cache, found = make_cache(loaded), list[Answer]()
     shared = _common_prefix(prompts) if len(prompts) > 1 else 0
     _last(loaded, prompts[0][:, :shared], cache)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         branch = cache if i == len(prompts) else _branch(cache)
-        logits, found = _last(loaded, prompt[:, shared:], branch), list[bool]()
-        for token in answer:
-            found.append(bool(logits[0, -1].argmax() == token))
-            logits = _last(loaded, token.view(1, 1), branch)
-        hits.append(found)
+        rows = [_last(loaded, prompt[:, shared:], branch)]
+        rows += [_last(loaded, token.view(1, 1), branch) for token in answer]
+        found.append(_answer(torch.cat(rows[:-1], dim=1)[0], answer))
         if branch is cache and i < len(prompts):
             shorten(cache, shared)
-    return hits
+    return found
+
+
+def greedy_hits(
+    loaded: LoadedModel, prompts: Sequence[Tensor], answers: Sequence[Tensor]
+) -> list[list[bool]]:
+    """The hits of `read_answers`, for prompts `[1, tokens]` and answers `[tokens]`."""
+    return [answer.hits for answer in read_answers(loaded, prompts, answers)]
+
+
+def _answer(logits: Tensor, tokens: Tensor) -> Answer:
+    """Of logits `[tokens, words]`, each row before its token."""
+    likely = logits.float().log_softmax(-1).gather(1, tokens[:, None])
+    return Answer((logits.argmax(-1) == tokens).tolist(), float(likely.sum()))
 
 
 def _branch(cache: Cache) -> Cache:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.lab.intervals import Interval, bootstrap, mean, wilson
-from hipserve.lab.quality.passes import check_length, greedy_hits
+from hipserve.lab.intervals import (
+    Interval,
+    design_effect,
+    estimate_clusters,
+    estimate_flips,
+    mean,
+    wilson,
+)
+from hipserve.lab.quality.controls import BLIND, not_caught, with_controls
+from hipserve.lab.quality.passes import check_length, read_answers
 from hipserve.lab.quality.tasks import Question, Sample, check_task, make_sample
+from hipserve.lab.verdicts import MARGINS, Verdict, judge
 from hipserve.models import LoadedModel
 
 Form = Literal["chat", "continuation"]
+LOW = 0.5
+"""Mean score of the reference below which losses hide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +38,50 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Flips:
+    """Answers under one attention compared with the reference, question by question.
+
+    Attributes:
+        lost, gained: questions with a lower and with a higher score.
+        nats: change of the log-probability of the right answer, mean over questions.
+        nats_interval: 95 % interval of that; None from too few documents.
+        verdict: on the change of the mean score.
+    """
+
+    lost: int
+    gained: int
+    nats: float
+    nats_interval: Interval | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResult:
     """One task: scores of dense and of each pruned attention on the same samples.
 
-    `samples` counts questions; `difference` is pruned minus dense with a paired bootstrap interval.
+    `samples` counts questions; `difference` is pruned minus dense. Intervals are over documents:
+    questions about one document are not independent.
     """
 
     task: str
     samples: int
     scores: dict[str, Score]
     difference: dict[str, Score]
+    flips: dict[str, Flips]
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalReport:
-    """All tasks at one length."""
+    """All tasks at one length, with sentences on what the numbers cannot show."""
 
     model: str
     form: Form
     length: int
     seed: int
+    margin: float
     configs: dict[str, dict[str, Any]]
     results: list[TaskResult]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,6 +98,8 @@ def evaluate_retrieval(
     questions: int = 1,
     form: Form | None = None,
     seed: int = 0,
+    margin: float = MARGINS["answers"],
+    controls: bool = False,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> RetrievalReport:
     """Scores the same seeded samples under every configuration.
@@ -79,6 +114,8 @@ def evaluate_retrieval(
             so many.
         form: `chat` asks in the model's chat template; `continuation` lets it complete a sentence,
             which a base model can, too; by whether the model has a template if None.
+        margin: difference of mean scores that counts as none.
+        controls: measure two rows more, as `evaluate_fidelity` does.
         progress: receives task, configuration and documents done.
 
     Raises:
@@ -88,21 +125,30 @@ def evaluate_retrieval(
         check_task(task)
     check_length(loaded, length)
     form = form or default_form(loaded)
+    configs = with_controls(configs, length) if controls else configs
     results: list[TaskResult] = []
     for task in tasks:
-        rounds: dict[str, list[float]] = {name: [] for name in configs}
+        rounds: dict[str, list[list[Scored]]] = {name: [] for name in configs}
         exact = True
         for i in range(samples):
             count = functools.partial(_count, loaded, form)
             sample = make_sample(task, text, length, count, seed + i, questions)
             exact = sample.exact
             for name, config in configs.items():
-                rounds[name] += score(loaded, config, sample, form)
+                rounds[name].append(score(loaded, config, sample, form))
                 if progress:
                     progress(task, name, i + 1)
-        results.append(_result(task, rounds, exact))
-    settings = {name: config.to_dict() if config else {} for name, config in configs.items()}
-    return RetrievalReport(loaded.name, form, length, seed, settings, results)
+        results.append(_result(task, rounds, exact, margin))
+    return RetrievalReport(
+        model=loaded.name,
+        form=form,
+        length=length,
+        seed=seed,
+        margin=margin,
+        configs={name: config.to_dict() if config else {} for name, config in configs.items()},
+        results=results,
+        warnings=_warnings(results, next(iter(configs))),
+    )
 
 
 def default_form(loaded: LoadedModel) -> Form:
@@ -110,15 +156,25 @@ def default_form(loaded: LoadedModel) -> Form:
     return "chat" if getattr(loaded.tokenizer, "chat_template", None) else "continuation"
 
 
+class Scored(NamedTuple):
+    """One question: its score, and the log-probability of the right answer."""
+
+    score: float
+    nats: float
+
+
 def score(
     loaded: LoadedModel, config: HiPConfig | None, sample: Sample, form: Form = "chat"
-) -> list[float]:
+) -> list[Scored]:
     """Of each question: 1 or 0 for an exact task, else the share of answer tokens that greedy
     decoding gets right."""
     loaded.use(config)
     pairs = [_encode(loaded, sample.document, question, form) for question in sample.questions]
-    hits = greedy_hits(loaded, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
-    return [float(all(h)) if sample.exact else mean([float(hit) for hit in h]) for h in hits]
+    found = read_answers(loaded, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    return [
+        Scored(float(all(hits)) if sample.exact else mean([float(hit) for hit in hits]), nats)
+        for hits, nats in found
+    ]
 
 
 def encode(loaded: LoadedModel, document: str, question: Question) -> Tensor:
@@ -159,22 +215,59 @@ def _count(loaded: LoadedModel, form: Form, sample: Sample) -> int:
     return prompt.shape[1] + len(answer)
 
 
-def _result(task: str, rounds: dict[str, list[float]], exact: bool) -> TaskResult:
+def _result(
+    task: str, rounds: dict[str, list[list[Scored]]], exact: bool, margin: float
+) -> TaskResult:
     names = list(rounds)
     base = rounds[names[0]]
-    difference = {
-        name: Score(*_with_bootstrap([b - a for a, b in zip(base, rounds[name], strict=True)]))
-        for name in names[1:]
-    }
-    scores = {name: Score(*_with_interval(values, exact)) for name, values in rounds.items()}
-    return TaskResult(task, len(base), scores, difference)
+    scores = {name: _score(documents, exact) for name, documents in rounds.items()}
+    compared = {name: _compare(base, rounds[name], exact, margin) for name in names[1:]}
+    difference = {name: difference for name, (difference, _) in compared.items()}
+    flips = {name: flips for name, (_, flips) in compared.items()}
+    return TaskResult(task, sum(map(len, base)), scores, difference, flips)
 
 
-def _with_interval(values: list[float], exact: bool) -> tuple[float, Interval | None]:
-    if exact:
-        return mean(values), wilson(round(sum(values)), len(values))
-    return _with_bootstrap(values)
+def _score(documents: list[list[Scored]], exact: bool) -> Score:
+    scores = [[question.score for question in document] for document in documents]
+    measured = estimate_clusters(scores)
+    if not exact:
+        return Score(measured.value, measured.interval())
+    effect, count = design_effect(scores), sum(map(len, scores))
+    return Score(measured.value, wilson(measured.value * count / effect, count / effect))
 
 
-def _with_bootstrap(values: list[float]) -> tuple[float, Interval | None]:
-    return mean(values), bootstrap(values, mean)
+def _compare(
+    base: list[list[Scored]], other: list[list[Scored]], exact: bool, margin: float
+) -> tuple[Score, Flips]:
+    pairs = [list(zip(a, b, strict=True)) for a, b in zip(base, other, strict=True)]
+    changes = [[b.score - a.score for a, b in document] for document in pairs]
+    signs = [[(change > 0) - (change < 0) for change in document] for document in changes]
+    nats = estimate_clusters([[b.nats - a.nats for a, b in document] for document in pairs])
+    measured = estimate_clusters(changes)
+    judged = estimate_flips(signs) if exact else measured
+    flat = [sign for document in signs for sign in document]
+    flips = Flips(
+        lost=flat.count(-1),
+        gained=flat.count(1),
+        nats=nats.value,
+        nats_interval=nats.interval(),
+        verdict=judge(judged, margin),
+    )
+    return Score(measured.value, judged.interval()), flips
+
+
+def _warnings(results: list[TaskResult], reference: str) -> list[str]:
+    found: list[str] = []
+    for row in results:
+        right = row.scores[reference].mean
+        if right < LOW:
+            found.append(f"{row.task}: {reference} scores {right:.2f}, which leaves little to lose")
+        for name, flips in row.flips.items():
+            if name == BLIND and flips.verdict.decision != "different":
+                found.append(f"{row.task}: {not_caught(name)}")
+            if flips.verdict.decision == "different" and row.difference[name].mean > 0:
+                found.append(
+                    f"{row.task}: {name} scores higher than {reference} by more than the margin; "
+                    "look for a fault of the measurement"
+                )
+    return found
