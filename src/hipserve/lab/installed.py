@@ -32,7 +32,9 @@ def sources() -> Iterator[str]:
 
 
 def _license_files() -> Iterator[Path]:
-    named = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()}
+    named = {
+        str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()
+    }  # a broken one has no name
     for _, distribution in sorted(named.items()):
         for file in distribution.files or ():
             if LICENSE.search(str(file)) and file.suffix != ".py":
