@@ -17,6 +17,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import random
@@ -60,11 +61,11 @@ def check_one(seed: int) -> None:
     config = random_config(rng, shape.page_size)
     if shape.kind == "normal":
         shape = dataclasses.replace(shape, kind="grid")
-    case = make_case(shape, config.bound_block_size)
+    case = make_case(shape, config.index_form)
     gpu = case.on("cuda")
     chosen = select_blocks(gpu.q, gpu.index, gpu.layout, config=config)
     host = BlockSelection(chosen.indices.cpu(), chosen.window_start.cpu())
-    if shape.kind == "grid":
+    if shape.kind == "grid" or config.code_bits < 16:
         expected = select_blocks(
             case.q, case.index, case.layout, config=config, backend="reference"
         )
@@ -166,7 +167,7 @@ def paged(
     k: Tensor, v: Tensor, query_len: int, config: HiPConfig
 ) -> tuple[KeyPool, KeyIndex, BatchLayout]:
     batch, length = k.shape[:2]
-    index = build_index(k, run_size=config.bound_block_size)
+    index = build_index(k, **config.index_form._asdict())
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     layout = BatchLayout(
         torch.arange(batch, **ints)[:, None],
@@ -185,7 +186,7 @@ def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
     rows = q[0]
     chosen = select_blocks(rows, index, layout, config=config, check=False)
     parts = {
-        "index": lambda: build_index(k, run_size=config.bound_block_size),
+        "index": lambda: build_index(k, **config.index_form._asdict()),
         "select": lambda: select_blocks(rows, index, layout, config=config, check=False),
         "attend": lambda: block_sparse_attention(
             rows, pool, layout, chosen, config=config, check=False
@@ -238,12 +239,12 @@ def decode_inputs(
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     options["generator"] = g.manual_seed(seed)
     q = torch.randn(batch, HEADS, DIM, **options)
-    pool, index = empty_pages(batch * count, PAGE, config.bound_block_size, q[:, :KV_HEADS])
-    assert index.summaries is not None
+    pool, index = empty_pages(batch * count, PAGE, config.index_form, q[:, :KV_HEADS])
     for x in (pool.k_cache, pool.v_cache):
         x.normal_(generator=g)
-    made = build_index(pool.k_cache, run_size=config.bound_block_size).summaries
-    index.summaries.copy_(made)
+    made = build_index(pool.k_cache, **config.index_form._asdict())
+    for held, rows in zip(index.tensors(), made.tensors(), strict=True):
+        held.copy_(rows)
     return q, pool, index, layout
 
 
@@ -404,9 +405,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def speed(path: str | None, deadline: float) -> None:
+def speed(path: str | None, deadline: float, config: HiPConfig) -> None:
     rows: Rows = []
-    for job in jobs(HiPConfig()):
+    for job in jobs(config):
         if time.time() > deadline:
             say("out of time; the rest is unmeasured")
             break
@@ -417,10 +418,10 @@ def speed(path: str | None, deadline: float) -> None:
             say(f"{type(error).__name__}: {str(error)[:400]}")
         torch.cuda.empty_cache()
         if path and rows:
-            write(path, rows)
+            write(path, rows, config)
 
 
-def write(path: str, rows: Rows) -> None:
+def write(path: str, rows: Rows, config: HiPConfig) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         import triton
@@ -430,7 +431,7 @@ def write(path: str, rows: Rows) -> None:
             f"# {device}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, "
         )
         file.write(f"{HEADS}/{KV_HEADS} heads, head_dim {DIM}, {time.strftime('%Y-%m-%d')}\n")
-        file.write(f"# {HiPConfig()}\n")
+        file.write(f"# {config}\n")
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows(rows)
@@ -445,6 +446,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--csv")
+    parser.add_argument("--config", default="{}", help="changes of the default, as JSON")
     options = parser.parse_args()
     began = time.time()
     say(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
@@ -458,7 +460,8 @@ def main() -> None:
         if not check(seeds, options.processes, options.seconds):
             sys.exit(1)
         if options.what == "speed":
-            speed(options.csv, began + options.seconds)
+            config = HiPConfig().replace(**json.loads(options.config))
+            speed(options.csv, began + options.seconds, config)
     say(f"{time.time() - began:.0f} s")
 
 

@@ -56,8 +56,9 @@ int64_t tile_refusal() {
 
 #if defined(HIPSERVE_X86)
 bool has_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
 }
 const Tier kTiers[] = {
     {"baseline", &hipserve::kernels_baseline, [] { return true; }},
@@ -106,7 +107,7 @@ int64_t& current() {
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
 // Raised with every change of a call: Python never runs kernels of another version.
-constexpr int64_t kCalls = 5;
+constexpr int64_t kCalls = 6;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {
@@ -129,18 +130,31 @@ Pages pages_of(const Tensor& x) {
   return {(char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 Pages pages_of(const std::optional<Tensor>& x) { return x ? pages_of(*x) : Pages{}; }
-int64_t runs_of(const std::optional<Tensor>& bounds) { return bounds ? bounds->size(1) : 0; }
+hipserve::IndexPages index_of(const std::optional<Tensor>& codes,
+                              const std::optional<Tensor>& code_scales,
+                              const std::optional<Tensor>& summaries,
+                              const std::optional<Tensor>& summary_scales, int64_t run_size,
+                              int64_t code_bits) {
+  return {pages_of(codes),
+          pages_of(summaries),
+          pages_of(code_scales),
+          pages_of(summary_scales),
+          run_size,
+          summaries ? summaries->size(1) : 0,
+          code_bits};
+}
 template <class A> A* ints(const Tensor& x) { return (A*)x.data_ptr(); }
 
-Batch batch_of(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
+// keys: anything in their pages, for each of their heads.
+Batch batch_of(const Tensor& q, const Tensor& keys, const Tensor& block_table,
                const Tensor& query_blocks) {
   return {ints<const int32_t>(block_table),
           block_table.stride(0),
           ints<const hipserve::QueryBlock>(query_blocks),
           query_blocks.size(0),
-          k_cache.size(1),
+          keys.size(1),
           q.size(1),
-          k_cache.size(2),
+          keys.size(2),
           q.size(2),
           dtype_of(q)};
 }
@@ -172,24 +186,24 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 }
 
 // The part of a search that is the same for every selector.
-void set_search(hipserve::SelectCall& call, const Tensor& q, const Tensor& k_cache,
+void set_search(hipserve::SelectCall& call, const Tensor& q, const Tensor& codes,
                 const Tensor& block_table, const Tensor& query_blocks, const Tensor& window_starts,
                 const Tensor& indices) {
-  call.batch = batch_of(q, k_cache, block_table, query_blocks);
+  call.batch = batch_of(q, codes, block_table, query_blocks);
   call.q = rows_of(q);
-  call.k = pages_of(k_cache);
   call.heads = indices.size(1);
   call.max_selected = indices.size(2);
   call.window_starts = ints<const int32_t>(window_starts);
   call.indices = ints<int32_t>(indices);
 }
 
-void select_by_tree(Tensor q, Tensor k_cache, Tensor block_table, Tensor query_blocks,
-                    Tensor window_starts, int64_t budget, int64_t key_block_size,
-                    int64_t query_stride, bool relative_scores, int64_t num_sink_tokens,
-                    int64_t representative, int64_t seed, Tensor indices) {
+void select_by_tree(Tensor q, Tensor codes, std::optional<Tensor> code_scales, int64_t code_bits,
+                    Tensor block_table, Tensor query_blocks, Tensor window_starts, int64_t budget,
+                    int64_t key_block_size, int64_t query_stride, bool relative_scores,
+                    int64_t num_sink_tokens, int64_t representative, int64_t seed, Tensor indices) {
   hipserve::TreeCall call{};
-  set_search(call, q, k_cache, block_table, query_blocks, window_starts, indices);
+  set_search(call, q, codes, block_table, query_blocks, window_starts, indices);
+  call.index = index_of(codes, code_scales, {}, {}, 1, code_bits);
   call.budget = budget;
   call.key_block_size = key_block_size;
   call.query_stride = query_stride;
@@ -200,37 +214,40 @@ void select_by_tree(Tensor q, Tensor k_cache, Tensor block_table, Tensor query_b
   kernels().select_by_tree(call);
 }
 
-void select_by_bound(Tensor q, Tensor k_cache, Tensor k_bounds, Tensor block_table,
-                     Tensor query_blocks, Tensor window_starts, int64_t budget,
+void select_by_bound(Tensor q, Tensor codes, std::optional<Tensor> code_scales, Tensor summaries,
+                     std::optional<Tensor> summary_scales, int64_t run_size, int64_t code_bits,
+                     Tensor block_table, Tensor query_blocks, Tensor window_starts, int64_t budget,
                      int64_t key_block_size, int64_t query_stride, bool relative_scores,
-                     int64_t num_sink_tokens, int64_t bound_block_size, double bound_reach,
-                     int64_t rerank, Tensor indices) {
+                     int64_t num_sink_tokens, double bound_reach, int64_t rerank, Tensor indices) {
   hipserve::DescentCall call{};
-  set_search(call, q, k_cache, block_table, query_blocks, window_starts, indices);
+  set_search(call, q, codes, block_table, query_blocks, window_starts, indices);
+  call.index = index_of(codes, code_scales, summaries, summary_scales, run_size, code_bits);
   call.budget = budget;
   call.key_block_size = key_block_size;
   call.query_stride = query_stride;
   call.relative_scores = relative_scores;
   call.num_sink_tokens = num_sink_tokens;
-  call.bounds = pages_of(k_bounds);
-  call.num_runs = k_bounds.size(1);
-  call.bound_block_size = bound_block_size;
   call.bound_reach = (float)bound_reach;
   call.rerank = rerank;
   kernels().select_by_bound(call);
 }
 
-void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_bounds,
-              Tensor slot_mapping, int64_t bound_block_size) {
+void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+              std::optional<Tensor> codes, std::optional<Tensor> code_scales,
+              std::optional<Tensor> summaries, std::optional<Tensor> summary_scales,
+              int64_t run_size, int64_t code_bits) {
   kernels().write_kv({rows_of(k), rows_of(v), pages_of(k_cache), pages_of(v_cache),
-                      pages_of(k_bounds), ints<const int64_t>(slot_mapping), k.size(0),
-                      k_cache.size(1), k.size(1), k.size(2), bound_block_size, runs_of(k_bounds),
-                      dtype_of(k)});
+                      index_of(codes, code_scales, summaries, summary_scales, run_size, code_bits),
+                      ints<const int64_t>(slot_mapping), k.size(0), k_cache.size(1), k.size(1),
+                      k.size(2), dtype_of(k)});
 }
 
-void compute_bounds(Tensor k, Tensor bounds, int64_t bound_block_size) {
-  kernels().compute_bounds({pages_of(k), pages_of(bounds), k.size(0), k.size(1), k.size(2),
-                            k.size(3), bound_block_size, bounds.size(1), dtype_of(k)});
+void build_index(Tensor k, std::optional<Tensor> codes, std::optional<Tensor> code_scales,
+                 std::optional<Tensor> summaries, std::optional<Tensor> summary_scales,
+                 int64_t run_size, int64_t code_bits) {
+  kernels().build_index(
+      {pages_of(k), index_of(codes, code_scales, summaries, summary_scales, run_size, code_bits),
+       k.size(0), k.size(1), k.size(2), k.size(3), dtype_of(k)});
 }
 
 }  // namespace
@@ -246,19 +263,23 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
       "int key_block_size, int sliding_window, float sm_scale, float softcap, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
   m.def(
-      "select_by_tree(Tensor q, Tensor k_cache, Tensor block_table, Tensor query_blocks, "
-      "Tensor window_starts, int budget, int key_block_size, int query_stride, "
-      "bool relative_scores, int num_sink_tokens, int representative, int seed, "
+      "select_by_tree(Tensor q, Tensor codes, Tensor? code_scales, int code_bits, "
+      "Tensor block_table, Tensor query_blocks, Tensor window_starts, int budget, "
+      "int key_block_size, int query_stride, bool relative_scores, int num_sink_tokens, "
+      "int representative, int seed, Tensor(a!) indices) -> ()");
+  m.def(
+      "select_by_bound(Tensor q, Tensor codes, Tensor? code_scales, Tensor summaries, "
+      "Tensor? summary_scales, int run_size, int code_bits, Tensor block_table, "
+      "Tensor query_blocks, Tensor window_starts, int budget, int key_block_size, "
+      "int query_stride, bool relative_scores, int num_sink_tokens, float bound_reach, int rerank, "
       "Tensor(a!) indices) -> ()");
   m.def(
-      "select_by_bound(Tensor q, Tensor k_cache, Tensor k_bounds, Tensor block_table, "
-      "Tensor query_blocks, Tensor window_starts, int budget, int key_block_size, "
-      "int query_stride, bool relative_scores, int num_sink_tokens, int bound_block_size, "
-      "float bound_reach, int rerank, Tensor(a!) indices) -> ()");
+      "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
+      "Tensor(c!)? codes, Tensor(d!)? code_scales, Tensor(e!)? summaries, "
+      "Tensor(f!)? summary_scales, int run_size, int code_bits) -> ()");
   m.def(
-      "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_bounds, "
-      "Tensor slot_mapping, int bound_block_size) -> ()");
-  m.def("compute_bounds(Tensor k, Tensor(a!) bounds, int bound_block_size) -> ()");
+      "build_index(Tensor k, Tensor(a!)? codes, Tensor(b!)? code_scales, Tensor(c!)? summaries, "
+      "Tensor(d!)? summary_scales, int run_size, int code_bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CompositeExplicitAutograd, m) {
@@ -272,5 +293,5 @@ STABLE_TORCH_LIBRARY_IMPL(hipserve_cpu, CPU, m) {
   m.impl("select_by_tree", TORCH_BOX(&select_by_tree));
   m.impl("select_by_bound", TORCH_BOX(&select_by_bound));
   m.impl("write_kv", TORCH_BOX(&write_kv));
-  m.impl("compute_bounds", TORCH_BOX(&compute_bounds));
+  m.impl("build_index", TORCH_BOX(&build_index));
 }

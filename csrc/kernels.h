@@ -13,9 +13,20 @@ struct Rows {  // [tokens, heads, head_dim]
   int64_t row_stride, head_stride;
 };
 
-struct Pages {  // [pages, slots, heads, head_dim]; bounds: [pages, runs, heads, 2 * head_dim]
+struct Pages {  // [pages, slots, heads, numbers of a row]; of summaries, a slot is a run
   char* data;
   int64_t page_stride, slot_stride, head_stride;
+};
+
+// What a search reads of keys (KeyIndex in types.py); data is null where there is none.
+struct IndexPages {
+  Pages codes;           // of 16 bits, the keys; else rows of head_dim * code_bits / 8 bytes
+  Pages summaries;       // rows of 2 * head_dim numbers, stored as keys are; bytes beside scales
+  Pages code_scales;     // bfloat16, one a code; null with 16 bits
+  Pages summary_scales;  // bfloat16, one for each side of a summary
+  int64_t run_size;      // keys of the finest run
+  int64_t num_runs;      // of a page
+  int64_t code_bits;
 };
 
 struct QueryBlock {
@@ -46,7 +57,7 @@ struct AttentionCall {
 struct SelectCall {  // what every search reads
   Batch batch;
   Rows q;
-  Pages k;
+  IndexPages index;  // without summaries where the tree searches
   int64_t heads, max_selected;
   int64_t budget, key_block_size, query_stride, num_sink_tokens;
   bool relative_scores;
@@ -59,23 +70,23 @@ struct TreeCall : SelectCall {
 };
 
 struct DescentCall : SelectCall {
-  Pages bounds;
-  int64_t num_runs;  // of bounds in a page
-  int64_t bound_block_size, rerank;
+  int64_t rerank;
   float bound_reach;
 };
 
 struct WriteCall {
   Rows k, v;
-  Pages k_cache, v_cache, bounds;  // bounds.data is null where none are kept
+  Pages k_cache, v_cache;
+  IndexPages index;  // its codes are null with 16 bits
   const int64_t* slot_mapping;
-  int64_t num_tokens, page_size, num_kv_heads, head_dim, bound_block_size, num_runs;
+  int64_t num_tokens, page_size, num_kv_heads, head_dim;
   Dtype dtype;
 };
 
-struct BoundsCall {
-  Pages k, bounds;
-  int64_t num_pages, page_size, num_kv_heads, head_dim, bound_block_size, num_runs;
+struct BuildCall {
+  Pages k;
+  IndexPages index;  // its codes are null with 16 bits
+  int64_t num_pages, page_size, num_kv_heads, head_dim;
   Dtype dtype;
 };
 
@@ -85,7 +96,7 @@ struct Kernels {
   void (*select_by_tree)(const TreeCall&);
   void (*select_by_bound)(const DescentCall&);
   void (*write_kv)(const WriteCall&);
-  void (*compute_bounds)(const BoundsCall&);
+  void (*build_index)(const BuildCall&);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16,

@@ -10,7 +10,7 @@ template <class T> static inline T* token_row(const Rows& rows, int64_t token, i
   return (T*)rows.data + token * rows.row_stride + head * rows.head_stride;
 }
 
-// The row of a slot of a page and a head; of bounds, a slot is a run.
+// The row of a slot of a page and a head; of summaries, a slot is a run.
 template <class T>
 static inline T* slot_row(const Pages& pages, int64_t page, int64_t slot, int64_t head) {
   return (T*)pages.data + page * pages.page_stride + slot * pages.slot_stride +

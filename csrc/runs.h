@@ -1,4 +1,5 @@
-// Runs of keys that carry bounds: their lengths, where they are in a page, how many a search keeps.
+// Runs of keys that have summaries: their lengths, where they are in a page, how many a search
+// keeps.
 #pragma once
 #include "simd.h"
 

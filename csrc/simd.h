@@ -26,6 +26,7 @@ constexpr int kLanes = 4;
 // Vectors of floats and of integers; in memory they may lie at any even address.
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef int8_t vbytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 template <class A> static constexpr A minimum(A a, A b) { return a < b ? a : b; }
 template <class A> static constexpr A maximum(A a, A b) { return a > b ? a : b; }
@@ -53,6 +54,17 @@ static inline vi lanes() {
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   return lane;
+}
+
+// (x[0 ^ step], x[1 ^ step], ...)
+static inline vf swap_lanes(vf x, int step) {
+#if defined(__clang__)
+  vf swapped;
+  for (int i = 0; i < kLanes; ++i) swapped[i] = x[i ^ step];
+  return swapped;
+#else
+  return __builtin_shuffle(x, lanes() ^ step);
+#endif
 }
 
 // sum_i x[i], in a tree

@@ -9,5 +9,5 @@
 namespace hipserve {
 const Kernels HIPSERVE_JOIN(kernels_, HIPSERVE_TIER) = {
     HIPSERVE_TIER::attention, HIPSERVE_TIER::select_by_tree, HIPSERVE_TIER::select_by_bound,
-    HIPSERVE_TIER::write_kv, HIPSERVE_TIER::compute_bounds};
+    HIPSERVE_TIER::write_kv, HIPSERVE_TIER::build_index};
 }  // namespace hipserve

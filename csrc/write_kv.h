@@ -1,4 +1,4 @@
-// Appending keys and values to pages, and the summaries of the runs they touch.
+// Appending keys and values to pages, the codes of keys and the summaries of the runs they touch.
 #pragma once
 #include "arena.h"
 #include "dispatch.h"
@@ -61,6 +61,15 @@ static int64_t merge_stretches(Array<Stretch>& stretches, int64_t count) {
   return merged;
 }
 
+// The code of the key in a slot, where codes are short.
+template <class K>
+static inline void write_code(const IndexPages& index, int64_t page, int64_t slot, int64_t head,
+                              const K* key, int64_t head_dim) {
+  if (!index.codes.data) return;
+  encode_key(key, head_dim, (int)index.code_bits, slot_row<uint8_t>(index.codes, page, slot, head),
+             slot_row<bf16>(index.code_scales, page, slot, head));
+}
+
 template <class K> static void write_tokens(const WriteCall& call) {
   const int64_t bytes = call.head_dim * sizeof(K);
 #pragma omp parallel for if (call.num_tokens > kFewTokens) schedule(static)
@@ -68,24 +77,19 @@ template <class K> static void write_tokens(const WriteCall& call) {
     const Slot slot(call.slot_mapping[t], call.page_size);
     if (!slot.kept()) continue;
     for (int64_t h = 0; h < call.num_kv_heads; ++h) {
-      memcpy(slot_row<K>(call.k_cache, slot.page, slot.offset, h), token_row<K>(call.k, t, h),
-             bytes);
+      const K* key = token_row<K>(call.k, t, h);
+      memcpy(slot_row<K>(call.k_cache, slot.page, slot.offset, h), key, bytes);
+      write_code(call.index, slot.page, slot.offset, h, key, call.head_dim);
       memcpy(slot_row<K>(call.v_cache, slot.page, slot.offset, h), token_row<K>(call.v, t, h),
              bytes);
     }
   }
 }
 
-// Rows of a page and head, of keys or of summaries.
-template <class T>
-static inline PageRows<T> page_rows(const Pages& pages, int64_t page, int64_t head) {
-  return {slot_row<T>(pages, page, 0, head), pages.slot_stride};
-}
-
 template <class K> static void write_all(const WriteCall& call) {
   write_tokens<K>(call);
-  if (!call.bounds.data) return;
-  const RunLevels levels(call.page_size, call.bound_block_size, call.num_runs);
+  if (!call.index.summaries.data) return;
+  const RunLevels levels(call.page_size, call.index.run_size, call.index.num_runs);
   const int64_t heads = call.num_kv_heads;
   Array<Stretch> stretches(call.num_tokens);
   const int64_t count = merge_stretches(stretches, list_stretches(call, stretches));
@@ -93,31 +97,33 @@ template <class K> static void write_all(const WriteCall& call) {
   for (int64_t i = 0; i < count * heads; ++i) {
     const Stretch& s = stretches[i / heads];
     const int64_t head = i % heads;
-    summarize_page<K>(page_rows<const K>(call.k_cache, s.page, head),
-                      page_rows<K>(call.bounds, s.page, head), levels, s.first, s.end,
-                      call.head_dim);
+    summarize_page<K>({call.k_cache, s.page, head}, {call.index, s.page, head}, levels, s.first,
+                      s.end, call.head_dim);
   }
 }
 
-template <class K> static void summarize_all(const BoundsCall& call) {
-  const RunLevels levels(call.page_size, call.bound_block_size, call.num_runs);
+template <class K> static void build_all(const BuildCall& call) {
+  const RunLevels levels(call.page_size, call.index.run_size, call.index.num_runs);
   const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.coarsest()];
   const int64_t chunks = ceil_div(call.page_size, chunk);
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < call.num_pages * heads * chunks; ++i) {
     // Heads last: the keys of a chunk lie together, those of a head may not.
     const int64_t page = i / (heads * chunks), head = i % heads, first = i / heads % chunks * chunk;
-    summarize_page<K>(page_rows<const K>(call.k, page, head), page_rows<K>(call.bounds, page, head),
-                      levels, first, minimum(call.page_size, first + chunk), call.head_dim);
+    const int64_t end = minimum(call.page_size, first + chunk);
+    const PageRows<const K> keys(call.k, page, head);
+    for (int64_t slot = first; slot < end; ++slot)
+      write_code(call.index, page, slot, head, keys[slot], call.head_dim);
+    if (call.index.summaries.data)
+      summarize_page<K>(keys, {call.index, page, head}, levels, first, end, call.head_dim);
   }
 }
 
 static void write_kv(const WriteCall& call) {
   dispatch(call.dtype, call, &Kernels::write_kv, [&]<class, class K>() { write_all<K>(call); });
 }
-static void compute_bounds(const BoundsCall& call) {
-  dispatch(call.dtype, call, &Kernels::compute_bounds,
-           [&]<class, class K>() { summarize_all<K>(call); });
+static void build_index(const BuildCall& call) {
+  dispatch(call.dtype, call, &Kernels::build_index, [&]<class, class K>() { build_all<K>(call); });
 }
 
 }  // namespace HIPSERVE_TIER

@@ -55,20 +55,21 @@ def test_a_device_settles_what_a_configuration_leaves_open(config: HiPConfig | N
     assert torch.equal(compiled(q, k, v), hip_attention(q, k, v, config=config))
 
 
-def case() -> Case:
-    return make_case(Shape((700, 130), (100, 1)))
+def case(config: HiPConfig = CONFIG) -> Case:
+    return make_case(Shape((700, 130), (100, 1)), config.index_form)
 
 
 @every
 def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
-    c = case()
-    blocks = c.layout.query_blocks(CONFIG.query_block_size)
-    for config in (CONFIG, CONFIG.replace(share_group=False), CONFIG.replace(selector="tree")):
-        bounds = c.kv.index.summaries if config.run_size else None
+    for changes in ({}, {"share_group": False}, {"selector": "tree"}, {"code_bits": 4}):
+        config = CONFIG.replace(**changes)
+        c = case(config)
+        blocks = c.layout.query_blocks(config.query_block_size)
         starts = c.layout.window_starts(pruning_rule(config, "cpu"))
-        tensors = (c.q, c.kv.pool.k_cache, bounds, c.layout.block_table, blocks, starts)
+        where = (c.layout.block_table, blocks, starts)
+        inputs = selection.search_inputs(c.q, c.index, *where, config=config)
         search = search_spec(config).dumps()
-        torch.library.opcheck(selection._operator, (*tensors, search, backend))
+        torch.library.opcheck(selection._operator, (*inputs, search, backend))
 
 
 @every
@@ -85,11 +86,13 @@ def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
 
 @every
 def test_write_kv_and_build_index_are_lawful_operators(backend: str) -> None:
-    c = case()
-    pages = [x.nan_to_num() for x in (c.kv.pool.k_cache, c.kv.pool.v_cache, c.kv.index.summaries)]
     k, slots = torch.randn(20, 2, 64), torch.arange(20)
-    torch.library.opcheck(writing._operator, (k, k, *pages, slots, 16, backend))
-    torch.library.opcheck(writing._summarize_operator, (pages[0], 16, backend))
+    for code_bits in (16, 4):
+        kv = case(CONFIG.replace(code_bits=code_bits)).kv.map(torch.nan_to_num)
+        pages, index = (kv.pool.k_cache, kv.pool.v_cache), writing._tensors_of(kv.index)
+        operands = (k, k, *pages, slots, *index, 16, code_bits, backend)
+        torch.library.opcheck(writing._write_operator, operands)
+        torch.library.opcheck(writing._build_operator, (pages[0], 16, code_bits, backend))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -59,7 +59,7 @@ def test_chunks_in_pages_are_exact(seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, HALF)
     config = random_config(rng, shape.page_size)
-    case = make_case(shape, config.bound_block_size)
+    case = make_case(shape, config.index_form)
     for selection in (None, some_selection(case, config)):
         out, lse = dense.attend_chosen(
             case.q, case.kv.pool, case.layout, selection, config=config, softcap=shape.softcap

@@ -60,7 +60,7 @@ class Run:
 
 
 def run(shape: Shape, config: HiPConfig, backend: str) -> Run:
-    case = make_case(shape, config.bound_block_size, backend)
+    case = make_case(shape, config.index_form, backend)
     selection, out, lse = attend(case.q, case.kv, case.layout, shape, config, backend)
     return Run(case, selection, out, lse)
 
@@ -83,7 +83,7 @@ def check(shape: Shape, config: HiPConfig, backend: str, reference: Run) -> None
         assert torch.equal(got.selection.indices, reference.selection.indices)
     assert_as_exact(got.out, got.lse, got.case, readable(got.case, got.selection, config))
     case = got.case
-    pages = in_pages(case.ks, case.vs, shape, config.bound_block_size, page_seed=shape.seed + 1)
+    pages = in_pages(case.ks, case.vs, shape, config.index_form, page_seed=shape.seed + 1)
     selection, out, lse = attend(case.q, *pages, shape, config, backend)
     assert torch.equal(selection.indices, got.selection.indices)
     assert torch.equal(out, got.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import groupby, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ from hipserve import HiPConfig
 from hipserve.attention import AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout, bound_offsets
+from hipserve.plan import BatchLayout
 from hipserve.plan.rule import BREAK_EVEN
 from hipserve.selectors import SELECTORS
-from hipserve.testing.cases import Pages, attend
+from hipserve.testing.cases import Shape, attend, empty_pages
 from hipserve.types import KeyPool
 
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"budget": 64, "num_sink_tokens": 16, "sliding_window": 32, "dense_below": 0}
 selectors = pytest.mark.parametrize("selector", SELECTORS)
+searches = pytest.mark.parametrize(
+    "search", [{"selector": name, "code_bits": bits} for name in SELECTORS for bits in (16, 4)]
+)
 
 
 def qkv(query_len: int, kv_len: int, dtype: torch.dtype = torch.float32, batch: int = 1):
@@ -103,11 +107,8 @@ class Sequence:
 
     def __init__(self, length: int, config: HiPConfig, backend: str, dtype: torch.dtype) -> None:
         pages, self.size, self.backend, self.config = -(-length // 256), 256, backend, config
-        shape = (pages, self.size, 2, 64)
-        runs = bound_offsets(self.size, config.bound_block_size)[-1]
-        shapes = (shape, shape, (pages, runs, 2, 2, 64))
-        tensors = (torch.full(s, torch.nan, dtype=dtype) for s in shapes)
-        self.kv = Pages.of(*tensors, config.bound_block_size)
+        shape = Shape((length,), (1,), page_size=self.size, dtype=dtype)
+        self.kv = empty_pages(pages, shape, config.index_form)
         self.table = torch.randperm(pages).int()
         self.length = 0
 
@@ -125,11 +126,13 @@ class Sequence:
 
 
 @every_backend
-@selectors
+@searches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_prefill_equals_one_pass(backend: str, selector: str, dtype: torch.dtype) -> None:
+def test_chunked_prefill_equals_one_pass(
+    backend: str, search: dict[str, Any], dtype: torch.dtype
+) -> None:
     q, k, v = (x[0] for x in qkv(1000, 1000, dtype))
-    config = HiPConfig(selector=selector, **SMALL)
+    config = HiPConfig(**search, **SMALL)
     with using(backend) as name:
         whole = Sequence(1000, config, name, dtype).extend(q, k, v)
         cut = Sequence(1000, config, name, dtype)
@@ -139,10 +142,10 @@ def test_chunked_prefill_equals_one_pass(backend: str, selector: str, dtype: tor
 
 
 @every_backend
-@selectors
-def test_pages_equal_whole_sequences(backend: str, selector: str) -> None:
+@searches
+def test_pages_equal_whole_sequences(backend: str, search: dict[str, Any]) -> None:
     q, k, v = qkv(1000, 1000)
-    config = HiPConfig(selector=selector, **SMALL)
+    config = HiPConfig(**search, **SMALL)
     with using(backend) as name:
         plain = hipserve.hip_attention(q, k, v, config=config, backend=name)
         paged = Sequence(1000, config, name, torch.float32).extend(q[0], k[0], v[0])
@@ -150,10 +153,10 @@ def test_pages_equal_whole_sequences(backend: str, selector: str) -> None:
 
 
 @every_backend
-@selectors
-def test_later_keys_change_no_earlier_row(backend: str, selector: str) -> None:
+@searches
+def test_later_keys_change_no_earlier_row(backend: str, search: dict[str, Any]) -> None:
     q, k, v = qkv(1280, 1280)
-    config = HiPConfig(selector=selector, **{**SMALL, "sliding_window": 1})
+    config = HiPConfig(**search, **{**SMALL, "sliding_window": 1})
     with using(backend) as name:
         long = hipserve.hip_attention(q, k, v, config=config, backend=name)
         short = hipserve.hip_attention(

@@ -13,7 +13,7 @@ struct DescentSize {
   int64_t blocks = 0;  // of the fine runs kept
   int64_t scores = 0;  // of anything that is ranked
   explicit DescentSize(const DescentCall& call)
-      : levels(call.batch.page_size, call.bound_block_size, call.num_runs) {
+      : levels(call.batch.page_size, call.index.run_size, call.index.num_runs) {
     const int64_t keys = wanted_keys(call), longest = longest_sequence(call);
     int64_t kept_above = -1;
     for (int level = levels.coarsest(); level >= 0; --level) {
@@ -43,12 +43,12 @@ struct DescentSize {
   }
 };
 
-template <class Q, class K, class S> class Descent {
+template <class Keys, class Summaries> class Descent {
  public:
   using Call = DescentCall;
   using Size = DescentSize;
   Descent(Arena& arena, const Call& call, const Size& size, int64_t max_rows, Scorer& scorer,
-          BlockRank<Q, K>& blocks)
+          BlockRank<Keys>& blocks)
       : call_(call),
         levels_(size.levels),
         block_rank_(blocks),
@@ -113,8 +113,8 @@ template <class Q, class K, class S> class Descent {
 
   const Call& call_;
   const RunLevels& levels_;
-  BlockRank<Q, K>& block_rank_;
-  RunRank<Q, S> run_rank_;
+  BlockRank<Keys>& block_rank_;
+  RunRank<Summaries> run_rank_;
   int32_t *candidates_, *best_runs_, *kept_runs_;  // runs of one level; positions among candidates
   int32_t *proposed_, *best_blocks_, *found_;      // blocks; positions among those proposed
 };

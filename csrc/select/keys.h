@@ -1,5 +1,5 @@
-// Blocks ranked by their keys: the only place of a search that reads keys. To rank by something
-// stored in another way, such as codes of keys, replace what these sources point at.
+// Blocks ranked by their keys: the only place of a search that reads keys, or their codes. How keys
+// lie and what queries meet them as is a class `Keys`: StoredKeys, or CodedKeys in coded.h.
 #pragma once
 #include "select/scores.h"
 
@@ -18,69 +18,88 @@ struct Middle {
   int64_t kv_head, begin, end;
 };
 
+// Keys stored as K, met by queries stored as Q.
+template <class Q, class K> class StoredKeys {
+ public:
+  using Row = const K*;
+  using Unit = typename UnitOf<Q, K>::type;
+  using Queries = Columns<Unit>;
+  explicit StoredKeys(const SelectCall& call) : call_(call) {}
+  Row at(const Middle& middle, int64_t key) const {
+    return key_row<K>(call_.index.codes, middle.seq, middle.kv_head, key);
+  }
+  // The row of the next slot.
+  Row next(Row row) const { return row + call_.index.codes.slot_stride; }
+  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
+    const int64_t rows = num_sampled(call_, block);
+    queries.template fill<Q>(rows, few_rows<Unit>(rows, call_.batch.head_dim), convert,
+                             [&](int64_t r) { return sampled_row<Q>(call_, block, head, r); });
+  }
+
+ private:
+  const SelectCall& call_;
+};
+
 // Keys that are read without being chosen: sinks, then those from the end of the middle on.
-template <class K> struct KeysOutside {
-  using Row = K;
-  Pages pages;
-  Middle middle;
-  const K* operator()(int64_t i) const {
-    const int64_t key = i < middle.begin ? i : middle.end + i - middle.begin;
-    return key_row<K>(pages, middle.seq, middle.kv_head, key);
+template <class Keys> struct KeysOutside {
+  using Row = typename Keys::Row;
+  const Keys& keys;
+  const Middle& middle;
+  Row operator()(int64_t i) const {
+    return keys.at(middle, i < middle.begin ? i : middle.end + i - middle.begin);
   }
 };
 
 // The keys of a list of blocks, one after the other.
-template <class K> struct KeysOfBlocks {
-  using Row = K;
-  Pages pages;
-  Middle middle;
+template <class Keys> struct KeysOfBlocks {
+  using Row = typename Keys::Row;
+  const Keys& keys;
+  const Middle& middle;
   int64_t size;  // of a block
   const int32_t* block;
   int64_t offset = 0;  // in the block
-  const K* row = nullptr;
-  const K* operator()(int64_t) {
+  Row row = {};
+  Row operator()(int64_t) {
     if (offset == size) {
       offset = 0;
       ++block;
     }
     const int64_t key = *block * size + offset++;
     const bool same_page = offset > 1 && middle.seq.slot(key) > 0;
-    row = same_page ? row + pages.slot_stride : key_row<K>(pages, middle.seq, middle.kv_head, key);
+    row = same_page ? keys.next(row) : keys.at(middle, key);
     return row;
   }
 };
 
 // Ranks blocks by the maximum score of their keys with the sampled rows.
-template <class Q, class K> class BlockRank {
+template <class Keys> class BlockRank {
  public:
-  using Unit = typename UnitOf<Q, K>::type;
   BlockRank(Arena& arena, const SelectCall& call, int64_t max_rows, Scorer& scorer)
-      : call_(call), scorer_(scorer), columns_(arena, max_rows, call.batch.head_dim) {}
+      : call_(call), scorer_(scorer), keys_(call), queries_(arena, max_rows, call.batch.head_dim) {}
 
   // Takes the rows of a query block. With relative scores, the baseline of each is its maximum
   // score among sinks and window, as far as every row sees them.
   void begin(const QueryBlock& block, int64_t head, const Middle& middle) {
-    const int64_t rows = num_sampled(call_, block);
-    columns_.template fill<Q>(rows, few_rows<Unit>(rows, call_.batch.head_dim), scorer_.convert(),
-                              [&](int64_t r) { return sampled_row<Q>(call_, block, head, r); });
+    keys_.take_queries(block, head, scorer_.convert(), queries_);
     const bool relative = call_.relative_scores;
     const int64_t outside = relative ? middle.begin + block.position + 1 - middle.end : 0;
-    const KeysOutside<K> keys{call_.k, middle};
-    scorer_.set_baseline(outside, columns_, relative ? -INFINITY : 0.f, keys);
+    const KeysOutside<Keys> keys{keys_, middle};
+    scorer_.set_baseline(outside, queries_, relative ? -INFINITY : 0.f, keys);
   }
 
   // Positions of the `keep` best of n blocks, ascending.
   int64_t best(const int32_t* blocks, int64_t n, int64_t keep, const Middle& middle,
                int32_t* kept) {
     const int64_t size = call_.key_block_size;
-    const KeysOfBlocks<K> keys{call_.k, middle, size, blocks};
-    return scorer_.best(n, size, keep, columns_, keys, kept);
+    const KeysOfBlocks<Keys> keys{keys_, middle, size, blocks};
+    return scorer_.best(n, size, keep, queries_, keys, kept);
   }
 
  private:
   const SelectCall& call_;
   Scorer& scorer_;
-  Columns<Unit> columns_;
+  Keys keys_;
+  typename Keys::Queries queries_;
 };
 
 }  // namespace HIPSERVE_TIER

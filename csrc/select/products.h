@@ -82,39 +82,55 @@ static inline void multiply(const unit* const* keys, int count, float* chunk, in
     }
 }
 
-// Rows that are multiplied together, as units. Behind `count` of them the last one is repeated.
-struct RowBatch {
+// Rows that are multiplied together: as a source found them, and as units, unless they are few
+// codes. Behind `count` units the last ones are repeated.
+template <class Row> struct RowBatch {
+  const Row *found, *next;  // of this batch and of the one behind it
+  int num_next;
   const unit* rows[kBatch];
   int64_t first;
   int count, padded;
 };
 
-// Calls use(batch) for batches of the n rows of a source: source(i) gives the i-th, stored as
-// Source::Row, and is called for one after the other. `convert` holds kBatch rows of floats.
-template <class Unit, class Source, class Use>
-static inline void in_batches(int64_t n, const Columns<Unit>& columns, Source source,
-                              float* convert, const Use& use) {
+// What in_batches asks of rows that are stored as K; rows in codes have the same in coded.h.
+template <class K> static inline void prefetch(const K* row, int64_t width) {
+  prefetch_row(row, width * sizeof(K));
+}
+template <class Unit, class K>
+static inline void to_units(const K* const* rows, int count, const Columns<Unit>& columns,
+                            float* scratch, const unit** units) {
+  unit_rows<Unit, K>(rows, count, columns.width, scratch, units);
+}
+
+// Calls use(batch) for batches of the n rows of a source: source(i) gives the i-th, a Source::Row,
+// and is called for one after the other. `convert` holds 2 kKeys rows of half the width.
+template <class Queries, class Source, class Use>
+static inline void in_batches(int64_t n, const Queries& columns, Source source, float* convert,
+                              const Use& use) {
   using Row = typename Source::Row;
-  const Row* rows[2][kBatch];
-  RowBatch batch;
-  const int64_t bytes = columns.width * sizeof(Row);
-  auto find = [&](int64_t first, const Row** out) {
+  Row rows[2][kBatch];
+  RowBatch<Row> batch;
+  auto find = [&](int64_t first, Row* out) {
     const int count = (int)minimum(n - first, (int64_t)kBatch);
     for (int j = 0; j < count; ++j) {
       out[j] = source(first + j);
-      prefetch_row(out[j], bytes);
+      if (!columns.asks_ahead()) prefetch(out[j], columns.width);
     }
     return count;
   };
   int turn = 0, count = find(0, rows[0]);
   for (int64_t i = 0; i < n; turn ^= 1) {
     const int next = find(i + count, rows[turn ^ 1]);
-    unit_rows<Unit, Row>(rows[turn], count, columns.width, convert, batch.rows);
+    to_units(rows[turn], count, columns, convert, batch.rows);
+    batch.found = rows[turn];
+    batch.next = rows[turn ^ 1];
+    batch.num_next = next;
     batch.first = i;
     batch.count = count;
     batch.padded = round_up(count, kTall);
     for (int j = count; j < kBatch; ++j) batch.rows[j] = batch.rows[count - 1];
-    if (kTiled<Unit> && !columns.few) even_rows(batch.rows, batch.padded, columns.width, convert);
+    if (kTiled<typename Queries::Unit> && !columns.few)
+      even_rows(batch.rows, batch.padded, columns.width, convert + kKeys * columns.width / 2);
     use(batch);
     i += count;
     count = next;

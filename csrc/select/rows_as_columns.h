@@ -31,7 +31,10 @@ static inline const Q* sampled_row(const SelectCall& call, const QueryBlock& blo
 
 // Rows as columns: chunks of kChunk rows, units[k][row]. Lanes beyond the last row have a baseline
 // of infinity and never count. Few rows (few_rows.h) are one behind the other instead.
-template <class Unit> struct Columns {
+template <class Unit_> struct Columns {
+  using Unit = Unit_;
+  static constexpr int kParts =
+      1;  // of a row, each with a product of its own; a score is their sum
   float* units;
   int depth, width;  // units and values of a row
   int64_t rows = 0;
@@ -40,6 +43,9 @@ template <class Unit> struct Columns {
       : depth((int)depth_of<Unit>(width)), width((int)width) {
     units = arena.take<float>(max_rows * depth);
   }
+
+  // Whether products ask for the rows of the next batch by themselves.
+  bool asks_ahead() const { return false; }
 
   // Takes `count` rows of any number, of which row(r) gives the r-th, stored as Q; a result of
   // row(r) lasts for kChunk calls. `convert` holds kKeys * width floats.

@@ -7,38 +7,78 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
+// Calls use(first key, first lane, scores) for the scores of all keys with the lanes of one chunk,
+// that of sampled row r.
+template <class Row, class Queries, class Use>
+static inline void score_chunk(const RowBatch<Row>& keys, const Queries& columns, int64_t r,
+                               const Use& use) {
+  using Unit = typename Queries::Unit;
+  float* chunk = columns.units + r * columns.depth;
+  const int64_t lanes = minimum(columns.rows - r, (int64_t)kChunk);
+  if constexpr (Queries::kParts == 1) {
+    multiply<Unit>(keys.rows, keys.padded, chunk, lanes, columns.depth, use);
+  } else {
+    const int half = columns.depth / 2;
+    const unit* second[kBatch];
+    float first[kBatch * kChunk];
+    for (int j = 0; j < keys.padded; ++j) second[j] = keys.rows[j] + half;
+    multiply<Unit>(keys.rows, keys.padded, chunk, lanes, half,
+                   [&]<int kM, int kN>(int key, int64_t lane, vf(&acc)[kM][kN]) {
+                     for (int m = 0; m < kM; ++m)
+                       for (int n = 0; n < kN; ++n)
+                         store(first + (key + m) * kChunk + lane + n * kLanes, acc[m][n]);
+                   });
+    multiply<Unit>(second, keys.padded, chunk + half * kChunk, lanes, half,
+                   [&]<int kM, int kN>(int key, int64_t lane, vf(&acc)[kM][kN]) {
+                     for (int m = 0; m < kM; ++m)
+                       for (int n = 0; n < kN; ++n)
+                         acc[m][n] += load(first + (key + m) * kChunk + lane + n * kLanes);
+                     use(key, lane, acc);
+                   });
+  }
+}
+
 // best[key] = max_r (q_r . k_key - baseline_r), in lanes: a vector for each key.
-template <class Unit>
-static void max_over_rows(const RowBatch& keys, const Columns<Unit>& columns, const float* baseline,
+template <class Row, class Queries>
+static void max_over_rows(const RowBatch<Row>& keys, const Queries& columns, const float* baseline,
                           float* best) {
   for (int i = 0; i < kBatch * kLanes; i += kLanes) store(best + i, splat(-INFINITY));
   for (int64_t r = 0; r < columns.rows; r += kChunk)
-    multiply<Unit>(keys.rows, keys.padded, columns.units + r * columns.depth,
-                   minimum(columns.rows - r, (int64_t)kChunk), columns.depth,
-                   [&]<int kM, int kN>(int key, int64_t lane, vf(&acc)[kM][kN]) {
-                     for (int m = 0; m < kM; ++m) {
-                       vf top = load(best + (key + m) * kLanes);
-                       for (int n = 0; n < kN; ++n)
-                         top = maximum(acc[m][n] - load(baseline + r + lane + n * kLanes), top);
-                       store(best + (key + m) * kLanes, top);
-                     }
-                   });
+    score_chunk(keys, columns, r, [&]<int kM, int kN>(int key, int64_t lane, vf(&acc)[kM][kN]) {
+      for (int m = 0; m < kM; ++m) {
+        vf top = load(best + (key + m) * kLanes);
+        for (int n = 0; n < kN; ++n)
+          top = maximum(acc[m][n] - load(baseline + r + lane + n * kLanes), top);
+        store(best + (key + m) * kLanes, top);
+      }
+    });
 }
 
 // baseline_r = max(baseline_r, max_key q_r . k_key)
-template <class Unit>
-static void max_over_keys(const RowBatch& keys, const Columns<Unit>& columns, float* baseline) {
+template <class Row, class Queries>
+static void max_over_keys(const RowBatch<Row>& keys, const Queries& columns, float* baseline) {
   for (int64_t r = 0; r < columns.rows; r += kChunk)
-    multiply<Unit>(keys.rows, keys.padded, columns.units + r * columns.depth,
-                   minimum(columns.rows - r, (int64_t)kChunk), columns.depth,
-                   [&]<int kM, int kN>(int, int64_t lane, vf(&acc)[kM][kN]) {
-                     for (int n = 0; n < kN; ++n) {
-                       float* at = baseline + r + lane + n * kLanes;
-                       vf top = load(at);
-                       for (int m = 0; m < kM; ++m) top = maximum(acc[m][n], top);
-                       store(at, top);
-                     }
-                   });
+    score_chunk(keys, columns, r, [&]<int kM, int kN>(int, int64_t lane, vf(&acc)[kM][kN]) {
+      for (int n = 0; n < kN; ++n) {
+        float* at = baseline + r + lane + n * kLanes;
+        vf top = load(at);
+        for (int m = 0; m < kM; ++m) top = maximum(acc[m][n], top);
+        store(at, top);
+      }
+    });
+}
+
+// best[r][key] = q_r . k_key for few rows
+template <class Row, class Unit>
+static void few_products(const RowBatch<Row>& keys, const Columns<Unit>& columns, float* best) {
+#if defined(__AVX512BF16__)
+  TileRows none;
+  none.count = 0;
+  with_rows<kFewRows>(columns.rows, [&]<int kM>() {
+    score_few<kM>(columns.units, (const void* const*)keys.rows, round_up(keys.count, kLanes),
+                  2 * columns.depth, best, none);
+  });
+#endif
 }
 
 // What scoring needs, whatever is scored.
@@ -47,7 +87,7 @@ class Scorer {
   Scorer(Arena& arena, int64_t max_rows, int64_t max_scores, int64_t dim) {
     baseline_ = arena.take<float>(max_rows);
     best_ = arena.take<float>(kBestSize);
-    convert_ = arena.take<float>(kKeys * 2 * dim);
+    convert_ = arena.take<float>(kKeys * 2 * round_up(dim, (int64_t)kStep));
     scores_ = arena.take<float>(max_scores);
     order_ = arena.take<int32_t>(max_scores + kOrderSlack);
   }
@@ -55,29 +95,29 @@ class Scorer {
   float* convert() const { return convert_; }
 
   // The baseline of each row: its maximum score with n keys, or `otherwise` if there are none.
-  template <class Unit, class Source>
-  void set_baseline(int64_t n, const Columns<Unit>& columns, float otherwise, const Source& keys) {
+  template <class Queries, class Source>
+  void set_baseline(int64_t n, const Queries& columns, float otherwise, const Source& keys) {
     const int64_t lanes = round_up(columns.rows, (int64_t)kLanes);
     for (int64_t r = 0; r < lanes; ++r) baseline_[r] = otherwise;
-    in_batches<Unit>(n, columns, keys, convert_, [&](const RowBatch& batch) {
+    in_batches(n, columns, keys, convert_, [&](const auto& batch) {
       if (columns.few) few_max_over_keys(batch, columns);
-      else max_over_keys<Unit>(batch, columns, baseline_);
+      else max_over_keys(batch, columns, baseline_);
     });
     for (int64_t r = columns.rows; r < lanes; ++r) baseline_[r] = INFINITY;
   }
 
   // Positions, ascending, of the `keep` best of n groups of `size` rows each; the score of a group
   // is the maximum of its rows' scores.
-  template <class Unit, class Source>
-  int64_t best(int64_t n, int64_t size, int64_t keep, const Columns<Unit>& columns,
-               const Source& rows, int32_t* kept) {
+  template <class Queries, class Source>
+  int64_t best(int64_t n, int64_t size, int64_t keep, const Queries& columns, const Source& rows,
+               int32_t* kept) {
     for (int64_t i = 0; i < n; ++i) scores_[i] = -INFINITY;
-    in_batches<Unit>(n * size, columns, rows, convert_, [&](const RowBatch& batch) {
+    in_batches(n * size, columns, rows, convert_, [&](const auto& batch) {
       if (columns.few) {
         few_max_over_rows(batch, columns);
         reduce_few_groups(batch, size);
       } else {
-        max_over_rows<Unit>(batch, columns, baseline_, best_);
+        max_over_rows(batch, columns, baseline_, best_);
         reduce_groups(batch, size);
       }
     });
@@ -88,7 +128,7 @@ class Scorer {
   static constexpr int kBestSize = maximum(kBatch * kLanes, (int)kFewRows* kKeys);
 
   // scores[group] = max(scores[group], max of best over its keys and all lanes)
-  void reduce_groups(const RowBatch& batch, int64_t size) {
+  template <class Row> void reduce_groups(const RowBatch<Row>& batch, int64_t size) {
     for (int j = 0; j < batch.count;) {
       const int64_t group = (batch.first + j) / size;
       vf best = load(best_ + j * kLanes);
@@ -97,8 +137,14 @@ class Scorer {
       scores_[group] = maximum(reduce_max(best), scores_[group]);
     }
   }
-  // The same for best[key] in a single lane.
-  void reduce_few_groups(const RowBatch& batch, int64_t size) {
+  // The same for best[key] in a single lane; the first key of a batch begins a group of whole
+  // vectors.
+  template <class Row> void reduce_few_groups(const RowBatch<Row>& batch, int64_t size) {
+    if (size == kLanes) {
+      for (int j = 0; j < batch.count; j += kLanes)
+        scores_[(batch.first + j) / kLanes] = reduce_max(load(best_ + j));
+      return;
+    }
     int64_t group = batch.first / size, end = (group + 1) * size - batch.first;
     for (int j = 0; j < batch.count; ++j) {
       if (j == end) {
@@ -109,20 +155,10 @@ class Scorer {
     }
   }
 
-  // best[r][key] = q_r . k_key for few rows
-  template <class Unit> void few_products(const RowBatch& keys, const Columns<Unit>& columns) {
-#if defined(__AVX512BF16__)
-    TileRows none;
-    none.count = 0;
-    with_rows<kFewRows>(columns.rows, [&]<int kM>() {
-      score_few<kM>(columns.units, (const void* const*)keys.rows, round_up(keys.count, kLanes),
-                    2 * columns.depth, best_, none);
-    });
-#endif
-  }
   // best[key] = max_r (q_r . k_key - baseline_r)
-  template <class Unit> void few_max_over_rows(const RowBatch& keys, const Columns<Unit>& columns) {
-    few_products(keys, columns);
+  template <class Row, class Queries>
+  void few_max_over_rows(const RowBatch<Row>& keys, const Queries& columns) {
+    few_products(keys, columns, best_);
     for (int j = 0; j < keys.count; j += kLanes) {
       vf best = load(best_ + j) - baseline_[0];
       for (int64_t r = 1; r < columns.rows; ++r)
@@ -131,8 +167,9 @@ class Scorer {
     }
   }
   // baseline_r = max(baseline_r, max_key q_r . k_key)
-  template <class Unit> void few_max_over_keys(const RowBatch& keys, const Columns<Unit>& columns) {
-    few_products(keys, columns);  // beyond the last key: that key again
+  template <class Row, class Queries>
+  void few_max_over_keys(const RowBatch<Row>& keys, const Queries& columns) {
+    few_products(keys, columns, best_);  // beyond the last key: that key again
     for (int64_t r = 0; r < columns.rows; ++r) {
       vf best = splat(baseline_[r]);
       for (int j = 0; j < keys.count; j += kLanes)

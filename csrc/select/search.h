@@ -2,6 +2,7 @@
 // head at a time.
 #pragma once
 #include "dispatch.h"
+#include "select/coded.h"
 #include "select/descent.h"
 #include "select/tree.h"
 
@@ -16,9 +17,9 @@ static inline int64_t max_sampled(const SelectCall& call) {
   return round_up(rows, (int64_t)kChunk);
 }
 
-// The search of one thread, with its scratch. Queries are stored as Q, keys as K; a selector Find
+// The search of one thread, with its scratch, by keys stored in one of two ways. A selector Find
 // has a Call, a Size (once for all threads) and find(), which returns the blocks.
-template <class Q, class K, class Find> class Search {
+template <class Keys, class Find> class Search {
  public:
   using Call = typename Find::Call;
   Search(Arena& arena, const Call& call, const typename Find::Size& size, int64_t max_rows)
@@ -45,30 +46,38 @@ template <class Q, class K, class Find> class Search {
  private:
   const Call& call_;
   Scorer scorer_;
-  BlockRank<Q, K> block_rank_;
+  BlockRank<Keys> block_rank_;
   Find find_;
 };
 
-template <class Q, class K, class Find> static void search_all(const typename Find::Call& call) {
+template <class Keys, class Find> static void search_all(const typename Find::Call& call) {
   const typename Find::Size size(call);
   const int64_t max_rows = max_sampled(call), items = call.batch.num_query_blocks * call.heads;
 #pragma omp parallel if (items > 1)
   {
     const TileRegisters registers;
-    Scratch<Search<Q, K, Find>> search(call, size, max_rows);
+    Scratch<Search<Keys, Find>> search(call, size, max_rows);
 #pragma omp for schedule(dynamic)
     for (int64_t i = items - 1; i >= 0; --i) search->run(i / call.heads, i % call.heads);
   }
 }
 
 static void select_by_tree(const TreeCall& call) {
+  if (call.index.code_bits == 4) return search_all<CodedKeys<4>, Tree<CodedKeys<4>>>(call);
+  if (call.index.code_bits == 8) return search_all<CodedKeys<8>, Tree<CodedKeys<8>>>(call);
   dispatch(call.batch.dtype, call, &Kernels::select_by_tree,
-           [&]<class Q, class K>() { search_all<Q, K, Tree<Q, K>>(call); });
+           [&]<class Q, class K>() { search_all<StoredKeys<Q, K>, Tree<StoredKeys<Q, K>>>(call); });
+}
+
+template <class Keys, class Summaries> static void descend(const DescentCall& call) {
+  search_all<Keys, Descent<Keys, Summaries>>(call);
 }
 
 static void select_by_bound(const DescentCall& call) {
+  if (call.index.code_bits == 4) return descend<CodedKeys<4>, CodedSummaries>(call);
+  if (call.index.code_bits == 8) return descend<CodedKeys<8>, CodedSummaries>(call);
   dispatch(call.batch.dtype, call, &Kernels::select_by_bound, [&]<class Q, class K>() {
-    search_all<Q, K, Descent<Q, K, K>>(call);  // summaries are stored as keys are
+    descend<StoredKeys<Q, K>, StoredSummaries<Q, K>>(call);  // summaries are stored as keys are
   });
 }
 

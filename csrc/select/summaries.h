@@ -1,5 +1,6 @@
 // Runs ranked by their summaries: [mean, deviation] of a run's keys in every channel, which
-// run_summary.h computes. The score of a run is a product with the row that reach_out() makes of q.
+// run_summary.h computes. How they lie and what queries meet them as is a class `Summaries`:
+// StoredSummaries, or CodedSummaries in coded.h.
 #pragma once
 #include "runs.h"
 #include "select/keys.h"
@@ -17,56 +18,76 @@ template <class Q> static inline void reach_out(const Q* q, int64_t n, float rea
   }
 }
 
-// The summaries of a list of runs of one level.
-template <class S> struct SummariesOfRuns {
-  using Row = S;
-  const DescentCall& call;
-  const Middle& middle;
-  const int32_t* runs;
-  int64_t length, offset;  // keys of a run, and where its level begins in a page
-  const S* operator()(int64_t i) const {
-    const int64_t key = runs[i] * length;
-    const int64_t run = offset + (uint32_t)middle.seq.slot(key) / (uint32_t)length;
-    return slot_row<const S>(call.bounds, middle.seq.page(key), run, middle.kv_head);
-  }
-};
-
-// Ranks runs by the scores of their summaries, stored as S, with the sampled rows.
-template <class Q, class S> class RunRank {
+// Summaries stored as S, met by queries stored as Q.
+template <class Q, class S> class StoredSummaries {
  public:
+  using Row = const S*;
   using Unit = typename UnitOf<Q, S>::type;
-  RunRank(Arena& arena, const DescentCall& call, const RunLevels& levels, int64_t max_rows,
-          Scorer& scorer)
-      : call_(call),
-        levels_(levels),
-        scorer_(scorer),
-        columns_(arena, max_rows, 2 * call.batch.head_dim),
-        sides_(arena.take<Q>(kChunk * 2 * call.batch.head_dim)) {}
-
-  // Takes the rows of a query block.
-  void begin(const QueryBlock& block, int64_t head) {
+  using Queries = Columns<Unit>;
+  StoredSummaries(Arena& arena, const DescentCall& call)
+      : call_(call), sides_(arena.take<Q>(kChunk * 2 * call.batch.head_dim)) {}
+  static Queries queries(Arena& arena, int64_t max_rows, int64_t head_dim) {
+    return {arena, max_rows, 2 * head_dim};
+  }
+  Row at(int64_t page, int64_t run, int64_t head) const {
+    return slot_row<const S>(call_.index.summaries, page, run, head);
+  }
+  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
     const int64_t dim = call_.batch.head_dim, rows = num_sampled(call_, block);
-    columns_.template fill<Q>(rows, few_rows<Unit>(rows, dim), scorer_.convert(), [&](int64_t r) {
+    queries.template fill<Q>(rows, few_rows<Unit>(rows, dim), convert, [&](int64_t r) {
       Q* sides = sides_ + r % kChunk * 2 * dim;
       reach_out(sampled_row<Q>(call_, block, head, r), dim, call_.bound_reach, sides);
       return sides;
     });
   }
 
+ private:
+  const DescentCall& call_;
+  Q* sides_;  // [kChunk][2 * head_dim]
+};
+
+// The summaries of a list of runs of one level.
+template <class Summaries> struct SummariesOfRuns {
+  using Row = typename Summaries::Row;
+  const Summaries& summaries;
+  const Middle& middle;
+  const int32_t* runs;
+  int64_t length, offset;  // keys of a run, and where its level begins in a page
+  Row operator()(int64_t i) const {
+    const int64_t key = runs[i] * length;
+    const int64_t run = offset + (uint32_t)middle.seq.slot(key) / (uint32_t)length;
+    return summaries.at(middle.seq.page(key), run, middle.kv_head);
+  }
+};
+
+// Ranks runs by the scores of their summaries with the sampled rows.
+template <class Summaries> class RunRank {
+ public:
+  RunRank(Arena& arena, const DescentCall& call, const RunLevels& levels, int64_t max_rows,
+          Scorer& scorer)
+      : levels_(levels),
+        scorer_(scorer),
+        summaries_(arena, call),
+        queries_(Summaries::queries(arena, max_rows, call.batch.head_dim)) {}
+
+  // Takes the rows of a query block.
+  void begin(const QueryBlock& block, int64_t head) {
+    summaries_.take_queries(block, head, scorer_.convert(), queries_);
+  }
+
   // Positions of the `keep` best of n runs of a level, ascending.
   int64_t best(const int32_t* runs, int64_t n, int level, int64_t keep, const Middle& middle,
                int32_t* kept) {
-    const SummariesOfRuns<S> summaries{call_, middle, runs, levels_.length[level],
-                                       levels_.offset[level]};
-    return scorer_.best(n, 1, keep, columns_, summaries, kept);
+    const SummariesOfRuns<Summaries> of_runs{summaries_, middle, runs, levels_.length[level],
+                                             levels_.offset[level]};
+    return scorer_.best(n, 1, keep, queries_, of_runs, kept);
   }
 
  private:
-  const DescentCall& call_;
   const RunLevels& levels_;
   Scorer& scorer_;
-  Columns<Unit> columns_;
-  Q* sides_;  // [kChunk][2 * head_dim]
+  Summaries summaries_;
+  typename Summaries::Queries queries_;
 };
 
 }  // namespace HIPSERVE_TIER

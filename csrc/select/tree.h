@@ -21,11 +21,11 @@ struct TreeSize {
       : beam(call.budget / call.key_block_size), scores(2 * beam) {}
 };
 
-template <class Q, class K> class Tree {
+template <class Keys> class Tree {
  public:
   using Call = TreeCall;
   using Size = TreeSize;
-  Tree(Arena& arena, const Call& call, const Size& size, int64_t, Scorer&, BlockRank<Q, K>& blocks)
+  Tree(Arena& arena, const Call& call, const Size& size, int64_t, Scorer&, BlockRank<Keys>& blocks)
       : call_(call), block_rank_(blocks), beam_(size.beam) {
     left_ = arena.take<int32_t>(beam_);
     right_ = arena.take<int32_t>(beam_);
@@ -83,7 +83,7 @@ template <class Q, class K> class Tree {
   }
 
   const Call& call_;
-  BlockRank<Q, K>& block_rank_;
+  BlockRank<Keys>& block_rank_;
   const int64_t beam_;
   int32_t *left_, *right_;              // the beam: ranges of blocks, ascending
   int32_t *child_left_, *child_right_;  // its halves

@@ -8,7 +8,7 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 from hipserve.errors import ConfigError, did_you_mean
 from hipserve.selectors import SELECTORS
@@ -16,6 +16,26 @@ from hipserve.selectors.tree import Representative
 
 SelectorName = Literal["tree", "bound"]
 Form = Literal["toml", "json"]
+
+
+class IndexForm(NamedTuple):
+    """What an index holds of keys.
+
+    Attributes:
+        run_size: keys of the finest run with a summary; None for no summaries.
+        code_bits: bits of a channel of a code; 16 for the keys themselves.
+    """
+
+    run_size: int | None = 16
+    code_bits: int = 16
+
+    def __str__(self) -> str:
+        runs = "no summaries" if self.run_size is None else f"summaries of {self.run_size} keys"
+        return runs if self.code_bits == 16 else f"{runs} and codes of {self.code_bits} bits"
+
+
+NO_INDEX = IndexForm(run_size=None)
+"""Of keys that nobody searches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +57,8 @@ class HiPConfig:
             towards the query; 0 is the mean, in which a single peak is lost.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
             0 uses the summaries only.
+        code_bits: bits of a channel of the keys' codes, which the search reads: 4 or 8, with
+            summaries of 8 bits, or 16: the keys themselves.
         relative_scores: score keys relative to the maximum score that a row finds among the keys
             it reads anyway (sinks and window): rows with large norms do not outvote rows
             that have more to gain.
@@ -64,6 +86,7 @@ class HiPConfig:
     bound_block_size: int = 16
     bound_reach: float = 0.75
     rerank: int = 4
+    code_bits: int = 16
     relative_scores: bool = True
     share_group: bool = True
     num_sink_tokens: int = 64
@@ -92,6 +115,10 @@ class HiPConfig:
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name))
+        _check_int("code_bits", self.code_bits, 4)
+        if self.code_bits not in CODE_BITS:
+            hint = "16 searches the keys themselves"
+            raise _wrong("code_bits", "4, 8 or 16", self.code_bits, hint)
         _check_fraction("bound_reach", self.bound_reach)
         self._check_sizes()
 
@@ -137,6 +164,11 @@ class HiPConfig:
     def run_size(self) -> int | None:
         """Keys of the finest run that a search reads a summary of; None where it reads none."""
         return self.bound_block_size if SELECTORS[self.selector].reads_summaries else None
+
+    @property
+    def index_form(self) -> IndexForm:
+        """What a search reads of the keys."""
+        return IndexForm(self.run_size, self.code_bits)
 
     @property
     def max_selected(self) -> int:
@@ -246,6 +278,7 @@ _LEAST = {
     "seed": 0,
 }
 _INT32_MAX = 2**31 - 1
+CODE_BITS = (4, 8, 16)
 _ONE_SELECTOR = 'a search has one selector since 0.2: use selector="bound"'
 _GONE = {
     "tree+bound": f"it is gone, as {_ONE_SELECTOR}",

@@ -44,17 +44,24 @@ class KeyIndex:
 
     Attributes:
         codes: `[num_pages, page_size, num_kv_heads, head_dim]`: a code of every key, which orders
-            the candidates of a search. Of 16 or more bits a code is the key itself: the pool's
-            `k_cache`.
-        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of the keys: mean
-            and standard deviation of each run of keys (`bound_offsets` gives the places of the
-            levels), or None for the tree, which descends through the codes.
+            the candidates of a search. With 16 bits the key itself: the pool's `k_cache`; with 4 or
+            8 bits int8, and head_dim * code_bits / 8 bytes instead of head_dim numbers
+            (`hipserve.ops.codes`).
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`: mean and standard
+            deviation of each run of keys (`bound_offsets` gives the places of the levels), or None
+            for a search that reads none. In the dtype of the keys; int8 codes beside short codes.
         run_size: keys of the finest run.
+        code_bits: bits of a channel of a key: 4, 8 or 16.
+        code_scales: `[num_pages, page_size, num_kv_heads]` bfloat16, beside short codes.
+        summary_scales: `[num_pages, runs_per_page, num_kv_heads, 2]` bfloat16, likewise.
     """
 
     codes: Tensor
     summaries: Tensor | None = None
     run_size: int = 16
+    code_bits: int = 16
+    code_scales: Tensor | None = None
+    summary_scales: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -66,7 +73,19 @@ class KeyIndex:
 
     @property
     def head_dim(self) -> int:
-        return self.codes.shape[3]
+        width = self.codes.shape[3]
+        return width if self.code_scales is None else width * 8 // self.code_bits
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of a page that have a summary."""
+        return 0 if self.summaries is None else self.summaries.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """What an index holds beside the keys themselves, each `[num_pages, ...]`."""
+        coded = () if self.code_scales is None else (self.codes, self.code_scales)
+        held = (*coded, self.summaries, self.summary_scales)
+        return [x for x in held if x is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ from triton.runtime import driver
 from hipserve import HiPConfig
 from hipserve.ops.block_sparse_attention.triton import launch as attention
 from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
-from hipserve.ops.select_blocks.spec import SearchInputs, search_spec
+from hipserve.ops.select_blocks.operator import search_inputs
+from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.select_blocks.triton import barrier
 from hipserve.ops.select_blocks.triton import launch as selection
 from hipserve.ops.select_blocks.triton import tiling as selection_tiling
 from hipserve.ops.write_kv import triton as writing
-from hipserve.plan import bound_offsets
-from hipserve.types import BlockSelection
+from hipserve.ops.write_kv.layout import IndexLayout
+from hipserve.types import BlockSelection, KeyPool
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 
@@ -132,30 +133,31 @@ def select(
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
-    runs = bound_offsets(256, config.bound_block_size)[-1]
-    summaries = torch.empty(16, runs, 8, 2, head_dim, dtype=torch.bfloat16)
+    index = IndexLayout.of_pages(256, head_dim, q.dtype, config.index_form).empty_like(pages)
     blocks = -(-query_len // 64)
     chosen = torch.zeros(blocks, 8, config.max_selected, dtype=torch.int32)
-    inputs = SearchInputs(
+    inputs = search_inputs(
         q,
-        pages,
-        summaries if config.run_size else None,
+        index,
         block_table=torch.zeros(1, 512, dtype=torch.int32),
         query_blocks=torch.zeros(blocks, 4, dtype=torch.int32),
         window_starts=chosen[:, 0, 0].contiguous(),
+        config=config,
     )
     due = torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None
     kept = BlockSelection(chosen, chosen[:, 0, 0].contiguous())
     selection.refresh_blocks(inputs, search_spec(config), due, kept)
 
 
-def write(head_dim: int) -> None:
+def write(recorders: dict[str, Recorder], head_dim: int) -> None:
     k = torch.empty(64, 8, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(4, 256, 8, head_dim, dtype=torch.bfloat16)
-    runs = bound_offsets(256, 16)[-1]
-    summaries = torch.empty(4, runs, 8, 2, head_dim, dtype=torch.bfloat16)
-    writing.write_kv(k, k, pages, pages, summaries, torch.zeros(64, dtype=torch.int64), 16)
-    writing.summarize(pages, 16)
+    slots = torch.zeros(64, dtype=torch.int64)
+    for code_bits in (16, 4):
+        for recorder in recorders.values():
+            recorder.case = f"codes of {code_bits} bits"
+        index = writing.build_index(pages, 16, code_bits)
+        writing.write_kv(k, k, KeyPool(pages, pages), index, slots)
 
 
 def main() -> None:
@@ -181,7 +183,7 @@ def main() -> None:
         attend(recorders, "decode, head_dim 512", 1, True, 512)
         select(recorders, "head_dim 512", 4096, HiPConfig(), head_dim=512)
         select(recorders, "decode, head_dim 512", 1, HiPConfig(), head_dim=512)
-        write(512)
+        write(recorders, 512)
     if capability == 90:
         attend(recorders, "dense", 4096, False, 128)
         attend(recorders, "decode", 1, True, 128)
@@ -191,7 +193,11 @@ def main() -> None:
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)
         select(recorders, "decode, head_dim 256", 1, HiPConfig(), head_dim=256)
         select(recorders, "decode, tree", 1, HiPConfig(selector="tree"))
-        write(128)
+        for bits in (4, 8):
+            coded = HiPConfig(code_bits=bits)
+            select(recorders, f"prefill, {bits} bits", 4096, coded)
+            select(recorders, f"decode, {bits} bits", 1, coded)
+        write(recorders, 128)
     sys.stdout.write(json.dumps(found))
 
 

@@ -69,7 +69,7 @@ def small(seed: int) -> tuple[Shape, HiPConfig]:
 @pytest.mark.parametrize("seed", range(CASES))
 def test_selection_equals_the_definition(seed: int) -> None:
     shape, config = small(seed)
-    case = make_case(replace(shape, kind="grid"), config.bound_block_size)
+    case = make_case(replace(shape, kind="grid"), config.index_form)
     q, kv, layout = moved(case)
     got = select_blocks(q, kv.index, layout, config=config, backend="triton")
     expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
@@ -80,7 +80,7 @@ def test_selection_equals_the_definition(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(CASES))
 def test_attention_is_exact_over_what_was_chosen(seed: int) -> None:
     shape, config = small(1000 + seed)
-    case = make_case(shape, config.bound_block_size)
+    case = make_case(shape, config.index_form)
     q, kv, layout = moved(case)
     chosen = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     there = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
@@ -188,7 +188,7 @@ def test_pages_and_bounds(seed: int) -> None:
     """Jumping, repeated and skipped slots; compared where the definition is finite."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     shape = Shape((1,), (1,), num_kv_heads=rng.choice([1, 2, 3]), page_size=rng.choice([16, 64]))
-    pages = [empty_pages(4, shape, 16) for _ in range(2)]
+    pages = [empty_pages(4, shape) for _ in range(2)]
     pages[0] = pages[0].map(lambda x: x.to(DEVICE))
     there, here = pages
     for _ in range(4):

@@ -45,7 +45,7 @@ def test_sparse_is_exact(backend: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, HALF)
     config = random_config(rng, shape.page_size)
-    case = make_case(shape, config.bound_block_size)
+    case = make_case(shape, config.index_form)
     selection = random_selection(case, config, rng)
     with using(backend) as name:
         out, lse = block_sparse_attention(
@@ -62,7 +62,7 @@ def test_sparse_is_exact(backend: str, seed: int) -> None:
 
 @every_backend
 def test_a_selection_may_be_a_view(backend: str) -> None:
-    case = make_case(Shape((400,), (64,)), 16)
+    case = make_case(Shape((400,), (64,)))
     config = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
     with using(backend) as name:
         whole = select_blocks(case.q, case.index, case.layout, config=config, backend=name)

@@ -18,6 +18,7 @@ from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.selectors import SELECTORS
 from hipserve.testing.cases import Shape, make_case, random_config, random_shape
 from hipserve.testing.laws import assert_lawful
+from hipserve.types import KeyIndex
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -28,7 +29,7 @@ def test_selections_are_lawful(backend: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
     config = random_config(rng, shape.page_size)
-    case = make_case(shape, config.bound_block_size)
+    case = make_case(shape, config.index_form)
     with using(backend) as name:
         selection = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
     assert_lawful(selection, case, config)
@@ -42,7 +43,7 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
     config = random_config(rng, shape.page_size)
-    case = make_case(replace(shape, kind="grid"), config.bound_block_size)
+    case = make_case(replace(shape, kind="grid"), config.index_form)
     expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     with using(f"cpu:{tier}") as name:
         got = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
@@ -164,7 +165,7 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
         representative=representative,
         relative_scores=False,
     )
-    keys = IndexedKeys(k, None, torch.zeros(1).long())
+    keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
     search = TreeSearch(torch.ones(draws, 1, 1), keys, length, length, search_spec(config))
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)
     right = torch.tensor([[length // 2, length]]).expand(draws, 2)
@@ -177,7 +178,7 @@ def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
         selector="tree", key_block_size=2, budget=32, num_sink_tokens=0, relative_scores=False
     )
     k = torch.randn(1, 1024, 1, 1)
-    keys = IndexedKeys(k, None, torch.zeros(1).long())
+    keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
     search = TreeSearch(torch.ones(1, 1, 1), keys, 1024, 1024, search_spec(config))
     blocks = k.view(512, 2).amax(1)
     search.representative = lambda left, right: torch.stack([left, right], -1)
@@ -210,7 +211,7 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
     k[0, 20, 0, 0] = 1.0  # what the loud row wants a little
     k[0, 32:, 0, 0] = 5.0  # what the loud row reads anyway
     rows = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
-    keys = IndexedKeys(k, None, torch.zeros(1).long())
+    keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
     found = {
         relative: TreeSearch(rows, keys, 32, 32, search_spec(changed)).select().tolist()
         for relative in (True, False)

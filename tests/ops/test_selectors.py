@@ -114,10 +114,10 @@ def test_a_registered_selector_keeps_the_laws_of_selections(recent: HiPConfig) -
         config = random_config(rng, shape.page_size).replace(
             selector="recent", seed=rng.randrange(3)
         )
-        case = make_case(shape, config.bound_block_size)
+        case = make_case(shape, config.index_form)
         found = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
         assert_lawful(found, case, config)
-        kv, layout = in_pages(case.ks, case.vs, shape, config.bound_block_size, page_seed=1)
+        kv, layout = in_pages(case.ks, case.vs, shape, config.index_form, page_seed=1)
         other = select_blocks(case.q, kv.index, layout, config=config, backend="reference")
         assert torch.equal(found.indices, other.indices)
         pruned += int((found.indices >= 0).any())

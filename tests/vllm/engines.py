@@ -23,6 +23,7 @@ PRUNED = {
     "dense_below": 0,
     "dense_layers": [1, 4],
     "refresh_interval": 4,
+    "code_bits": 4,
 }
 SHORT = (1, 2, 3, 5, 17, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 345, 400, 511)
 LENGTHS = (*SHORT, 512, 513, 540, 600, 640, 700, 766, 900, 1024, 1100, 1200, 1300, 1400, 1500)
@@ -125,10 +126,12 @@ def wrong_bounds(llm: Any) -> dict[str, int]:
     for layer in runner(llm).compilation_config.static_forward_context.values():
         if not layer.impl.keeps_index(layer):
             continue
-        pages = page_views(layer.kv_cache, 16)
-        made = build_index(pages.pool.k_cache[cached].contiguous(), backend="reference")
-        expected = made.summaries
-        wrong += int((pages.index.summaries[cached] != expected).flatten(1).any(1).sum())
+        form = layer.impl.index_form(layer)
+        pages = page_views(layer.kv_cache, form)
+        keys = pages.pool.k_cache[cached].contiguous()
+        made = build_index(keys, **form._asdict(), backend="reference")
+        for held, expected in zip(pages.index.tensors(), made.tensors(), strict=True):
+            wrong += int((held[cached] != expected).flatten(1).any(1).sum())
     return {"cached": len(cached), "wrong": wrong}
 
 

@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("vllm")
 
 from hipserve import BackendError, HiPConfig
+from hipserve.config import DEFAULT, NO_INDEX, IndexForm
 from hipserve.integrations.vllm import kv_block, layer, metrics, runners
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import build_index, write_kv
-from hipserve.ops.write_kv.reference import summary
+from hipserve.ops.write_kv.reference import moments
 from hipserve.plan import pruning_rule
 from hipserve.serving import address, environment, log_words
 from hipserve.serving.command_line import Server
@@ -34,9 +35,11 @@ PRUNES_EARLY = HiPConfig(
 BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 
-def kv_blocks(blocks: int, size: int, heads: int, dim: int) -> torch.Tensor:
+def kv_blocks(
+    blocks: int, size: int, heads: int, dim: int, form: IndexForm = DEFAULT.index_form
+) -> torch.Tensor:
     """`[blocks, heads, size, 2 * dim]` as vLLM hands it out, in pages that are poisoned around."""
-    layout = kv_block.BlockLayout(size, heads, dim, torch.float32, 16)
+    layout = kv_block.BlockLayout(size, heads, dim, torch.float32, form)
     stride = layout.padded_bytes // 4
     raw = torch.full((blocks * stride,), float("nan"))
     return raw.as_strided((blocks, heads, size, 2 * dim), (stride, 2 * dim, heads * 2 * dim, 1))
@@ -46,7 +49,7 @@ def kv_blocks(blocks: int, size: int, heads: int, dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
     cache = kv_blocks(4, size, 2, dim)
-    pages = kv_block.page_views(cache, 16)
+    pages = kv_block.page_views(cache, DEFAULT.index_form)
     k, v = torch.randn(2, size, 2, dim)
     slots = 2 * size + torch.arange(size)  # block 2, whole
     write_kv(k, v, pages.pool, pages.index, slots)
@@ -62,7 +65,7 @@ def test_bounds_lie_in_the_padding_of_their_block(size: int, dim: int) -> None:
 
 def test_padding_slots_write_nothing() -> None:
     cache = kv_blocks(2, 64, 2, 64)
-    pages = kv_block.page_views(cache, 16)
+    pages = kv_block.page_views(cache, DEFAULT.index_form)
     k, v = torch.randn(2, 3, 2, 64)
     write_kv(k, v, pages.pool, pages.index, torch.tensor([-1, 64, -1]))
     assert torch.equal(cache[1, :, 0, :64], k[1])
@@ -72,20 +75,20 @@ def test_padding_slots_write_nothing() -> None:
 
 def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
     cache = kv_blocks(2, 64, 2, 64)
-    pages = kv_block.page_views(cache, 16)
+    pages = kv_block.page_views(cache, DEFAULT.index_form)
     k, v = 100 * torch.randn(2, 64, 2, 64)
     write_kv(k, v, pages.pool, pages.index, 64 + torch.arange(64))
     fresh, v = torch.randn(2, 5, 2, 64)
     write_kv(fresh, v, pages.pool, pages.index, 64 + torch.arange(5))
     assert pages.index.summaries is not None
-    expected = summary(fresh, dim=0)
+    expected = moments(fresh, dim=0).to(fresh.dtype)
     assert torch.equal(pages.index.summaries[1, 0], expected)
     assert torch.equal(pages.index.summaries[1, 4], expected)  # the run of 64 keys above it
 
 
 def test_a_layer_without_bounds_pads_nothing() -> None:
-    layout = kv_block.BlockLayout(128, 2, 64, torch.bfloat16, None)
-    assert layout.num_runs == 0
+    layout = kv_block.BlockLayout(128, 2, 64, torch.bfloat16, NO_INDEX)
+    assert layout.index_bytes == 0
     assert layout.padded_bytes == 128 * 2 * 128 * 2
 
 

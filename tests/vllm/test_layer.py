@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve import BackendError, ConfigError, HiPConfig
+from hipserve.config import IndexForm
 from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
 from hipserve.integrations.vllm.layer import SEARCH_BYTES, scratch_bytes
 from hipserve.integrations.vllm.runners import StepRequests
@@ -34,8 +35,8 @@ GIB = 1 << 30
 def test_views_of_a_cache_go_with_it() -> None:
     """vLLM drops the tensors of the cache that it measured graphs with, and needs the memory."""
     cache = kv_blocks(4, 64, 2, 64)
-    pages = kv_block.pages_of(cache, 16)
-    assert kv_block.pages_of(cache, 16) is pages
+    pages = kv_block.pages_of(cache, IndexForm())
+    assert kv_block.pages_of(cache, IndexForm()) is pages
     held = StorageWeakRef(cache.untyped_storage())
     del pages
     assert not held.expired()
@@ -43,25 +44,36 @@ def test_views_of_a_cache_go_with_it() -> None:
     assert held.expired()
 
 
-@pytest.mark.parametrize(("size", "num_runs"), [(16, 1), (64, 5), (96, 6), (256, 17)])
-def test_bounds_of_found_pages_are_made_from_their_keys(size: int, num_runs: int) -> None:
-    cache = kv_blocks(5, size, 2, 64)
-    pages = kv_block.page_views(cache, 16)
+@pytest.mark.parametrize("form", [IndexForm(16, 16), IndexForm(16, 4), IndexForm(None, 8)])
+@pytest.mark.parametrize("size", [16, 64, 96, 256])
+def test_the_index_of_found_pages_is_made_from_their_keys(size: int, form: IndexForm) -> None:
+    cache = kv_blocks(5, size, 2, 64, form)
+    pages = kv_block.page_views(cache, form)
     k = torch.randn(5, size, 2, 64)
     pages.pool.k_cache.copy_(k)
-    kv_block.rebuild_index(pages.index, torch.tensor([3, 1]))
-    expected = build_index(k, backend="reference").summaries[:, :num_runs]
-    assert pages.index.summaries is not None
-    assert torch.equal(pages.index.summaries[[1, 3]], expected[[1, 3]])
-    assert torch.isnan(pages.index.summaries[[0, 2, 4]]).all()
+    v = pages.pool.v_cache.normal_().clone()
+    before = [x.clone() for x in pages.index.tensors()]
+    kv_block.rebuild_index(pages, torch.tensor([3, 1]))
+    expected = build_index(k, **form._asdict(), backend="reference").tensors()
+    assert len(expected) == len(before) == (4 if form == IndexForm(16, 4) else len(before))
+    for held, untouched, made in zip(pages.index.tensors(), before, expected, strict=True):
+        assert torch.equal(held[[1, 3]], made[[1, 3], : held.shape[1]])
+        for page in (0, 2, 4):
+            assert torch.equal(as_bytes(held[page]), as_bytes(untouched[page]))
     assert torch.equal(pages.pool.k_cache, k)
+    assert torch.equal(pages.pool.v_cache, v)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Of x `[...]`, for comparisons that NaN must not disturb."""
+    return x.contiguous().flatten().view(torch.uint8)
 
 
 def test_many_found_pages_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_block, "COPY_BYTES", 2 * 64 * 2 * 64 * 4)
-    pages = kv_block.page_views(kv_blocks(9, 64, 2, 64), 16)
+    pages = kv_block.page_views(kv_blocks(9, 64, 2, 64), IndexForm())
     pages.pool.k_cache.normal_()
-    kv_block.rebuild_index(pages.index, torch.arange(9))
+    kv_block.rebuild_index(pages, torch.arange(9))
     assert pages.index.summaries is not None
     assert torch.equal(
         pages.index.summaries, build_index(pages.pool.k_cache.contiguous()).summaries
@@ -278,7 +290,7 @@ def test_what_measuring_graphs_takes_fits_beside_the_weights(
     token, memory = 2 * heads * 128 * 2, CARDS[card] << 20
     assert block_size.largest(token, captured, memory) == expected
     taken = block_size.measuring_bytes(token, captured, expected)
-    layout = kv_block.BlockLayout(expected, heads, 128, torch.bfloat16, 16)
+    layout = kv_block.BlockLayout(expected, heads, 128, torch.bfloat16, IndexForm())
     assert layout.padded_bytes * captured <= taken <= 1.03 * layout.padded_bytes * captured
     scratch = scratch_bytes(8192, 64, 128, 2, HiPConfig())
     assert weights * GIB + taken + scratch <= 0.92 * memory

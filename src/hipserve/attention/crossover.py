@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hipserve.attention.torch_dense import attend_rows
-from hipserve.config import HiPConfig
+from hipserve.config import NO_INDEX, HiPConfig
 from hipserve.ops import block_sparse_attention, build_index, select_blocks
 from hipserve.plan import BatchLayout, PruningRule, pruning_rule
 from hipserve.platform import cpu_identity, cpu_refusal, logger, measured, measuring
@@ -184,7 +184,7 @@ class _Case:
             torch.randn(1, length, 1, kind.head_dim, **options).to(kind.dtype) for _ in range(2)
         )
         self.pool, self.config = KeyPool(k, v), config
-        self.index = build_index(k, run_size=config.run_size if config else None)
+        self.index = build_index(k, **(config.index_form if config else NO_INDEX)._asdict())
         self.position = length - rows
         self.pages = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
         self.layout = BatchLayout.of(self.pages, [length], [rows])

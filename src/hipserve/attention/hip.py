@@ -11,7 +11,7 @@ from torch import Tensor
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import AttentionLayer
-from hipserve.config import DEFAULT, HiPConfig
+from hipserve.config import DEFAULT, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import build_index, checks
 from hipserve.plan import BatchLayout, PruningRule
@@ -105,7 +105,7 @@ def hip_attention(
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
     rule = rule_of_whole(config, q, k.shape[2])
     layer = AttentionLayer(config, rule, sm_scale=sm_scale, softcap=softcap, backend=backend)
-    keys = WholeKeys(k, v, q.shape[1], layer.run_size, backend)
+    keys = WholeKeys(k, v, q.shape[1], layer.index_form, backend)
     out, lse = layer.forward_batch(q, keys, head=not return_lse)
     if backend != "reference":  # eager torch has gradients
         out = without_gradient(out, q, k, v)
@@ -134,14 +134,14 @@ class WholeKeys:
     Attributes:
         k, v: `[batch, kv_len, num_kv_heads, head_dim]`.
         query_len: rows of each sequence, its last positions.
-        run_size: keys of the finest run with a summary; None where no search reads any.
+        form: what a search reads of the keys.
         backend: builds the index.
     """
 
     k: Tensor
     v: Tensor
     query_len: int
-    run_size: int | None
+    form: IndexForm
     backend: str = "auto"
 
     def append(self) -> None:
@@ -157,7 +157,7 @@ class WholeKeys:
 
     @property
     def index(self) -> KeyIndex:
-        return build_index(self.k, run_size=self.run_size, backend=self.backend)
+        return build_index(self.k, **self.form._asdict(), backend=self.backend)
 
     def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
         return KeyPool(self.k, self.v)

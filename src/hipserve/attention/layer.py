@@ -12,7 +12,7 @@ from hipserve.attention.account import KeyCounter
 from hipserve.attention.dense import attend_chosen, dense_head
 from hipserve.attention.selections import Search, Selections
 from hipserve.attention.sinks import absorb_sinks
-from hipserve.config import DEFAULT, HiPConfig
+from hipserve.config import DEFAULT, NO_INDEX, HiPConfig, IndexForm
 from hipserve.ops import select_blocks
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
@@ -87,9 +87,9 @@ class AttentionLayer:
     account: KeyCounter | None = None
 
     @property
-    def run_size(self) -> int | None:
-        """Keys of the finest run that a search reads a summary of; None where none is read."""
-        return None if self.rule is None else self.config.run_size
+    def index_form(self) -> IndexForm:
+        """What a search reads of the keys."""
+        return NO_INDEX if self.rule is None else self.config.index_form
 
     def forward(self, q: Tensor, keys: LayerKeys) -> tuple[Tensor, Tensor]:
         """Attention of packed rows.

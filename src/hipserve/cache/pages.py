@@ -10,8 +10,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from hipserve.config import IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks, write_kv
+from hipserve.ops.write_kv.layout import IndexLayout, Rows
 from hipserve.plan import BatchLayout, runs_of_pages
 from hipserve.types import KeyIndex, KeyPool
 
@@ -37,7 +39,7 @@ def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def empty_pages(
-    count: int, page_size: int, run_size: int | None, like: Tensor
+    count: int, page_size: int, form: IndexForm, like: Tensor
 ) -> tuple[KeyPool, KeyIndex]:
     """Pages for keys `[..., num_kv_heads, head_dim]` with the dtype and device of `like`.
 
@@ -46,15 +48,13 @@ def empty_pages(
     """
     heads, dim = like.shape[-2:]
 
-    def of(slots: int, *rest: int) -> Tensor:
-        shape = (count, heads, slots, *rest)
-        return torch.empty(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
+    def allocate(rows: Rows) -> Tensor:
+        shape = (count, heads, rows.count, *rows.shape)
+        return torch.empty(shape, dtype=rows.dtype, device=like.device).transpose(1, 2)
 
-    pool = KeyPool(of(page_size, dim), of(page_size, dim))
-    if run_size is None:
-        return pool, KeyIndex(pool.k_cache)
-    summaries = of(runs_of_pages(page_size, run_size), 2, dim)
-    return pool, KeyIndex(pool.k_cache, summaries, run_size)
+    pool = KeyPool(*(allocate(Rows(page_size, (dim,), like.dtype)) for _ in range(2)))
+    layout = IndexLayout.of_pages(page_size, dim, like.dtype, form)
+    return pool, layout.index(pool.k_cache, allocate)
 
 
 class PagedLayer:
@@ -66,17 +66,20 @@ class PagedLayer:
     Args:
         page_size: keys in a page.
         run_size: keys of the finest run with a summary; None keeps no summaries.
+        code_bits: bits of a channel of a key's code; 16 keeps no codes beside the keys.
 
     Raises:
         ArgumentError: runs would straddle pages; later, keys that do not fit.
     """
 
-    def __init__(self, page_size: int = 256, run_size: int | None = 16) -> None:
+    def __init__(
+        self, page_size: int = 256, run_size: int | None = 16, code_bits: int = 16
+    ) -> None:
         checks.check_size("page_size", page_size)
         if run_size is not None:
             num_runs = runs_of_pages(page_size, run_size)
             checks.check_page_size(page_size, run_size, num_runs)
-        self.page_size, self.run_size = page_size, run_size
+        self.page_size, self.form = page_size, IndexForm(run_size, code_bits)
         self.lengths: list[int] = []
         self._pages: tuple[KeyPool, KeyIndex] | None = None
         self._tables: list[list[int]] = []  # the pages of each sequence, in order
@@ -99,16 +102,15 @@ class PagedLayer:
         return self._pages
 
     def _tensors(self) -> list[Tensor]:
-        """Keys, values and summaries; those that exist."""
+        """Keys, values and their index; those that exist."""
         if self._pages is None:
             return []
         pool, index = self._pages
-        summaries = [] if index.summaries is None else [index.summaries]
-        return [pool.k_cache, pool.v_cache, *summaries]
+        return [pool.k_cache, pool.v_cache, *index.tensors()]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and summaries, used or reserved."""
+        """Bytes of keys, values and their index, used or reserved."""
         return sum(x.nbytes for x in self._tensors())
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
@@ -220,7 +222,7 @@ class PagedLayer:
         held = len(self._owners)
         pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
         held_pages = self._tensors()
-        self._pages = empty_pages(pool, self.page_size, self.run_size, k)
+        self._pages = empty_pages(pool, self.page_size, self.form, k)
         for new, old in zip(self._tensors(), held_pages, strict=False):
             new[:held] = old
         self._owners += [0] * (pool - held)

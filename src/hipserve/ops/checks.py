@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hipserve.config import CODE_BITS
 from hipserve.errors import ArgumentError
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
 from hipserve.types import KeyIndex, KeyPool
@@ -109,23 +110,52 @@ def check_pool(q: Tensor, pool: object) -> None:
     check_heads(q, pool.num_kv_heads, pool.head_dim, "k_cache")
 
 
-def check_index(q: Tensor, index: object, run_size: int | None) -> None:
-    """The index agrees with `q` `[num_tokens, num_q_heads, head_dim]`.
+def check_code_bits(bits: object, head_dim: int) -> None:
+    """Codes of so many bits exist, for keys of `head_dim` channels."""
+    fits = isinstance(bits, int) and bits in CODE_BITS
+    require(fits, "code_bits", "4, 8 or 16", bits, "16 searches the keys themselves")
+    if bits == 4 and head_dim % 2:
+        hint = "use code_bits=8"
+        raise ArgumentError("code_bits", "8 or 16 for an odd head_dim", "4", hint)
 
-    run_size: of the summaries that are read; None where none are.
-    """
+
+def check_index(q: Tensor, index: object, run_size: int | None, code_bits: int) -> None:
+    """The index agrees with q `[..., num_q_heads, head_dim]`; `run_size` None: no summaries are
+    read."""
     if not isinstance(index, KeyIndex):
         hint = "build it with hipserve.ops.build_index"
         raise ArgumentError("index", "a KeyIndex", type(index).__name__, hint)
-    check_floats("codes", index.codes, "[num_pages, page_size, num_kv_heads, head_dim]")
-    check_same("codes", index.codes, q)
+    hint = f"build it with code_bits={code_bits}"
+    require(
+        index.code_bits == code_bits, "index", f"codes of {code_bits} bits", index.code_bits, hint
+    )
+    check_code_bits(code_bits, q.shape[-1])
+    if code_bits == 16:
+        check_floats("codes", index.codes, "[num_pages, page_size, num_kv_heads, head_dim]")
+        check_same("codes", index.codes, q)
+    else:
+        dims = "[num_pages, page_size, num_kv_heads, head_dim * code_bits / 8]"
+        check_short("codes", index.codes, dims, torch.int8, q)
+        dims, shape = "[num_pages, page_size, num_kv_heads]", list(index.codes.shape[:3])
+        check_short("code_scales", index.code_scales, dims, torch.bfloat16, q)
+        assert index.code_scales is not None
+        found = list(index.code_scales.shape)
+        require(found == shape, "code_scales", f"shape {shape} as codes", found, "use build_index")
     check_heads(q, index.num_kv_heads, index.head_dim, "codes")
     if run_size is not None:
         check_summaries(q, index, run_size)
 
 
+def check_short(argument: str, x: object, dims: str, dtype: torch.dtype, q: Tensor) -> None:
+    """x, with the axes `dims`, is a part of short codes on the device of q `[..., head_dim]`."""
+    check_tensor(argument, x, dims)
+    assert isinstance(x, Tensor)
+    require(x.dtype == dtype, argument, f"dtype {name(dtype)}", name(x.dtype), "use build_index")
+    require(x.device == q.device, argument, f"device {q.device} as q", x.device, "move it")
+
+
 def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
-    """There are summaries of runs of `run_size` keys, of the dtype and device of `q` `[...]`."""
+    """Summaries of the index fit its codes and q `[..., num_q_heads, head_dim]`."""
     dims = "[num_pages, runs_per_page, num_kv_heads, 2, head_dim]"
     hint = "build the index with hipserve.ops.build_index, and keep it with write_kv"
     require(index.summaries is not None, "summaries", f"a tensor {dims}", None, hint)
@@ -133,8 +163,17 @@ def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
     own, asked = index.run_size, f"run_size={run_size}"
     require(own == run_size, "index", f"runs of {run_size} keys", own, f"build it with {asked}")
     assert index.summaries is not None
-    check_floats("summaries", index.summaries, dims)
-    check_same("summaries", index.summaries, q)
+    if index.code_scales is None:
+        check_floats("summaries", index.summaries, dims)
+        check_same("summaries", index.summaries, q)
+    else:
+        check_short("summaries", index.summaries, dims, torch.int8, q)
+        dims, shape = "[num_pages, runs_per_page, num_kv_heads, 2]", index.summaries.shape[:4]
+        check_short("summary_scales", index.summary_scales, dims, torch.bfloat16, q)
+        assert index.summary_scales is not None
+        found = list(index.summary_scales.shape)
+        same = found == list(shape)
+        require(same, "summary_scales", f"shape {list(shape)}", found, "use build_index")
     page_size, found = index.page_size, list(index.summaries.shape)
     known = {runs_of_pages(page_size, own), bound_offsets(page_size, own)[-1]}
     runs = found[1] if found[1] in known else max(known)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.config import HiPConfig, SelectorName
+from hipserve.config import DEFAULT, HiPConfig, IndexForm, SelectorName
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout, runs_of_pages
+from hipserve.ops.write_kv.layout import IndexLayout
+from hipserve.plan import BatchLayout
 from hipserve.selectors import SELECTORS
 from hipserve.types import KeyIndex, KeyPool
 
@@ -43,21 +44,26 @@ class Pages:
     pool: KeyPool
     index: KeyIndex
 
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor, summaries: Tensor | None, run_size: int) -> Pages:
-        """Of `k`, `v` `[num_pages, page_size, num_kv_heads, head_dim]` and summaries of runs."""
-        return cls(KeyPool(k, v), KeyIndex(k, summaries, run_size))
-
     def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
         """The same with every tensor, `[num_pages, page_size, ...]` each, changed."""
-        k, v, summaries = map(change, self.tensors)
-        return Pages.of(k, v, summaries, self.index.run_size)
+        pool = KeyPool(change(self.pool.k_cache), change(self.pool.v_cache))
+        changed = {id(x): change(x) for x in self.index.tensors()}
+        index = self.index
+        return Pages(
+            pool,
+            replace(
+                index,
+                codes=changed.get(id(index.codes), pool.k_cache),
+                code_scales=changed.get(id(index.code_scales)),
+                summaries=changed.get(id(index.summaries)),
+                summary_scales=changed.get(id(index.summary_scales)),
+            ),
+        )
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and summaries."""
-        assert self.index.summaries is not None
-        return self.pool.k_cache, self.pool.v_cache, self.index.summaries
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys, values and what the index holds."""
+        return self.pool.k_cache, self.pool.v_cache, *self.index.tensors()
 
 
 @dataclass
@@ -86,7 +92,7 @@ class Case:
             q=self.q.to(dtype),
             ks=[k.to(dtype) for k in self.ks],
             vs=[v.to(dtype) for v in self.vs],
-            kv=self.kv.map(lambda x: x.to(dtype)),
+            kv=self.kv.map(lambda x: x.to(dtype) if x.dtype == self.shape.dtype else x),
         )
 
     def on(self, device: str) -> Case:
@@ -118,7 +124,9 @@ def random_values(
     return x.to(dtype)
 
 
-def make_case(shape: Shape, bound_block_size: int = 16, backend: str = "reference") -> Case:
+def make_case(
+    shape: Shape, form: IndexForm = DEFAULT.index_form, backend: str = "reference"
+) -> Case:
     g = torch.Generator().manual_seed(shape.seed)
     heads, dim = shape.num_kv_heads, shape.head_dim
     ks = [random_values(shape.kind, (n, heads, dim), shape.dtype, g) for n in shape.seq_lens]
@@ -129,7 +137,7 @@ def make_case(shape: Shape, bound_block_size: int = 16, backend: str = "referenc
         wide = torch.full((tokens, heads * shape.group_size + 3, dim), torch.nan, dtype=shape.dtype)
         wide[:, 2:-1] = q
         q = wide[:, 2:-1]
-    kv, layout = in_pages(ks, vs, shape, bound_block_size, backend)
+    kv, layout = in_pages(ks, vs, shape, form, backend)
     return Case(shape, q, ks, vs, kv, layout)
 
 
@@ -137,7 +145,7 @@ def in_pages(
     ks: list[Tensor],
     vs: list[Tensor],
     shape: Shape,
-    bound_block_size: int = 16,
+    form: IndexForm = DEFAULT.index_form,
     backend: str = "reference",
     page_seed: int | None = None,
 ) -> tuple[Pages, BatchLayout]:
@@ -148,25 +156,32 @@ def in_pages(
     ids = list(range(pool))
     random.Random(seed).shuffle(ids)
     table = torch.full((len(ks), max([*counts, 1])), 2**30, dtype=torch.int32)
-    kv = empty_pages(pool, shape, bound_block_size)
+    kv = empty_pages(pool, shape, form)
     for i, (k, v, count) in enumerate(zip(ks, vs, counts, strict=True)):
         own, ids = ids[:count], ids[count:]
         table[i, :count] = torch.tensor(own, dtype=torch.int32)
         positions = torch.arange(k.shape[0])
         slots = table[i, positions // size].long() * size + positions % size
         write_kv(k, v, kv.pool, kv.index, slots, backend=backend)
-    if shape.kind == "grid" and kv.index.summaries is not None:  # scores of runs are exact too
-        kv.index.summaries.mul_(16).round_().div_(16)
+    summaries = kv.index.summaries
+    if shape.kind == "grid" and summaries is not None and form.code_bits == 16:
+        summaries.mul_(16).round_().div_(16)  # scores of runs are exact too
     starts = torch.tensor([0, *shape.query_lens]).cumsum(0).int()
     return kv, BatchLayout(table, torch.tensor(shape.seq_lens, dtype=torch.int32), starts)
 
 
-def empty_pages(pool: int, shape: Shape, bound_block_size: int) -> Pages:
-    dims = (pool, shape.page_size, shape.num_kv_heads, shape.head_dim)
-    runs = runs_of_pages(shape.page_size, bound_block_size)
-    bounds = (pool, runs, shape.num_kv_heads, 2, shape.head_dim)
-    k, v, summaries = (torch.full(d, torch.nan, dtype=shape.dtype) for d in (dims, dims, bounds))
-    return Pages.of(k, v, summaries, bound_block_size)
+def empty_pages(pool: int, shape: Shape, form: IndexForm = DEFAULT.index_form) -> Pages:
+    """Poisoned pages: NaN in numbers and scales, and the largest integers in codes."""
+    heads, dim = shape.num_kv_heads, shape.head_dim
+
+    def poisoned(count: int, row: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        x = torch.empty((pool, count, heads, *row), dtype=dtype)
+        return x.fill_(torch.nan if dtype.is_floating_point else 127)
+
+    k, v = (poisoned(shape.page_size, (dim,), shape.dtype) for _ in range(2))
+    layout = IndexLayout.of_pages(shape.page_size, dim, shape.dtype, form)
+    index = layout.index(k, lambda rows: poisoned(rows.count, rows.shape, rows.dtype))
+    return Pages(KeyPool(k, v), index)
 
 
 def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:
@@ -215,6 +230,7 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
         dense_below=rng.choice([0, 0, 200]),
         seed=rng.randrange(1000),
         bound_reach=rng.choice([1.0, 0.5, 0.75, 0.0]),
+        code_bits=rng.choice([16, 16, 8, 4]),
     )
 
 

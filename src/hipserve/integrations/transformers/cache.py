@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hipserve.attention import Account, SelectionReuse
 from hipserve.cache import PagedLayer
-from hipserve.config import HiPConfig
+from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.plan import BatchLayout, bound_levels
@@ -56,9 +56,9 @@ class HiPCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, page_size: int, run_size: int | None) -> None:
+    def __init__(self, page_size: int, form: IndexForm) -> None:
         super().__init__()
-        self.pages = PagedLayer(page_size, run_size)
+        self.pages = PagedLayer(page_size, *form)
         self.reuse, self.account = SelectionReuse(), Account()
         self.seen = 0
         self._fresh: tuple[Tensor, Tensor] | None = None
@@ -114,13 +114,13 @@ class HiPCacheLayer(CacheLayerMixin):
         return k, v
 
     def check_index(self, config: HiPConfig) -> None:
-        """Raises ArgumentError where the pages keep other summaries than `config` reads."""
-        kept, wanted = self.pages.run_size, config.run_size
-        if wanted is not None and kept != wanted:
-            got = "one without summaries" if kept is None else f"one of runs of {kept} keys"
+        """Raises ArgumentError where the pages keep another index than `config` reads."""
+        kept, wanted = self.pages.form, config.index_form
+        missing = wanted.run_size is not None and kept.run_size != wanted.run_size
+        if missing or kept.code_bits != wanted.code_bits:
             hint = "make a new HiPCache(model.config) after config.hip was changed"
-            expected = f"a HiPCache with summaries of runs of {wanted} keys"
-            raise ArgumentError("past_key_values", expected, got, hint)
+            expected = f"a HiPCache with {wanted}"
+            raise ArgumentError("past_key_values", expected, f"one with {kept}", hint)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -254,7 +254,7 @@ class HiPCache(Cache):
         own = DynamicCache(config=config).layers
         super().__init__(
             layers=[
-                HiPCacheLayer(page_size, run_size) if type(layer) is DynamicLayer else layer
+                HiPCacheLayer(page_size, hip.index_form) if type(layer) is DynamicLayer else layer
                 for layer in own
             ]
         )

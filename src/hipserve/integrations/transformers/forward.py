@@ -169,7 +169,7 @@ def _attend_tensors(
     valid = mask.valid_rows(k.shape[1], k.shape[1], q.device) if mask else None
     if valid is None:
         check_whole(q, k, v)
-        return layer.forward_batch(q, WholeKeys(k, v, q.shape[1], layer.run_size))[0]
+        return layer.forward_batch(q, WholeKeys(k, v, q.shape[1], layer.index_form))[0]
     if layer.sliding_window and mask and mask.has_holes(k.shape[1], q.device):
         return _attend_columns(q, k, v, valid, layer)
     return _attend_unequal(q, k, v, valid, layer)
@@ -192,7 +192,7 @@ def _attend_unequal(
 ) -> Tensor:
     """Sequences without their padding."""
     pool, layout, rows = without_padding(k, v, valid, q.shape[1])
-    index = build_index(pool.k_cache, run_size=layer.run_size)
+    index = build_index(pool.k_cache, **layer.index_form._asdict())
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     out[rows] = layer.forward(q[rows], HeldKeys(pool, index, layout))[0]
     return out

@@ -115,4 +115,4 @@ class HiPBackend(AttentionBackend):
             return spec
         engine = get_current_vllm_config_or_none()  # `runners.show_configuration`
         layout = BlockLayout.of(spec, settings.hip_config(engine) if engine else DEFAULT)
-        return replace(spec, page_size_padded=layout.padded_bytes) if layout.num_runs else spec
+        return replace(spec, page_size_padded=layout.padded_bytes) if layout.index_bytes else spec

@@ -156,7 +156,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
             return pages
         for layer in self.layers.values():
             if layer.impl.keeps_index(layer):
-                rebuild_index(pages_of(layer.kv_cache, self.config.bound_block_size).index, pages)
+                rebuild_index(pages_of(layer.kv_cache, self.config.index_form), pages)
         return None
 
     def _plan(

@@ -1,8 +1,8 @@
 """One layer's part of a KV block: its keys and values, and the index of the keys behind them.
 
-Summaries of runs lie in the padding at the end of a block, so vLLM's block manager counts, shares
+Codes and summaries lie in the padding at the end of a block, so vLLM's block manager counts, shares
 and frees them with their keys. They are a cache of the keys: whatever else vLLM does to blocks
-(copies, connectors, tiers) moves keys only, and `rebuild_index` makes the summaries of keys that a
+(copies, connectors, tiers) moves keys only, and `rebuild_index` makes the index of keys that a
 request did not write itself.
 """
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hipserve.config import IndexForm
 from hipserve.ops import build_index
-from hipserve.plan import runs_of_pages
+from hipserve.ops.write_kv.layout import IndexLayout, Rows
 from hipserve.types import KeyIndex, KeyPool
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ COPY_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Sizes of one layer's part of a KV block: rows of keys and values, then summaries of its runs.
+    """Sizes of one layer's part of a KV block: rows of keys and values, then the index of the keys.
 
     A row holds the keys and then the values of one token and head, as vLLM's GPU backends have it.
     """
@@ -40,33 +41,35 @@ class BlockLayout:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    run_size: int | None
+    form: IndexForm
 
     @classmethod
     def of(cls, spec: AttentionSpec, config: HiPConfig) -> BlockLayout:
         """The layout of a layer that may be pruned."""
         shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
-        return cls(*shape, spec.dtype, config.run_size)
+        return cls(*shape, spec.dtype, config.index_form)
 
     @property
-    def num_runs(self) -> int:
-        if self.run_size is None:
-            return 0
-        return runs_of_pages(self.block_size, self.run_size)
+    def index(self) -> IndexLayout:
+        return IndexLayout.of_pages(self.block_size, self.head_dim, self.dtype, self.form)
 
     @property
-    def row(self) -> int:
-        """Elements of one token's keys and values, and likewise of one run's summary."""
-        return 2 * self.num_kv_heads * self.head_dim
+    def content_bytes(self) -> int:
+        """Of keys and values."""
+        row = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.block_size * row
 
     @property
     def index_bytes(self) -> int:
-        size = self.num_runs * self.row * self.dtype.itemsize
-        return -(-size // CACHE_LINE) * CACHE_LINE
+        return sum(self.part_bytes(rows) for rows in self.index.rows)
+
+    def part_bytes(self, rows: Rows) -> int:
+        """Of one tensor of the index, all heads of a block."""
+        return -(-self.num_kv_heads * rows.nbytes // CACHE_LINE) * CACHE_LINE
 
     @property
     def padded_bytes(self) -> int:
-        return self.block_size * self.row * self.dtype.itemsize + self.index_bytes
+        return self.content_bytes + self.index_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,58 +80,73 @@ class BlockPages:
     index: KeyIndex
 
 
-def pages_of(kv_cache: Tensor, run_size: int | None) -> BlockPages:
-    """`page_views` that are made once for a tensor.
+def pages_of(kv_cache: Tensor, form: IndexForm) -> BlockPages:
+    """`page_views` that are made once for kv_cache `[num_blocks, num_kv_heads, block_size,
+    2 * head_dim]`.
 
     They are kept on the tensor itself: they hold its storage, which has to go with the tensor when
     vLLM measures CUDA graphs, or an engine stops.
-
-    kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`.
     """
-    known: tuple[int | None, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
-    if known is None or known[0] != run_size:
-        known = (run_size, page_views(kv_cache, run_size))
+    known: tuple[IndexForm, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
+    if known is None or known[0] != form:
+        known = (form, page_views(kv_cache, form))
         kv_cache.hipserve_pages = known  # type: ignore[attr-defined]
     return known[1]
 
 
-def page_views(kv_cache: Tensor, run_size: int | None) -> BlockPages:
-    """Keys, values and summaries inside a layer's KV blocks, without copying.
+def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
+    """Keys, values and their index inside a layer's KV blocks, without copying.
 
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`, vLLM's.
-        run_size: keys of the finest run, or None where no summaries are kept.
+        form: what the index holds.
     """
     blocks, heads, size, content = kv_cache.shape
     dim, (stride, head, token, _) = content // 2, kv_cache.stride()
 
-    def view(start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        """Holds the storage only: a view by `as_strided` would hold the tensor that keeps it."""
-        offset = kv_cache.storage_offset() + start
-        return kv_cache.new_empty(0).set_(kv_cache.untyped_storage(), offset, shape, strides)
+    def view(
+        dtype: torch.dtype, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Tensor:
+        """Holds the storage only: a view by `as_strided` would hold the tensor that keeps it.
+
+        start: bytes from the first block; strides in elements of `dtype`.
+        """
+        begin = kv_cache.storage_offset() * kv_cache.element_size() + start
+        storage, empty = kv_cache.untyped_storage(), kv_cache.new_empty(0, dtype=dtype)
+        return empty.set_(storage, begin // dtype.itemsize, shape, strides)
 
     rows = (blocks, size, heads, dim), (stride, token, head, 1)
-    pool = KeyPool(view(0, *rows), view(dim, *rows))
-    if run_size is None:
-        return BlockPages(pool, KeyIndex(pool.k_cache))
-    runs = runs_of_pages(size, run_size)
-    shape = (blocks, runs, heads, 2, dim), (stride, content, runs * content, dim, 1)
-    summaries = view(size * heads * content, *shape)
-    return BlockPages(pool, KeyIndex(pool.k_cache, summaries, run_size))
+    values = dim * kv_cache.element_size()
+    pool = KeyPool(*(view(kv_cache.dtype, start, *rows) for start in (0, values)))
+    layout = BlockLayout(size, heads, dim, kv_cache.dtype, form)
+    end = layout.content_bytes
+
+    def allocate(rows: Rows) -> Tensor:
+        """The next part of the padding; of a head all rows lie together."""
+        nonlocal end
+        start, end = end, end + layout.part_bytes(rows)
+        row = torch.Size(rows.shape).numel()
+        inner = torch.empty(rows.shape, device="meta").stride()
+        block = stride * kv_cache.element_size() // rows.dtype.itemsize
+        shape = (blocks, rows.count, heads, *rows.shape)
+        return view(rows.dtype, start, shape, (block, row, rows.count * row, *inner))
+
+    return BlockPages(pool, layout.index.index(pool.k_cache, allocate))
 
 
-def rebuild_index(index: KeyIndex, pages: Tensor) -> None:
+def rebuild_index(pages: BlockPages, found: Tensor) -> None:
     """Builds the index of whole pages from the keys that they hold, reading each key once.
 
     Runs behind the last key of a page summarise undefined keys; they are not read before `write_kv`
     computes them again.
 
     Args:
-        pages: `[n]` int64, page ids.
+        found: `[n]` int64, page ids.
     """
-    assert index.summaries is not None
-    page_bytes = index.codes[0].numel() * index.codes.element_size()
-    for part in pages.split(max(COPY_BYTES // page_bytes, 1)):
-        made = build_index(index.codes[part], run_size=index.run_size).summaries
-        assert made is not None
-        index.summaries[part] = made[:, : index.summaries.shape[1]]  # fine runs come first
+    k_cache, index = pages.pool.k_cache, pages.index
+    run_size = None if index.summaries is None else index.run_size
+    page_bytes = k_cache[0].numel() * k_cache.element_size()
+    for part in found.split(max(COPY_BYTES // page_bytes, 1)):
+        made = build_index(k_cache[part], run_size=run_size, code_bits=index.code_bits)
+        for held, rows in zip(index.tensors(), made.tensors(), strict=True):
+            held[part] = rows[:, : held.shape[1]]  # fine runs come first

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
-from hipserve.config import HiPConfig
+from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import (
@@ -91,13 +91,13 @@ class HiPImpl(AttentionImpl[HiPStep]):
         """The layer writes its pages; else it reads those of another one."""
         return self.kv_sharing_target_layer_name is None
 
-    def run_size(self, layer: Any) -> int | None:
-        """Keys of the finest run with a summary in the layer's pages; None where none is read."""
-        return None if self.is_local(layer) else self.config.run_size
+    def index_form(self, layer: Any) -> IndexForm:
+        """What is read of the keys in the layer's pages."""
+        return NO_INDEX if self.is_local(layer) else self.config.index_form
 
     def keeps_index(self, layer: Any) -> bool:
         """The layer writes pages whose index is read."""
-        return self.writes and self.run_size(layer) is not None
+        return self.writes and self.index_form(layer) != NO_INDEX
 
     def forward(
         self,
@@ -119,7 +119,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             touch_scratch(query, self.config)
             return output.fill_(0)
         step = attn_metadata
-        pages = pages_of(kv_cache, self.run_size(layer))
+        pages = pages_of(kv_cache, self.index_form(layer))
         new = (key, value) if self.writes and key is not None and value is not None else None
         found = step.found_pages if self.keeps_index(layer) else None
         keys = BlockKeys(pages, step, new, found)
@@ -172,7 +172,7 @@ class BlockKeys:
 
     def append(self) -> None:
         if self.found is not None:
-            rebuild_index(self.pages.index, self.found)
+            rebuild_index(self.pages, self.found)
         if self.new is not None:
             k, v = (first_rows(x, self.step.num_tokens) for x in self.new)
             pool, index = self.pages.pool, self.pages.index

@@ -60,7 +60,7 @@ class Decode:
 
     def _pages(self) -> tuple[KeyPool, KeyIndex]:
         count = -(-self.length // PAGE_SIZE)
-        pages = empty_pages(count, PAGE_SIZE, self.config.run_size, self.k)
+        pages = empty_pages(count, PAGE_SIZE, self.config.index_form, self.k)
         self._write(pages, 0, self.length)
         return pages
 

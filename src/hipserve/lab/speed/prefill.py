@@ -78,7 +78,7 @@ class Prefill:
 
     def build(self) -> KeyIndex:
         """What `hip_attention` builds in every call."""
-        return build_index(self.k, run_size=self.config.run_size, backend=self.backend)
+        return build_index(self.k, **self.config.index_form._asdict(), backend=self.backend)
 
     def select(self) -> BlockSelection:
         return select_blocks(self.q, self.index, self.layout, rule=self.rule, **self.options)
@@ -165,8 +165,8 @@ class Prefill:
         """On inputs whose scores are exact, the search equals its definition index for index."""
         count = min(self.length, GRID_BLOCKS * self.config.query_block_size)
         q, k = on_grid(self.q[-count:]), on_grid(self.k)
-        index = build_index(k, run_size=self.config.run_size)
-        if index.summaries is not None:
+        index = build_index(k, **self.config.index_form._asdict())
+        if index.summaries is not None and index.code_bits == 16:
             index = replace(index, summaries=on_grid(index.summaries))
         layout = whole_sequences(1, count, self.length, q.device)
         found, defined = (

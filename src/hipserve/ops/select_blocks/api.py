@@ -47,7 +47,7 @@ def select_blocks(
     config = config or DEFAULT
     if check:
         checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
-        checks.check_index(q, index, config.run_size)
+        checks.check_index(q, index, config.run_size, config.code_bits)
         checks.check_layout(q, index, layout)
         if config.run_size is not None and layout.block_table.shape[1] > 1:
             assert index.summaries is not None

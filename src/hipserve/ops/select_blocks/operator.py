@@ -62,8 +62,11 @@ def search_inputs(
     config: HiPConfig,
 ) -> SearchInputs:
     """Tensors as `SearchInputs` has them, `[num_tokens, num_q_heads, head_dim]` first."""
-    summaries = None if config.run_size is None else index.summaries
-    return SearchInputs(q, index.codes, summaries, block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts)
+    if config.run_size is None:
+        return SearchInputs(q, index.codes, index.code_scales, None, None, *blocks)
+    summaries = (index.summaries, index.summary_scales)
+    return SearchInputs(q, index.codes, index.code_scales, *summaries, *blocks)
 
 
 def run(inputs: SearchInputs, config: HiPConfig, backend: str) -> Tensor:
@@ -104,14 +107,17 @@ def _text(config: HiPConfig) -> str:
 def _operator(
     q: Tensor,
     codes: Tensor,
+    code_scales: Tensor | None,
     summaries: Tensor | None,
+    summary_scales: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
     spec: str,
     backend: str,
 ) -> Tensor:
-    inputs = SearchInputs(q, codes, summaries, block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts)
+    inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return select(inputs, SearchSpec.loads(spec), backend)
 
 
@@ -119,12 +125,15 @@ def _operator(
 def _(
     q: Tensor,
     codes: Tensor,
+    code_scales: Tensor | None,
     summaries: Tensor | None,
+    summary_scales: Tensor | None,
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
     spec: str,
     backend: str,
 ) -> Tensor:
-    inputs = SearchInputs(q, codes, summaries, block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts)
+    inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return q.new_empty(SearchSpec.loads(spec).selection_shape(inputs), dtype=torch.int32)

@@ -19,9 +19,8 @@ class SearchInputs(NamedTuple):
 
     Attributes:
         q: `[num_tokens, num_q_heads, head_dim]`.
-        codes: `[num_pages, page_size, num_kv_heads, head_dim]`.
-        summaries: `[num_pages, runs, num_kv_heads, 2, head_dim]`; None where the selector reads
-            none.
+        codes, code_scales, summaries, summary_scales: as in `KeyIndex`: codes `[num_pages,
+            page_size, num_kv_heads, ...]`; no summaries where the selector reads none.
         block_table: `[num_seqs, max_pages]` int32.
         query_blocks: `[num_query_blocks, 4]` int32: sequence, first row, rows, first position.
         window_starts: `[num_query_blocks]` int32: where what is searched ends.
@@ -29,7 +28,9 @@ class SearchInputs(NamedTuple):
 
     q: Tensor
     codes: Tensor
+    code_scales: Tensor | None
     summaries: Tensor | None
+    summary_scales: Tensor | None
     block_table: Tensor
     query_blocks: Tensor
     window_starts: Tensor
@@ -52,6 +53,7 @@ class SearchSpec(HashedOnce):
     query_block_size: int
     query_stride: int
     run_size: int | None
+    code_bits: int
     relative_scores: bool
     share_group: bool
     num_sink_tokens: int

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hipserve.config import IndexForm
 from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
-from hipserve.plan import bound_offsets
+from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.platform import resolve_backend
 from hipserve.types import KeyIndex, KeyPool
 
@@ -59,28 +60,46 @@ def write_kv(
     """
     if check:
         _check(k, v, pool, index, slot_mapping)
-    run = _operator if torch.compiler.is_compiling() else _run
-    summaries, size = (index.summaries, index.run_size) if index else (None, 1)
-    k_cache, v_cache = pool.k_cache, pool.v_cache
-    run(k, v, k_cache, v_cache, summaries, slot_mapping, run_size=size, backend=backend)
+    if torch.compiler.is_compiling():
+        _write_operator(
+            *(k, v, pool.k_cache, pool.v_cache, slot_mapping),
+            *_tensors_of(index),
+            run_size=index.run_size if index else 1,
+            code_bits=index.code_bits if index else 16,
+            backend=backend,
+        )
+    else:
+        _backend(backend, k).write_kv(k, v, pool, index or KeyIndex(pool.k_cache), slot_mapping)
 
 
-def build_index(k: Tensor, *, run_size: int | None = 16, backend: str = "auto") -> KeyIndex:
+def build_index(
+    k: Tensor, *, run_size: int | None = 16, code_bits: int = 16, backend: str = "auto"
+) -> KeyIndex:
     """The index of pages that are full, or of whole sequences taken as one page each.
 
     A run's summary is the mean of its keys and their standard deviation, channel by channel.
 
     Args:
-        k: `[num_pages, page_size, num_kv_heads, head_dim]`; the index refers to these keys.
+        k: `[num_pages, page_size, num_kv_heads, head_dim]`; with codes of 16 bits the index refers
+            to these keys.
         run_size: keys of the finest run, as `HiPConfig.run_size`; None makes no summaries.
+        code_bits: bits of a channel of a key's code: 4, 8 or 16, as `HiPConfig.code_bits`.
         backend: `auto`, `cpu`, `triton` or `reference`.
+
+    Raises:
+        ArgumentError: k is no tensor of keys, or the sizes are out of range.
+        BackendError: the backend asked for cannot run.
     """
     checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
-    if run_size is None:
+    checks.check_code_bits(code_bits, k.shape[-1])
+    if run_size is not None:
+        checks.check_size("run_size", run_size)
+    elif code_bits == 16:
         return KeyIndex(k)
-    checks.check_size("run_size", run_size)
-    run = _summarize_operator if torch.compiler.is_compiling() else _summarize
-    return KeyIndex(k, run(k, run_size, backend), run_size)
+    if not torch.compiler.is_compiling():
+        return _backend(backend, k).build_index(k, run_size, code_bits)
+    made = iter(_build_operator(k, run_size, code_bits, backend))
+    return IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).index(k, lambda _: next(made))
 
 
 def _check(
@@ -95,9 +114,10 @@ def _check(
     checks.check_same("v", v, k)
     checks.check_pool(k, pool)
     if index is not None:
-        checks.check_index(k, index, index.run_size if index.summaries is not None else None)
-        same = tuple(index.codes.shape) == tuple(pool.k_cache.shape)
-        expected = f"codes of shape {list(pool.k_cache.shape)}, as the pool's keys"
+        run_size = index.run_size if index.summaries is not None else None
+        checks.check_index(k, index, run_size, index.code_bits)
+        same = (*index.codes.shape[:3], index.head_dim) == tuple(pool.k_cache.shape)
+        expected = f"codes of keys of shape {list(pool.k_cache.shape)}, the pool's"
         checks.require(same, "index", expected, list(index.codes.shape), "build it of these pages")
     checks.check_tensor("slot_mapping", slot_mapping, "[num_tokens]")
     int64 = slot_mapping.dtype == torch.int64
@@ -113,40 +133,51 @@ def _check(
     )
 
 
-def _run(
+def _tensors_of(index: KeyIndex | None) -> tuple[Tensor | None, ...]:
+    """What `write_kv` changes of an index: short codes and their scales, summaries and theirs."""
+    if index is None:
+        return (None, None, None, None)
+    codes = None if index.code_scales is None else index.codes
+    return (codes, index.code_scales, index.summaries, index.summary_scales)
+
+
+@torch.library.custom_op(
+    "hipserve::write_kv",
+    mutates_args=(
+        *("k_cache", "v_cache", "codes", "code_scales"),
+        *("summaries", "summary_scales"),
+    ),
+)
+def _write_operator(
     k: Tensor,
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    summaries: Tensor | None,
     slot_mapping: Tensor,
+    codes: Tensor | None,
+    code_scales: Tensor | None,
+    summaries: Tensor | None,
+    summary_scales: Tensor | None,
     run_size: int,
+    code_bits: int,
     backend: str,
 ) -> None:
-    write = _backend(backend, k).write_kv
-    write(k, v, k_cache, v_cache, summaries, slot_mapping, run_size=run_size)
+    short = (code_bits, code_scales, summary_scales)
+    index = KeyIndex(k_cache if codes is None else codes, summaries, run_size, *short)
+    _backend(backend, k).write_kv(k, v, KeyPool(k_cache, v_cache), index, slot_mapping)
 
 
-_operator = torch.library.custom_op(
-    "hipserve::write_kv", _run, mutates_args=("k_cache", "v_cache", "summaries")
-)
-
-
-@_operator.register_fake
+@_write_operator.register_fake
 def _(*_: object, **__: object) -> None:
     return None
 
 
-def _summarize(k: Tensor, run_size: int, backend: str) -> Tensor:
-    """`[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k."""
-    return _backend(backend, k).summarize(k, run_size)
+@torch.library.custom_op("hipserve::build_index", mutates_args=())
+def _build_operator(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> list[Tensor]:
+    """The tensors of `KeyIndex.tensors`."""
+    return _backend(backend, k).build_index(k, run_size, code_bits).tensors()
 
 
-_summarize_operator = torch.library.custom_op("hipserve::summarize", _summarize, mutates_args=())
-
-
-@_summarize_operator.register_fake
-def _(k: Tensor, run_size: int, backend: str) -> Tensor:  # noqa: ARG001
-    pages, page_size, heads, head_dim = k.shape
-    runs = bound_offsets(page_size, run_size)[-1]
-    return k.new_empty((pages, runs, heads, 2, head_dim))
+@_build_operator.register_fake
+def _(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> list[Tensor]:  # noqa: ARG001
+    return IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).empty_like(k).tensors()

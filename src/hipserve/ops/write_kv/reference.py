@@ -1,68 +1,78 @@
-"""The definition of `write_kv` and of the summaries of a page's runs: eager torch, any device."""
+"""The definition of `write_kv` and of the index of a page: eager torch, any device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hipserve.ops.codes import SUMMARY_BITS, encode, pack, rotate
 from hipserve.plan import bound_levels, bound_offsets
+from hipserve.types import KeyIndex, KeyPool
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    summaries: Tensor | None,
-    slot_mapping: Tensor,
-    run_size: int,
-) -> None:
-    """Appends `k` and `v`; see `hipserve.ops.write_kv`.
-
-    Args:
-        k, v: `[num_tokens, num_kv_heads, head_dim]`.
-        k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`.
-        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`; None keeps none.
-        slot_mapping: `[num_tokens]` int64.
-        run_size: keys of the finest run.
-    """
+def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping: Tensor) -> None:
+    """See `hipserve.ops.write_kv`; k, v `[num_tokens, num_kv_heads, head_dim]`, slot_mapping
+    `[num_tokens]`."""
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
-    page, slot = slots // k_cache.shape[1], slots % k_cache.shape[1]
-    k_cache[page, slot] = k[written]
-    v_cache[page, slot] = v[written]
-    if summaries is None:
+    page, slot = slots // pool.page_size, slots % pool.page_size
+    pool.k_cache[page, slot] = k[written]
+    pool.v_cache[page, slot] = v[written]
+    if index.code_scales is not None:
+        index.codes[page, slot], index.code_scales[page, slot] = key_codes(
+            k[written], index.code_bits
+        )
+    if index.summaries is None:
         return
-    sizes = (k_cache.shape[1], run_size, summaries.shape[1])
+    sizes = (pool.page_size, index.run_size, index.num_runs)
     offsets = bound_offsets(*sizes)
     for level, length in enumerate(bound_levels(*sizes)):
         runs_per_page = offsets[level + 1] - offsets[level]
         run = page * runs_per_page + slot // length
         for touched in run.unique().tolist():
-            of_page, index = divmod(touched, runs_per_page)
+            of_page, i = divmod(touched, runs_per_page)
             page_end = int(slot[page == of_page].max()) + 1
-            keys = k_cache[of_page, index * length : min((index + 1) * length, page_end)]
-            summaries[of_page, offsets[level] + index] = summary(keys, dim=0)
+            keys = pool.k_cache[of_page, i * length : min((i + 1) * length, page_end)]
+            put_summary(index, of_page, offsets[level] + i, moments(keys, dim=0))
 
 
-def summarize(k: Tensor, run_size: int) -> Tensor:
-    """The summaries of whole pages; see `hipserve.ops.build_index`.
-
-    k: `[num_pages, page_size, num_kv_heads, head_dim]`.
-
-    Returns:
-        `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
-    """
+def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
+    """See `hipserve.ops.build_index`; k `[num_pages, page_size, num_kv_heads, head_dim]`."""
+    codes, code_scales = (k, None) if code_bits == 16 else key_codes(k, code_bits)
+    index = KeyIndex(codes, None, run_size or 16, code_bits, code_scales)
+    if run_size is None:
+        return index
     levels = bound_levels(k.shape[1], run_size)
-    return torch.cat([run_summaries(k, length) for length in levels], dim=1)
+    runs = torch.cat([moments_of_runs(k, length) for length in levels], dim=1)
+    if code_scales is None:
+        return KeyIndex(codes, runs.to(k.dtype), run_size)
+    numbers, scales = encode(runs, SUMMARY_BITS)
+    summaries = (numbers.to(torch.int8), scales.bfloat16())
+    return KeyIndex(codes, summaries[0], run_size, code_bits, code_scales, summaries[1])
 
 
-def run_summaries(k: Tensor, length: int) -> Tensor:
-    """`[pages, runs, heads, 2, head_dim]` of every run of `length` keys, the last one partial."""
-    return torch.stack([summary(run, dim=1) for run in k.split(length, dim=1)], dim=1)
+def key_codes(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """int8 codes `[..., head_dim * bits / 8]`, bfloat16 scales `[...]` of k `[..., head_dim]`."""
+    numbers, scales = encode(rotate(k), bits)
+    return pack(numbers, bits), scales.bfloat16()
 
 
-def summary(keys: Tensor, dim: int) -> Tensor:
+def put_summary(index: KeyIndex, page: int, run: int, of_run: Tensor) -> None:
+    """Writes the moments `of_run` `[num_kv_heads, 2, head_dim]` of a run."""
+    assert index.summaries is not None
+    if index.summary_scales is None:
+        index.summaries[page, run] = of_run.to(index.summaries.dtype)
+    else:
+        index.summaries[page, run], index.summary_scales[page, run] = encode(of_run, SUMMARY_BITS)
+
+
+def moments_of_runs(k: Tensor, length: int) -> Tensor:
+    """`[pages, runs, heads, 2, head_dim]` of every run of `length` keys of k `[pages, keys, heads,
+    head_dim]`, the last one partial."""
+    return torch.stack([moments(run, dim=1) for run in k.split(length, dim=1)], dim=1)
+
+
+def moments(keys: Tensor, dim: int) -> Tensor:
     """`[..., heads, 2, head_dim]`: mean and standard deviation of the keys along axis `dim`.
 
     Sums of 16-bit numbers are exact in float64, whatever their order, so all backends agree to the
@@ -71,4 +81,4 @@ def summary(keys: Tensor, dim: int) -> Tensor:
     x, n = keys.double(), keys.shape[dim]
     total, squares = x.sum(dim), x.square().sum(dim)
     deviation = (n * squares - total.square()).clamp(min=0).sqrt() / n
-    return torch.stack([total / n, deviation], dim=-2).to(keys.dtype)
+    return torch.stack([total / n, deviation], dim=-2)

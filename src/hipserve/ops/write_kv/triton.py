@@ -1,8 +1,8 @@
-"""Writing keys, values and summaries in Triton.
+"""Writing keys, values and their index in Triton.
 
-The first kernel copies rows and notes, for every run, the last slot that this call wrote in it. The
-second recomputes a run's summary from its keys, once: by the token that wrote that last slot. A
-page ends at the last slot written in it.
+The first kernel copies rows, codes keys and notes, for every run, the last slot that this call
+wrote in it. The second recomputes a run's summary from its keys, once: by the token that wrote that
+last slot. A page ends at the last slot written in it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hipserve.config import IndexForm
 from hipserve.ops._triton import pages, rows
+from hipserve.ops._triton.codes import encode, pack_nibbles, rotate
 from hipserve.ops._triton.tiles import load_tile, power_of_2
+from hipserve.ops.codes import SUMMARY_BITS
+from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import bound_levels, bound_offsets
+from hipserve.types import KeyIndex, KeyPool
+
+
+class SummaryRows(NamedTuple):
+    """Where summaries go."""
+
+    start: Any
+    strides: Any
+    """`SummaryStrides`, as those of the scales."""
+    scales: Any
+    """None where summaries are not coded."""
+    scale_strides: Any
+
+
+class CodeRows(NamedTuple):
+    """Where codes go."""
+
+    start: Any
+    strides: Any
+    """`CacheStrides`, as those of the scales."""
+    scales: Any
+    scale_strides: Any
+    num_heads: Any
 
 
 class Summary(NamedTuple):
@@ -48,12 +75,60 @@ def summarize_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.cons
 
 
 @triton.jit
-def store_summary(at, side_stride, summary, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """Writes a `Summary`: the mean to the pointer `at`, the deviation `side_stride` behind it."""
+def store_moment(at, scale_at, moment, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes one `[DIM]` side of a summary to the pointer `at`: itself, or its code."""
+    DIM: tl.constexpr = moment.shape[0]
     d = tl.arange(0, DIM)
-    kind = at.dtype.element_ty
-    tl.store(at + d, summary.mean.to(tl.float32).to(kind), mask=d < HEAD_DIM)
-    tl.store(at + side_stride + d, summary.deviation.to(tl.float32).to(kind), mask=d < HEAD_DIM)
+    row = moment.to(tl.float32)
+    if scale_at is None:
+        tl.store(at + d, row.to(at.dtype.element_ty), mask=d < HEAD_DIM)
+    else:
+        code = encode(tl.reshape(row, [1, DIM]), BITS)
+        numbers = tl.reshape(code.numbers, [DIM]).to(tl.int8)
+        tl.store(at + d, numbers, mask=d < HEAD_DIM)
+        tl.store(scale_at + tl.arange(0, 1), code.scale.to(tl.bfloat16))
+
+
+@triton.jit
+def store_summary(to, run, page, head, summary, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes the `Summary` of a run of a page and head to the `SummaryRows`."""
+    strides, scale_strides = to.strides, to.scale_strides
+    at = to.start + page * strides.page + run * strides.run + head * strides.head
+    scale_at, next_scale = None, None
+    if to.scales is not None:
+        scale_at = to.scales + page * scale_strides.page + run * scale_strides.run
+        scale_at += head * scale_strides.head
+        next_scale = scale_at + scale_strides.side
+    store_moment(at, scale_at, summary.mean, BITS, HEAD_DIM)
+    store_moment(at + strides.side, next_scale, summary.deviation, BITS, HEAD_DIM)
+
+
+@triton.jit
+def store_codes(
+    row,
+    inside,
+    to,
+    page,
+    slot,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Writes the codes of keys `[HEADS, DIM]` of one slot; `inside`: the elements that exist."""
+    HEADS: tl.constexpr = row.shape[0]
+    strides, scale_strides = to.strides, to.scale_strides
+    code = encode(rotate(tl.where(inside, row.to(tl.float32), 0.0), HEAD_DIM, DIM), BITS)
+    packed = code.numbers.to(tl.int8)
+    WIDTH: tl.constexpr = DIM * BITS // 8
+    if BITS == 4:
+        packed = pack_nibbles(code.numbers, DIM)
+    head, byte = tl.arange(0, HEADS).to(tl.int64), tl.arange(0, WIDTH)
+    at = to.start + page * strides.page + slot * strides.slot + head[:, None] * strides.head
+    there = head < to.num_heads
+    mask = there[:, None] & (byte < HEAD_DIM * BITS // 8)[None, :]
+    tl.store(at + byte[None, :], packed, mask=mask)
+    at = to.scales + page * scale_strides.page + slot * scale_strides.slot
+    tl.store(at + head * scale_strides.head, code.scale.to(tl.bfloat16), mask=there)
 
 
 @triton.jit
@@ -70,15 +145,21 @@ def write_kernel(
     last_slots,
     page_size,
     num_heads,
+    codes,
+    codes_strides,
+    scales,
+    scales_strides,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     LENGTHS: tl.constexpr,
     OFFSETS: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    """Copies the rows of one token, all heads, to its slot; a negative slot is padding.
+    """Copies the rows of one token, all heads, to its slot, and writes the codes of its keys.
 
-    With `last_slots`, notes for the runs around the slot: last_slots[run] = max(., slot + 1).
+    A negative slot is padding. With `last_slots`, notes for the runs around the slot:
+    last_slots[run] = max(., slot + 1).
     """
     k_strides, v_strides = rows.RowStrides(*k_strides), rows.RowStrides(*v_strides)
     k_to, v_to = pages.CacheStrides(*k_cache_strides), pages.CacheStrides(*v_cache_strides)
@@ -93,6 +174,13 @@ def write_kernel(
     row = tl.load(at, mask=inside)  # [HEADS, DIM]
     to = k_cache + page * k_to.page + offset * k_to.slot
     tl.store(to + head * k_to.head + d, row, mask=inside)
+    if BITS < 16:
+        strides, scale_strides = (
+            pages.CacheStrides(*codes_strides),
+            pages.CacheStrides(*scales_strides),
+        )
+        rows_to = CodeRows(codes, strides, scales, scale_strides, num_heads)
+        store_codes(row, inside, rows_to, page, offset, HEAD_DIM, DIM, BITS)
     at = v + token * v_strides.token + head * v_strides.head + d
     row = tl.load(at, mask=inside)  # [HEADS, DIM]
     to = v_cache + page * v_to.page + offset * v_to.slot
@@ -105,11 +193,39 @@ def write_kernel(
 
 
 @triton.jit
+def codes_kernel(
+    k,
+    k_strides,
+    codes,
+    codes_strides,
+    scales,
+    scales_strides,
+    num_heads,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Writes the codes of the keys in one slot of a page, all heads."""
+    k_strides = pages.CacheStrides(*k_strides)
+    strides, scale_strides = pages.CacheStrides(*codes_strides), pages.CacheStrides(*scales_strides)
+    slot, page = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, DIM)[None, :]
+    inside = (head < num_heads) & (d < HEAD_DIM)
+    at = k + page * k_strides.page + slot * k_strides.slot + head * k_strides.head + d
+    row = tl.load(at, mask=inside)  # [HEADS, DIM]
+    to = CodeRows(codes, strides, scales, scale_strides, num_heads)
+    store_codes(row, inside, to, page, slot, HEAD_DIM, DIM, BITS)
+
+
+@triton.jit
 def summaries_kernel(
     k_cache,
     k_cache_strides,
     summaries,
     summaries_strides,
+    scales,
+    scales_strides,
     slot_mapping,
     last_slots,
     page_size,
@@ -117,14 +233,16 @@ def summaries_kernel(
     DIM: tl.constexpr,
     LENGTHS: tl.constexpr,
     OFFSETS: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Summarizes, for one token and head, the runs whose last new slot is the token's.
 
     A run reaches to its end, or to the last slot written in its page.
     """
-    k_strides, strides = (
-        pages.CacheStrides(*k_cache_strides),
+    k_strides = pages.CacheStrides(*k_cache_strides)
+    strides, scale_strides = (
         pages.SummaryStrides(*summaries_strides),
+        pages.SummaryStrides(*scales_strides),
     )
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
@@ -137,7 +255,7 @@ def summaries_kernel(
     for run in range(COARSEST, RUNS):
         page_end = tl.maximum(page_end, tl.load(last_slots + page * RUNS + run))
     keys = k_cache + page * k_strides.page + head * k_strides.head
-    to = summaries + page * strides.page + head * strides.head
+    to = SummaryRows(summaries, strides, scales, scale_strides)
     for level in tl.static_range(len(LENGTHS)):
         run = offset // LENGTHS[level]
         index = OFFSETS[level] + run
@@ -145,7 +263,7 @@ def summaries_kernel(
             first = run * LENGTHS[level]
             end = tl.minimum((run + 1) * LENGTHS[level], page_end)
             summary = summarize_run(keys, k_strides.slot, first, end, HEAD_DIM, DIM)
-            store_summary(to + index * strides.run, strides.side, summary, HEAD_DIM, DIM)
+            store_summary(to, index.to(tl.int64), page, head, summary, BITS, HEAD_DIM)
 
 
 @triton.jit
@@ -154,25 +272,31 @@ def whole_summaries_kernel(
     k_strides,
     summaries,
     summaries_strides,
+    scales,
+    scales_strides,
     page_size,
     first_index,
     length,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Summarizes one run of `length` keys of one head and page, all of whose slots are written.
 
     first_index: where the runs of this length start in a page.
     """
-    k_strides, strides = pages.CacheStrides(*k_strides), pages.SummaryStrides(*summaries_strides)
+    k_strides = pages.CacheStrides(*k_strides)
+    strides, scale_strides = (
+        pages.SummaryStrides(*summaries_strides),
+        pages.SummaryStrides(*scales_strides),
+    )
     run = tl.program_id(0)
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head
     end = tl.minimum((run + 1) * length, page_size)
     summary = summarize_run(keys, k_strides.slot, run * length, end, HEAD_DIM, DIM)
-    index = (first_index + run).to(tl.int64)
-    to = summaries + page * strides.page + index * strides.run + head * strides.head
-    store_summary(to, strides.side, summary, HEAD_DIM, DIM)
+    to = SummaryRows(summaries, strides, scales, scale_strides)
+    store_summary(to, (first_index + run).to(tl.int64), page, head, summary, BITS, HEAD_DIM)
 
 
 def summary_warps(dim: int) -> int:
@@ -180,31 +304,22 @@ def summary_warps(dim: int) -> int:
     return max(dim // 32, 4)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    summaries: Tensor | None,
-    slot_mapping: Tensor,
-    run_size: int,
-) -> None:
-    """Appends `k` and `v`; see `hipserve.ops.write_kv`.
+def strides_of(x: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first `count` strides of x `[num_pages, ...]`; zeros where there is none."""
+    return (0,) * count if x is None else x.stride()[:count]
 
-    Args:
-        k, v: `[num_tokens, num_kv_heads, head_dim]`.
-        k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`.
-        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`; None keeps none.
-        slot_mapping: `[num_tokens]` int64.
-        run_size: keys of the finest run.
-    """
+
+def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping: Tensor) -> None:
+    """See `hipserve.ops.write_kv`; k, v `[num_tokens, num_kv_heads, head_dim]`, slot_mapping
+    `[num_tokens]`."""
     tokens, heads, head_dim = k.shape
     if not tokens:
         return
-    dim, page_size = power_of_2(head_dim), k_cache.shape[1]
+    k_cache, v_cache, summaries = pool.k_cache, pool.v_cache, index.summaries
+    dim, page_size = power_of_2(head_dim), pool.page_size
     num_runs = None if summaries is None else summaries.shape[1]
-    lengths = bound_levels(page_size, run_size, num_runs)
-    offsets = bound_offsets(page_size, run_size, num_runs)
+    lengths = bound_levels(page_size, index.run_size, num_runs)
+    offsets = bound_offsets(page_size, index.run_size, num_runs)
     last_slots = None
     if summaries is not None:
         runs = k_cache.shape[0] * offsets[-1]
@@ -213,51 +328,73 @@ def write_kv(
         *(k, k.stride()[:2], v, v.stride()[:2]),
         *(k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
         *(slot_mapping, last_slots, page_size, heads),
+        *(index.codes, index.codes.stride()[:3]),
+        *(index.code_scales, strides_of(index.code_scales, 3)),
         HEADS=power_of_2(heads),
         HEAD_DIM=head_dim,
         DIM=dim,
         LENGTHS=lengths,
         OFFSETS=offsets,
+        BITS=index.code_bits,
         num_warps=2,
     )
     if summaries is not None:
         summaries_kernel[(tokens, heads)](
             *(k_cache, k_cache.stride()[:3], summaries, summaries.stride()[:4]),
+            *(index.summary_scales, strides_of(index.summary_scales, 4)),
             *(slot_mapping, last_slots, page_size),
             HEAD_DIM=head_dim,
             DIM=dim,
             LENGTHS=lengths,
             OFFSETS=offsets,
+            BITS=SUMMARY_BITS,
             num_warps=summary_warps(dim),
         )
 
 
-def summarize(k: Tensor, run_size: int) -> Tensor:
-    """The summaries of whole pages; see `hipserve.ops.build_index`.
+def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
+    """See `hipserve.ops.build_index`; k `[num_pages, page_size, num_kv_heads, head_dim]`."""
+    index = IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).empty_like(k)
+    if k.numel() and index.code_scales is not None:
+        code_pages(k, index)
+    if k.numel() and run_size is not None:
+        summarize_pages(k, index)
+    return index
 
-    k: `[num_pages, page_size, num_kv_heads, head_dim]`.
 
-    Returns:
-        `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`, dtype of k.
-    """
+def code_pages(k: Tensor, index: KeyIndex) -> None:
+    """Writes the codes of k `[num_pages, page_size, num_kv_heads, head_dim]` to the index."""
     num_pages, page_size, heads, head_dim = k.shape
-    offsets = bound_offsets(page_size, run_size)
-    summaries = torch.empty(
-        (num_pages, offsets[-1], heads, 2, head_dim), dtype=k.dtype, device=k.device
+    codes_kernel[(page_size, num_pages)](
+        *(k, k.stride()[:3], index.codes, index.codes.stride()[:3]),
+        *(index.code_scales, strides_of(index.code_scales, 3), heads),
+        HEADS=power_of_2(heads),
+        HEAD_DIM=head_dim,
+        DIM=power_of_2(head_dim),
+        BITS=index.code_bits,
+        num_warps=2,
     )
-    for level, length in enumerate(bound_levels(page_size, run_size)):
-        runs = offsets[level + 1] - offsets[level]
-        if num_pages * runs:
-            whole_summaries_kernel[(runs, heads, num_pages)](
-                k=k,
-                k_strides=k.stride()[:3],
-                summaries=summaries,
-                summaries_strides=summaries.stride()[:4],
-                page_size=page_size,
-                first_index=offsets[level],
-                length=length,
-                HEAD_DIM=head_dim,
-                DIM=power_of_2(head_dim),
-                num_warps=summary_warps(power_of_2(head_dim)),
-            )
-    return summaries
+
+
+def summarize_pages(k: Tensor, index: KeyIndex) -> None:
+    """Writes the summaries of k `[num_pages, page_size, num_kv_heads, head_dim]` to the index."""
+    summaries, scales = index.summaries, index.summary_scales
+    assert summaries is not None
+    num_pages, page_size, heads, head_dim = k.shape
+    offsets = bound_offsets(page_size, index.run_size)
+    for level, length in enumerate(bound_levels(page_size, index.run_size)):
+        whole_summaries_kernel[(offsets[level + 1] - offsets[level], heads, num_pages)](
+            k=k,
+            k_strides=k.stride()[:3],
+            summaries=summaries,
+            summaries_strides=summaries.stride()[:4],
+            scales=scales,
+            scales_strides=strides_of(scales, 4),
+            page_size=page_size,
+            first_index=offsets[level],
+            length=length,
+            HEAD_DIM=head_dim,
+            DIM=power_of_2(head_dim),
+            BITS=SUMMARY_BITS,
+            num_warps=summary_warps(power_of_2(head_dim)),
+        )

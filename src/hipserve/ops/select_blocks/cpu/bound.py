@@ -13,18 +13,21 @@ def search_bound(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> Non
     """Writes `indices` `[num_query_blocks, heads, max_selected]`."""
     options = spec.selector
     assert isinstance(options, Bound)
-    q, codes, summaries, *blocks = inputs
+    q, codes, code_scales, summaries, summary_scales, *blocks = inputs
     torch.ops.hipserve_cpu.select_by_bound(
         q,
         codes,
+        code_scales,
         summaries,
+        summary_scales,
+        spec.run_size,
+        spec.code_bits,
         *blocks,
         spec.budget,
         spec.key_block_size,
         spec.query_stride,
         spec.relative_scores,
         spec.num_sink_tokens,
-        spec.run_size,
         options.bound_reach,
         options.rerank,
         indices,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.select_blocks.reference.bound import BoundSearch
-from hipserve.ops.select_blocks.reference.search import IndexedKeys, Search, sample_rows
+from hipserve.ops.select_blocks.reference.scores import IndexedKeys
+from hipserve.ops.select_blocks.reference.search import Search, sample_rows
 from hipserve.ops.select_blocks.reference.tree import TreeSearch
 from hipserve.ops.select_blocks.spec import SearchInputs, SearchSpec
+from hipserve.types import KeyIndex
 
 SEARCHES: dict[str, type[Search]] = {"tree": TreeSearch, "bound": BoundSearch}
 """By the name of the selector."""
@@ -21,12 +23,15 @@ def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
     """`indices` `[num_query_blocks, heads, max_selected]` int32; see `hipserve.ops`."""
     shape = spec.selection_shape(inputs)
     indices = torch.full(shape, -1, dtype=torch.int32, device=inputs.q.device)
+    scales = (inputs.code_scales, inputs.summary_scales)
+    sizes = (spec.run_size or 1, spec.code_bits)
+    index = KeyIndex(inputs.codes, inputs.summaries, *sizes, *scales)
     starts: list[int] = inputs.window_starts.tolist()
     for i, (seq, row, num_rows, position) in enumerate(inputs.query_blocks.tolist()):
         if starts[i] > spec.num_sink_tokens:
             rows = sample_rows(inputs.q[row : row + num_rows], shape[1], spec.query_stride)
             pages = inputs.block_table[seq].long()
-            keys = IndexedKeys(inputs.codes, inputs.summaries, pages)
+            keys = IndexedKeys(index, pages)
             search = SEARCHES[spec.selector.name](rows, keys, starts[i], position, spec)
             chosen = search.select()
             indices[i, :, : chosen.shape[1]] = chosen.int()

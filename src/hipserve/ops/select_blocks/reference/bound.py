@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.ops.select_blocks.reference.search import IndexedKeys, Search, top
+from hipserve.ops.select_blocks.reference.scores import IndexedKeys
+from hipserve.ops.select_blocks.reference.search import Search, top
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
 from hipserve.selectors import Bound
@@ -20,10 +21,9 @@ class BoundSearch(Search):
         """rows: `[heads, rows, head_dim]`."""
         super().__init__(rows, keys, window_start, position, spec)
         assert isinstance(spec.selector, Bound)
-        assert keys.summaries is not None
         assert spec.run_size is not None
-        self.options, self.summaries = spec.selector, keys.summaries
-        sizes = (keys.codes.shape[1], spec.run_size, self.summaries.shape[1])
+        self.options = spec.selector
+        sizes = (keys.index.page_size, spec.run_size, keys.index.num_runs)
         self.lengths, self.offsets = bound_levels(*sizes), bound_offsets(*sizes)
 
     def select(self) -> Tensor:
@@ -67,16 +67,9 @@ class BoundSearch(Search):
         return torch.cat([children.flatten(1), edge], dim=1).sort(dim=1).values
 
     def run_scores(self, runs: Tensor, level: int) -> Tensor:
-        """`[heads, count]`: a score of each run, max over the rows, from its summary.
-
-        q.mean + bound_reach * |q|.deviation: what a key scores that lies so many deviations from
-        the mean in every channel, on the side that is good for q. The rows are weighted in their
-        own dtype.
-        """
+        """`[heads, count]`: a score of each run, max over the rows, from its summary."""
         length = self.lengths[level]
         page, slot = self.keys.locate(runs * length)
         run = self.offsets[level] + slot // length
-        mean, deviation = self.summaries[page, run, self.kv_heads].to(self.rows.dtype).unbind(2)
-        reached = (self.options.bound_reach * self.rows.abs()).to(self.dtype).to(self.rows.dtype)
-        scores = self.rows @ mean.mT + reached @ deviation.mT
+        scores = self.scores.of_runs(page, run, self.options.bound_reach)
         return (scores - self.baseline).amax(dim=1)

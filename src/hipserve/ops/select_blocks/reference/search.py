@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from hipserve.ops.select_blocks.reference.scores import IndexedKeys, scores_of
 from hipserve.ops.select_blocks.spec import SearchSpec
-
-
-class IndexedKeys(NamedTuple):
-    """The index of one sequence's keys.
-
-    Attributes:
-        codes: `[num_pages, page_size, num_kv_heads, head_dim]`.
-        summaries: `[num_pages, runs, num_kv_heads, 2, head_dim]`, or None.
-        pages: `[max_pages]` int64, the pages of the sequence.
-    """
-
-    codes: Tensor
-    summaries: Tensor | None
-    pages: Tensor
-
-    def locate(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Page and slot of the positions `keys` `[heads, count]`, like it."""
-        page_size = self.codes.shape[1]
-        return self.pages[keys // page_size], keys % page_size
 
 
 class Search:
@@ -40,11 +20,9 @@ class Search:
         self, rows: Tensor, keys: IndexedKeys, window_start: int, position: int, spec: SearchSpec
     ) -> None:
         """rows: `[heads, rows, head_dim]`, sampled, the first of them at `position`."""
-        self.rows, self.dtype = rows if rows.dtype == torch.float64 else rows.float(), rows.dtype
-        self.keys, self.spec = keys, spec
+        self.rows, self.keys, self.spec = rows, keys, spec
+        self.scores = scores_of(rows, keys)
         self.begin, self.end = spec.num_sink_tokens, window_start
-        group = rows.shape[0] // keys.codes.shape[2]
-        self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
         self.baseline = self.best_read(position) if spec.relative_scores else 0.0
 
     def select(self) -> Tensor:
@@ -56,19 +34,14 @@ class Search:
         device = self.rows.device
         sinks = torch.arange(self.begin, device=device)
         keys = torch.cat([sinks, torch.arange(self.end, position + 1, device=device)])
-        return self.scores(keys.expand(self.rows.shape[0], -1)).amax(dim=2, keepdim=True)
-
-    def scores(self, keys: Tensor) -> Tensor:
-        """`[heads, rows, count]`: q.k of each row with `keys` `[heads, count]`."""
-        page, slot = self.keys.locate(keys)
-        return self.rows @ self.keys.codes[page, slot, self.kv_heads].to(self.rows.dtype).mT
+        return self.scores.of_keys(keys.expand(self.rows.shape[0], -1)).amax(dim=2, keepdim=True)
 
     def block_scores(self, blocks: Tensor) -> Tensor:
         """`[heads, count]`: the highest score of any row and any key of each block."""
         size = self.spec.key_block_size
         blocks = blocks.clamp(self.begin // size, self.end // size - 1)
         keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
-        scores = self.scores(keys.flatten(1)) - self.baseline
+        scores = self.scores.of_keys(keys.flatten(1)) - self.baseline
         return scores.unflatten(2, (-1, size)).amax(dim=(1, 3))
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hipserve.ops._triton.pages import key_offsets
-from hipserve.ops._triton.tiles import load_tile
-from hipserve.ops.select_blocks.triton.queries import load_rows
+from hipserve.ops.select_blocks.triton.codes import (
+    key_code_scores,
+    load_query_code,
+    store_query_codes,
+)
+from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys
+from hipserve.ops.select_blocks.triton.queries import load_rows, rows_at
 
 
 @triton.jit
-def best_read(q_tile, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+def best_read(q, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`[ROWS]`: the maximum of q k over the keys in [0, begin) and [end, last) of this part."""
     ROWS: tl.constexpr = TILING.rows
     KEYS: tl.constexpr = TILING.read_keys
@@ -21,10 +25,13 @@ def best_read(q_tile, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILI
         n = start + tl.arange(0, KEYS)
         there = n < begin + last - end
         positions = tl.where(n < begin, n, end + n - begin)
-        rows = keys.start + key_offsets(keys, positions, there)
-        k_tile = load_tile(rows, there, GEOMETRY.head_dim, GEOMETRY.dim)  # [KEYS, DIM]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [ROWS, KEYS]
-        best = tl.maximum(best, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
+        k_tile = load_keys(key_rows(keys, positions, there, GEOMETRY), there, GEOMETRY)
+        if GEOMETRY.spec.code_bits < 16:
+            s = key_code_scores(k_tile.codes, k_tile.scales, q, GEOMETRY)  # [KEYS, ROWS]
+            best = tl.maximum(best, tl.max(tl.where(there[:, None], s, -float("inf")), axis=0))
+        else:
+            s = tl.dot(q, tl.trans(k_tile.codes), input_precision="ieee")  # [ROWS, KEYS]
+            best = tl.maximum(best, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
     return best
 
 
@@ -32,16 +39,24 @@ def best_read(q_tile, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILI
 def store_baselines(queries, keys, begin, end, last, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """Writes what this program finds of each row's baseline, over keys that all rows see.
 
-    Of several programs each looks at its part of the keys. Rows that do not exist get +inf, so
+    Beside short codes it codes the rows first. Of several programs each looks at its part of the
+    keys. Rows that do not exist get +inf, so
     that they never win; without `relative_scores` the baseline is 0.
     """
     part = tl.program_id(0) % TILING.baseline_programs
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
-        q_tile, valid = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM], [ROWS]
+        q, valid = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM], [ROWS]
+        if GEOMETRY.spec.code_bits < 16:
+            for first in tl.range(0, ROWS, 16, num_stages=1):
+                r = tile * ROWS + first + tl.arange(0, 16)
+                rows, _ = rows_at(queries, r, GEOMETRY)
+                store_query_codes(queries.codes, r, rows, GEOMETRY)
+            tl.debug_barrier()
+            q = load_query_code(queries.codes, valid, tile, GEOMETRY, TILING)
         if GEOMETRY.spec.relative_scores:
-            best = best_read(q_tile, keys, begin, end, last, part, GEOMETRY, TILING)
+            best = best_read(q, keys, begin, end, last, part, GEOMETRY, TILING)
         else:
             best = tl.zeros([ROWS], tl.float32)
         row = (part * TILING.row_tiles + tile) * TILING.rows + tl.arange(0, TILING.rows)

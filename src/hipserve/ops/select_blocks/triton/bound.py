@@ -22,6 +22,7 @@ from hipserve.ops.select_blocks.triton.geometry import (
 from hipserve.ops.select_blocks.triton.item import selected_blocks
 from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
 from hipserve.ops.select_blocks.triton.run_score import (
+    SummaryRows,
     load_run_queries,
     load_summaries,
     score_runs,
@@ -58,6 +59,10 @@ class BoundGeometry(Geometry):
     def options(self) -> Bound:
         assert isinstance(self.spec.selector, Bound)
         return self.spec.selector
+
+    @property
+    def reach(self) -> float:
+        return self.options.bound_reach
 
     @property
     def levels(self) -> int:
@@ -198,7 +203,7 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
     at = summaries_of(first + i, item, candidates, LEVEL, GEOMETRY)
     for start in tl.range(first, n, STEP, num_stages=1):
         c = start + i
-        summaries = load_summaries(at, item.bounds.strides.side, c < n, GEOMETRY)
+        summaries = load_summaries(at, item.bounds, c < n, GEOMETRY)
         # What is next is looked up while these are on their way.
         at = summaries_of(c + STEP, item, candidates, LEVEL, GEOMETRY)
         best = score_runs(queries, item.queries, summaries, GEOMETRY, TILING)
@@ -207,15 +212,19 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
 
 @triton.jit
 def summaries_of(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
-    """Pointers to the summaries of the candidates `c` of a level, like it."""
+    """The `SummaryRows` of the candidates `c` of a level, like it."""
     LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
     bounds = item.bounds
     parents = level_runs(item.scratch, LEVEL + 1)
     key = candidate_runs(c, parents, candidates, GEOMETRY.ratio) * LENGTH
     there = c < candidates.count
     page = tl.load(bounds.table + key // bounds.page_size, mask=there, other=0).to(tl.int64)
-    run = GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH
-    return bounds.start + page * bounds.strides.page + run.to(tl.int64) * bounds.strides.run
+    run = (GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH).to(tl.int64)
+    rows = bounds.start + page * bounds.strides.page + run * bounds.strides.run
+    scales = rows
+    if GEOMETRY.spec.code_bits < 16:
+        scales = bounds.scales + page * bounds.scale_strides.page + run * bounds.scale_strides.run
+    return SummaryRows(rows, scales)
 
 
 @triton.jit

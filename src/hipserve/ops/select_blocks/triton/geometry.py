@@ -10,7 +10,11 @@ import torch
 from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.rows import Heads
 from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.codes import REACH_STEPS
 from hipserve.ops.select_blocks.spec import SearchSpec
+
+LEAST = 32
+"""Channels of a product of integers on tensor cores, at least."""
 
 
 class Call(NamedTuple):
@@ -64,6 +68,31 @@ class Geometry(Heads):
     score_size: int
     list_size: int
     steps: int
+
+    @property
+    def reach(self) -> float:
+        """Standard deviations from its mean at which a run is scored."""
+        return 0.0
+
+    @property
+    def reach_steps(self) -> int:
+        """The same in whole steps, for codes."""
+        return round(self.reach * REACH_STEPS)
+
+    @property
+    def query_width(self) -> int:
+        """Bytes of one side of a coded query row."""
+        return max(self.dim, 2 * LEAST)
+
+    @property
+    def code_width(self) -> int:
+        """Bytes of a key's short code, padded to a power of two."""
+        return max(self.dim * self.spec.code_bits // 8, LEAST)
+
+    @property
+    def summary_width(self) -> int:
+        """Bytes of one side of a coded summary, likewise."""
+        return max(self.dim, LEAST)
 
     @classmethod
     def of(cls, call: Call, spec: SearchSpec) -> Geometry:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hipserve.ops._triton import pages, rows
+from hipserve.ops._triton import rows
 from hipserve.ops._triton.chain import dependent_launch_signal, dependent_launch_wait
 from hipserve.ops._triton.rows import kv_head_of, load_position, load_query_block
 from hipserve.ops.select_blocks.triton.baseline import store_baselines
 from hipserve.ops.select_blocks.triton.bound import search_bound
+from hipserve.ops.select_blocks.triton.codes import coded_keys, coded_runs
 from hipserve.ops.select_blocks.triton.item import (
     Item,
     program_item,
@@ -17,7 +18,7 @@ from hipserve.ops.select_blocks.triton.item import (
     wants_refresh,
 )
 from hipserve.ops.select_blocks.triton.queries import queries_of
-from hipserve.ops.select_blocks.triton.scratch import scratch_of
+from hipserve.ops.select_blocks.triton.scratch import query_codes_of, scratch_of
 from hipserve.ops.select_blocks.triton.tree import search_tree
 
 
@@ -25,8 +26,7 @@ from hipserve.ops.select_blocks.triton.tree import search_tree
 def baseline_kernel(
     q,
     q_strides,
-    k,
-    k_strides,
+    keys,
     block_table,
     table_stride,
     page_size,
@@ -36,6 +36,7 @@ def baseline_kernel(
     arrivals,
     refresh,
     indices,
+    query_codes,
     num_blocks,
     window_start,
     GEOMETRY: tl.constexpr,
@@ -54,16 +55,18 @@ def baseline_kernel(
     if not (wants_refresh(refresh, item.block) & (position >= 0)):
         return
     block = load_query_block(query_blocks, item.block)
-    k_strides = pages.CacheStrides(*k_strides)
     kv_head = kv_head_of(item.head, GEOMETRY)
     table = block_table + block.seq.to(tl.int64) * table_stride
     row = item.row.to(tl.int64)
     baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
     arrivals += row
-    queries = queries_of(q, rows.RowStrides(*q_strides), block, item.head, baselines, GEOMETRY)
-    keys = pages.PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size)
+    part = tl.program_id(0) % TILING.baseline_programs
+    codes = query_codes_of(*query_codes, row, part, GEOMETRY, TILING)
+    q_strides = rows.RowStrides(*q_strides)
+    queries = queries_of(q, q_strides, block, item.head, baselines, codes, GEOMETRY)
+    rows_of_keys = coded_keys(*keys, kv_head, table, page_size)
     begin = GEOMETRY.spec.num_sink_tokens
-    if tl.program_id(0) % TILING.baseline_programs == 0:
+    if part == 0:
         if item.head == 0:
             tl.store(window_start + item.block, end)
         tl.store(arrivals, 0)
@@ -71,15 +74,14 @@ def baseline_kernel(
         out = selected_blocks(indices, item, GEOMETRY)
         tl.store(out + i, tl.zeros_like(i) - 1, mask=i < GEOMETRY.spec.max_selected)
     if end > begin:
-        store_baselines(queries, keys, begin, end, position + 1, GEOMETRY, TILING)
+        store_baselines(queries, rows_of_keys, begin, end, position + 1, GEOMETRY, TILING)
 
 
 @triton.jit
 def search_kernel(
     q,
     q_strides,
-    k,
-    k_strides,
+    keys,
     block_table,
     table_stride,
     page_size,
@@ -89,9 +91,9 @@ def search_kernel(
     arrivals,
     refresh,
     indices,
+    query_codes,
     num_blocks,
     bounds,
-    bounds_strides,
     scores,
     lists,
     FIRST: tl.constexpr,
@@ -108,20 +110,14 @@ def search_kernel(
     block = load_query_block(query_blocks, item_id.block)
     row = item_id.row.to(tl.int64)
     baselines += row * TILING.baseline_programs * TILING.rows * TILING.row_tiles
-    k_strides, bounds_strides = (
-        pages.CacheStrides(*k_strides),
-        pages.SummaryStrides(*bounds_strides),
-    )
     kv_head = kv_head_of(item_id.head, GEOMETRY)
     table = block_table + block.seq.to(tl.int64) * table_stride
+    codes = query_codes_of(*query_codes, row, 0, GEOMETRY, TILING)
+    q_strides = rows.RowStrides(*q_strides)
     item = Item(
-        queries=queries_of(
-            q, rows.RowStrides(*q_strides), block, item_id.head, baselines, GEOMETRY
-        ),
-        keys=pages.PagedRows(k + kv_head * k_strides.head, k_strides, table, page_size),
-        bounds=pages.PagedRows(
-            bounds + kv_head * bounds_strides.head, bounds_strides, table, page_size
-        ),
+        queries=queries_of(q, q_strides, block, item_id.head, baselines, codes, GEOMETRY),
+        keys=coded_keys(*keys, kv_head, table, page_size),
+        bounds=coded_runs(*bounds, kv_head, table, page_size),
         scratch=scratch_of(scores, lists, arrivals, row, GEOMETRY),
         begin=begin,
         end=end,

@@ -1,32 +1,73 @@
-"""Exact scores: of keys, and of blocks of keys. What the re-rank and the tree read of a key."""
+"""Scores of keys and of blocks of keys. What the re-rank and the tree read of a key."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from hipserve.ops._triton.pages import key_offsets
+from hipserve.ops._triton.pages import PagedRows, key_offsets
 from hipserve.ops._triton.tiles import load_tile
+from hipserve.ops.select_blocks.triton.codes import key_code_scores
 from hipserve.ops.select_blocks.triton.queries import load_queries
 
 
+class KeyRows(NamedTuple):
+    """Pointers `[KEYS]` to what is read of some keys."""
+
+    codes: Any
+    scales: Any
+    """Those of short codes."""
+
+
+class KeyTile(NamedTuple):
+    """What is read of some keys."""
+
+    codes: Any
+    """`[KEYS, DIM]`, or bytes of short codes `[KEYS, WIDTH]`."""
+    scales: Any
+    """`[KEYS]` float32, of short codes."""
+
+
 @triton.jit
-def key_rows(keys, positions, there):
-    """Pointers `[KEYS]` to what is read of the keys at `positions`."""
-    return keys.start + key_offsets(keys, positions, there)
+def key_rows(keys, positions, there, GEOMETRY: tl.constexpr):
+    """The `KeyRows` of the keys at `positions` `[KEYS]`."""
+    codes = keys.start + key_offsets(keys, positions, there)
+    scales = codes
+    if GEOMETRY.spec.code_bits < 16:
+        rows = PagedRows(keys.scales, keys.scale_strides, keys.table, keys.page_size)
+        scales = rows.start + key_offsets(rows, positions, there)
+    return KeyRows(codes, scales)
 
 
 @triton.jit
 def load_keys(rows, there, GEOMETRY: tl.constexpr):
-    """`[KEYS, DIM]` at the pointers `rows`, zeros where not `there`."""
-    return load_tile(rows, there, GEOMETRY.head_dim, GEOMETRY.dim)
+    """The `KeyTile` of `KeyRows`, zeros where not `there`."""
+    BITS: tl.constexpr = GEOMETRY.spec.code_bits
+    if BITS < 16:
+        codes = load_tile(rows.codes, there, GEOMETRY.head_dim * BITS // 8, GEOMETRY.code_width)
+        scales = tl.load(rows.scales, mask=there, other=0.0).to(tl.float32)  # [KEYS]
+    else:
+        codes = load_tile(rows.codes, there, GEOMETRY.head_dim, GEOMETRY.dim)  # [KEYS, DIM]
+        scales = rows.scales
+    return KeyTile(codes, scales)
+
+
+@triton.jit
+def products(k_tile, q, GEOMETRY: tl.constexpr):
+    """`[KEYS, ROWS]`: q k of the keys of a `KeyTile` and the rows of a tile."""
+    if GEOMETRY.spec.code_bits < 16:
+        return key_code_scores(k_tile.codes, k_tile.scales, q, GEOMETRY)
+    else:
+        return tl.dot(k_tile.codes, tl.trans(q.rows), input_precision="ieee")
 
 
 @triton.jit
 def score_keys(first, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`[KEYS]`: the maximum over rows of q k - baseline.
 
-    first: the `QueryTile` number 0; mostly there is no other.
+    first: the tile of rows number 0; mostly there is no other.
     """
     KEYS: tl.constexpr = TILING.keys
     best = tl.full([KEYS], -float("inf"), tl.float32)
@@ -35,7 +76,7 @@ def score_keys(first, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.conste
         q = first
         if TILES > 1:
             q = load_queries(queries, tile, GEOMETRY, TILING)
-        s = tl.dot(k_tile, tl.trans(q.rows), input_precision="ieee")  # [KEYS, ROWS]
+        s = products(k_tile, q, GEOMETRY)
         best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
     return best
 

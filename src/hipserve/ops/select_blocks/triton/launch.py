@@ -34,14 +34,15 @@ def refresh_blocks(
     refresh: `[num_query_blocks]` int32; None selects for all.
     """
     check_block_size(spec.key_block_size)
-    q, k_cache, k_bounds, block_table, query_blocks, window_starts = inputs
+    q, codes, code_scales, summaries, summary_scales, block_table, *blocks = inputs
+    query_blocks, window_starts = blocks
     indices, window_start = selection.indices, selection.window_start
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     call = Call(
         q_shape=q.shape,
-        k_shape=k_cache.shape,
-        num_runs=0 if k_bounds is None else k_bounds.shape[1],
-        longest=block_table.shape[1] * k_cache.shape[1],
+        k_shape=codes.shape,
+        num_runs=0 if summaries is None else summaries.shape[1],
+        longest=block_table.shape[1] * codes.shape[1],
         blocks=blocks,
         heads=heads,
         element_size=q.element_size(),
@@ -49,13 +50,15 @@ def refresh_blocks(
     )
     geometry, tiling, sizes = plan(call, spec)
     chunk = min(max(SCRATCH_BYTES // (4 * sum(sizes) * heads), 1), blocks)
-    scores, lists, baselines, arrivals = allocate(sizes, chunk * heads, q.device)
+    scratch = allocate(sizes, chunk * heads, q.device)
+    scores, lists, baselines, arrivals, query_codes, query_scales = scratch
     inputs = (  # in the order of both kernels; by name they would cost half a microsecond each
-        *(q, q.stride()[:2], k_cache, k_cache.stride()[:3]),
-        *(block_table, block_table.stride(0), k_cache.shape[1], query_blocks, window_starts),
+        *(q, q.stride()[:2], (codes, codes.stride()[:3], *or_nothing(code_scales, q, 3))),
+        *(block_table, block_table.stride(0), codes.shape[1], query_blocks, window_starts),
         *(baselines, arrivals, refresh, indices),
+        (query_codes, query_scales),
     )
-    bounds = (q, (0, 0, 0, 0)) if k_bounds is None else (k_bounds, k_bounds.stride()[:4])
+    bounds = (*or_nothing(summaries, q, 4), *or_nothing(summary_scales, q, 4))
     options = {"GEOMETRY": geometry, "TILING": tiling, "launch_pdl": tiling.chained}
     for end in range(blocks, 0, -max(chunk, 1)):
         items = min(chunk, end) * heads
@@ -64,13 +67,18 @@ def refresh_blocks(
         )
         for step in range(0, geometry.steps, tiling.together):
             search_kernel[(items * tiling.search_programs,)](
-                *(*inputs, end, *bounds, scores, lists),
+                *(*inputs, end, bounds, scores, lists),
                 FIRST=step,
                 END=step + tiling.together,
                 num_warps=tiling.num_warps,
                 num_stages=tiling.stages,
                 **options,
             )
+
+
+def or_nothing(x: Tensor | None, q: Tensor, count: int) -> tuple[Tensor, tuple[int, ...]]:
+    """x `[num_pages, ...]` and its first `count` strides; without one, a q that nobody reads."""
+    return (q, (0,) * count) if x is None else (x, x.stride()[:count])
 
 
 def check_block_size(size: int) -> None:
@@ -83,9 +91,12 @@ def check_block_size(size: int) -> None:
 
 
 def allocate(sizes: ScratchSizes, items: int, device: torch.device) -> list[Tensor]:
-    """Scores, lists, baselines and arrivals of so many query blocks and heads."""
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.int32)
-    return [
-        torch.empty(items * size, dtype=dtype, device=device)
-        for size, dtype in zip(sizes, dtypes, strict=True)
+    """Memory of so many query blocks and heads, as `ScratchSizes` lists it."""
+    dtypes = [torch.float32, torch.int32, torch.float32, torch.int32]
+    if sizes.query_codes:
+        dtypes += [torch.int8, torch.float32]
+    made = [
+        torch.empty(items * size * 4 // dtype.itemsize, dtype=dtype, device=device)
+        for size, dtype in zip(sizes, dtypes, strict=False)
     ]
+    return made + made[:1] * (len(sizes) - len(made))  # what is not needed is not allocated

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton.tiles import load_tile
+from hipserve.ops.select_blocks.triton.codes import load_query_code
 
 
 class Queries(NamedTuple):
@@ -20,6 +21,8 @@ class Queries(NamedTuple):
     num_rows: Any
     baselines: Any
     """Pointer to the baseline of each row; one list for each program that looks for them."""
+    codes: Any
+    """`QueryCodes`; None where codes of keys are the keys themselves."""
 
 
 class QueryTile(NamedTuple):
@@ -32,17 +35,22 @@ class QueryTile(NamedTuple):
 
 
 @triton.jit
-def queries_of(q, strides, block, head, baselines, GEOMETRY: tl.constexpr):
+def queries_of(q, strides, block, head, baselines, codes, GEOMETRY: tl.constexpr):
     """The `Queries` of the `QueryBlock` and group of heads."""
     first_head = (head * GEOMETRY.group_size).to(tl.int64)
     start = q + block.first_row * strides.token + first_head * strides.head
-    return Queries(start, strides, block.num_rows, baselines)
+    return Queries(start, strides, block.num_rows, baselines, codes)
 
 
 @triton.jit
 def load_rows(queries, tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`[ROWS, DIM]` sampled rows, from the last one backwards; `[ROWS]`: which of them exist."""
-    r = tile * TILING.rows + tl.arange(0, TILING.rows)
+    return rows_at(queries, tile * TILING.rows + tl.arange(0, TILING.rows), GEOMETRY)
+
+
+@triton.jit
+def rows_at(queries, r, GEOMETRY: tl.constexpr):
+    """The r-th sampled rows, `[n, DIM]`, and `[n]`: which of them exist."""
     row = queries.num_rows - 1 - r // GEOMETRY.group_size * GEOMETRY.spec.query_stride
     valid = row >= 0
     offset = row.to(tl.int64) * queries.strides.token
@@ -61,6 +69,10 @@ def load_baseline(queries, tile, TILING: tl.constexpr):
 
 @triton.jit
 def load_queries(queries, tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """The `QueryTile` number `tile`."""
-    rows, _ = load_rows(queries, tile, GEOMETRY, TILING)
-    return QueryTile(rows, load_baseline(queries, tile, TILING))
+    """The `QueryTile` number `tile`; the `QueryCode` beside short codes."""
+    baseline = load_baseline(queries, tile, TILING)
+    if GEOMETRY.spec.code_bits < 16:
+        return load_query_code(queries.codes, baseline, tile, GEOMETRY, TILING)
+    else:
+        rows, _ = load_rows(queries, tile, GEOMETRY, TILING)
+        return QueryTile(rows, baseline)

@@ -12,11 +12,11 @@ from hipserve.ops.select_blocks.triton.threshold import keep_best
 
 
 @triton.jit
-def run_keys(i, total, item, SIZE: tl.constexpr):
-    """Pointers to the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
+def run_keys(i, total, item, SIZE: tl.constexpr, GEOMETRY: tl.constexpr):
+    """The `KeyRows` of the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
     runs = level_runs(item.scratch, 0)
     positions = tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
-    return key_rows(item.keys, positions, i < total)
+    return key_rows(item.keys, positions, i < total, GEOMETRY)
 
 
 @triton.jit
@@ -30,12 +30,12 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     queries = load_queries(item.queries, 0, GEOMETRY, TILING)
     begin = tl.program_id(0) % TILING.search_programs * TILING.keys
     i = tl.arange(0, TILING.keys)
-    rows = run_keys(begin + i, total, item, SIZE)
+    rows = run_keys(begin + i, total, item, SIZE, GEOMETRY)
     for start in range(begin, total, STEP):
         there = start + i < total
-        k_tile = load_keys(rows, there, GEOMETRY)  # [KEYS, DIM]
+        k_tile = load_keys(rows, there, GEOMETRY)
         # What is next is looked up while these are on their way.
-        rows = run_keys(start + STEP + i, total, item, SIZE)
+        rows = run_keys(start + STEP + i, total, item, SIZE, GEOMETRY)
         best = score_blocks(queries, item.queries, k_tile, there, GEOMETRY, TILING)
         block = start // WIDTH + tl.arange(0, BLOCKS)
         tl.store(item.scratch.block_scores + block, best, mask=block < total // WIDTH)  # [BLOCKS]

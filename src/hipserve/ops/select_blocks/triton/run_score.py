@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton.tiles import load_tile
+from hipserve.ops.select_blocks.triton.codes import load_run_query_code, run_code_scores
 from hipserve.ops.select_blocks.triton.queries import load_baseline, load_rows
 
 
@@ -25,11 +26,23 @@ class RunQueries(NamedTuple):
     """`[ROWS]`."""
 
 
+class SummaryRows(NamedTuple):
+    """Pointers `[RUNS]` to the means of some runs; deviations lie a side behind them."""
+
+    summaries: Any
+    scales: Any
+    """Those of coded summaries."""
+
+
 class Summaries(NamedTuple):
-    """A tile of summaries, `[RUNS, DIM]` both."""
+    """A tile of summaries."""
 
     mean: Any
     deviation: Any
+    """`[RUNS, DIM]`, or `[RUNS, WIDTH]` int8."""
+    mean_scale: Any
+    deviation_scale: Any
+    """`[RUNS]` float32, of coded summaries."""
 
 
 @triton.jit
@@ -40,25 +53,48 @@ def reach_out(rows, REACH: tl.constexpr):
 
 @triton.jit
 def load_run_queries(queries, tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """The `RunQueries` of tile number `tile`."""
-    rows, _ = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM]
-    reached = reach_out(rows, GEOMETRY.options.bound_reach)
-    return RunQueries(rows, reached, load_baseline(queries, tile, TILING))
+    """The `RunQueries` of tile number `tile`; the `RunQueryCode` beside coded summaries."""
+    baseline = load_baseline(queries, tile, TILING)
+    if GEOMETRY.spec.code_bits < 16:
+        return load_run_query_code(queries.codes, baseline, tile, GEOMETRY, TILING)
+    else:
+        rows, _ = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM]
+        return RunQueries(rows, reach_out(rows, GEOMETRY.reach), baseline)
 
 
 @triton.jit
-def load_summaries(at, side_stride, there, GEOMETRY: tl.constexpr):
-    """The `Summaries` at the pointers `at` `[RUNS]`, zeros where not `there`."""
-    mean = load_tile(at, there, GEOMETRY.head_dim, GEOMETRY.dim)  # [RUNS, DIM]
-    deviation = load_tile(at + side_stride, there, GEOMETRY.head_dim, GEOMETRY.dim)  # [RUNS, DIM]
-    return Summaries(mean, deviation)
+def load_summaries(rows, bounds, there, GEOMETRY: tl.constexpr):
+    """The `Summaries` of `SummaryRows` of `bounds`, zeros where not `there`."""
+    at, next_at = rows.summaries, rows.summaries + bounds.strides.side
+    DIM: tl.constexpr = GEOMETRY.head_dim
+    if GEOMETRY.spec.code_bits < 16:
+        mean = load_tile(at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
+        deviation = load_tile(next_at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
+        mean_scale = tl.load(rows.scales, mask=there, other=0.0).to(tl.float32)  # [RUNS]
+        side = rows.scales + bounds.scale_strides.side
+        deviation_scale = tl.load(side, mask=there, other=0.0).to(tl.float32)  # [RUNS]
+    else:
+        mean = load_tile(at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
+        deviation = load_tile(next_at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
+        mean_scale, deviation_scale = there, there
+    return Summaries(mean, deviation, mean_scale, deviation_scale)
+
+
+@triton.jit
+def products(summaries, q, GEOMETRY: tl.constexpr):
+    """`[RUNS, ROWS]`: q.mean + reach |q|.deviation."""
+    if GEOMETRY.spec.code_bits < 16:
+        return run_code_scores(summaries, q)
+    else:
+        s = tl.dot(summaries.mean, tl.trans(q.rows), input_precision="ieee")
+        return tl.dot(summaries.deviation, tl.trans(q.reached), s, input_precision="ieee")
 
 
 @triton.jit
 def score_runs(first, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`[RUNS]`: the maximum over rows of q.mean + REACH |q|.deviation - baseline.
+    """`[RUNS]`: the maximum over rows of q.mean + reach |q|.deviation - baseline.
 
-    first: the `RunQueries` of tile 0; mostly there is no other.
+    first: the rows of tile 0, ready for summaries; mostly there is no other.
     """
     best = tl.full([summaries.mean.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
@@ -66,7 +102,6 @@ def score_runs(first, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.con
         q = first
         if TILES > 1:
             q = load_run_queries(queries, tile, GEOMETRY, TILING)
-        s = tl.dot(summaries.mean, tl.trans(q.rows), input_precision="ieee")
-        s = tl.dot(summaries.deviation, tl.trans(q.reached), s, input_precision="ieee")
-        best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))  # s: [RUNS, ROWS]
+        s = products(summaries, q, GEOMETRY)
+        best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
     return best

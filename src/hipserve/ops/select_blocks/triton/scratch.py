@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
+from hipserve.ops.select_blocks.triton.codes import SIDES, QueryCodes
+
 if TYPE_CHECKING:
     from hipserve.ops.select_blocks.triton.geometry import Geometry
     from hipserve.ops.select_blocks.triton.tiling import Tiling
@@ -36,15 +38,21 @@ class ScratchSizes(NamedTuple):
     lists: int
     baselines: int
     arrivals: int
+    query_codes: int
+    query_scales: int
 
 
 def scratch_sizes(geometry: Geometry, tiling: Tiling) -> ScratchSizes:
-    """What a query block and head needs."""
+    """What a query block and head needs; every program that looks for baselines codes rows."""
+    coded = geometry.spec.code_bits < 16
+    coded_rows = tiling.baseline_programs * tiling.rows * tiling.row_tiles if coded else 0
     return ScratchSizes(
         scores=NUM_SCORES.value * geometry.score_size,
         lists=NUM_LISTS.value * geometry.list_size,
         baselines=tiling.baseline_programs * tiling.rows * tiling.row_tiles,
         arrivals=1,
+        query_codes=coded_rows * SIDES.value * geometry.query_width // 4,
+        query_scales=coded_rows * SIDES.value,
     )
 
 
@@ -93,3 +101,11 @@ def level_scores(scratch, LEVEL: tl.constexpr):
 def level_runs(scratch, LEVEL: tl.constexpr):
     """Pointer to the kept runs of a level, ascending."""
     return scratch.odd_runs if LEVEL % 2 == 1 else scratch.even_runs
+
+
+@triton.jit
+def query_codes_of(numbers, scales, row, part, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """The `QueryCodes` that program `part` of a row of scratch memory wrote."""
+    ROWS: tl.constexpr = TILING.rows * TILING.row_tiles * SIDES
+    first = row * TILING.baseline_programs + part
+    return QueryCodes(numbers + first * ROWS * GEOMETRY.query_width, scales + first * ROWS)

@@ -114,7 +114,8 @@ def score_halves(
         block = representative(left, right, GEOMETRY)
         block = tl.minimum(tl.maximum(block, first), end - 1)
         positions, there = block * SIZE + i % SIZE, c < 2 * BEAM
-        k_tile = load_keys(key_rows(item.keys, positions, there), there, GEOMETRY)  # [KEYS, DIM]
+        rows = key_rows(item.keys, positions, there, GEOMETRY)
+        k_tile = load_keys(rows, there, GEOMETRY)
         best = score_blocks(queries, item.queries, k_tile, there, GEOMETRY, TILING)  # [BLOCKS]
         c = start + tl.arange(0, BLOCKS)
         left, right = halves(c, item.scratch, 2 * BEAM)

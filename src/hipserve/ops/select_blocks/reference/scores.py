@@ -1,0 +1,99 @@
+"""Scores of query rows with keys and with runs of keys, from an index of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, encode, rotate, rotation_size, unpack
+from hipserve.types import KeyIndex
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedKeys:
+    """The index of one sequence's keys.
+
+    Attributes:
+        index: of all pages.
+        pages: `[max_pages]` int64, the pages of the sequence.
+    """
+
+    index: KeyIndex
+    pages: Tensor
+
+    def locate(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Page and slot of the positions `keys` `[heads, count]`, like it."""
+        page_size = self.index.page_size
+        return self.pages[keys // page_size], keys % page_size
+
+
+class Scores:
+    """Exact scores: codes are the keys themselves."""
+
+    def __init__(self, rows: Tensor, keys: IndexedKeys) -> None:
+        """rows: `[heads, rows, head_dim]`."""
+        self.keys, self.index, self.dtype = keys, keys.index, rows.dtype
+        group = rows.shape[0] // keys.index.num_kv_heads
+        self.kv_heads = torch.arange(rows.shape[0], device=rows.device)[:, None] // group
+        self.rows = rows if rows.dtype == torch.float64 else rows.float()
+
+    def of_keys(self, keys: Tensor) -> Tensor:
+        """`[heads, rows, count]`: q.k of each row with `keys` `[heads, count]`."""
+        return (
+            self.rows
+            @ self.index.codes[*self.keys.locate(keys), self.kv_heads].to(self.rows.dtype).mT
+        )
+
+    def of_runs(self, page: Tensor, run: Tensor, reach: float) -> Tensor:
+        """`[heads, rows, count]`: a score of each run from its summary; page, run `[heads, count]`.
+
+        q.mean + reach * |q|.deviation: what a key scores that lies so many deviations from the mean
+        in every channel, on the side that is good for q. The rows are weighted in their own dtype.
+        """
+        assert self.index.summaries is not None
+        summaries = self.index.summaries[page, run, self.kv_heads]
+        mean, deviation = summaries.to(self.rows.dtype).unbind(2)
+        reached = (reach * self.rows.abs()).to(self.dtype).to(self.rows.dtype)
+        return self.rows @ mean.mT + reached @ deviation.mT
+
+
+class CodeScores(Scores):
+    """Scores of short codes: sums of products of integers, times scales.
+
+    Everything is exact in float32 but the sum of a run's two parts, which rounds once: every
+    backend finds the same scores.
+    """
+
+    def __init__(self, rows: Tensor, keys: IndexedKeys) -> None:
+        """rows: `[heads, rows, head_dim]`."""
+        super().__init__(rows.float(), keys)
+        self.plain, self.rotated = encode(rows, QUERY_BITS), encode(rotate(rows), QUERY_BITS)
+
+    def of_keys(self, keys: Tensor) -> Tensor:
+        """`[heads, rows, count]`: as of exact keys."""
+        index, at = self.index, (*self.keys.locate(keys), self.kv_heads)
+        assert index.code_scales is not None
+        sums = self.rotated.numbers @ unpack(index.codes[at], index.code_bits).mT
+        scale = self.rotated.scales / rotation_size(self.rows.shape[2])
+        return scale[..., None] * (index.code_scales[at].float()[:, None] * sums)
+
+    def of_runs(self, page: Tensor, run: Tensor, reach: float) -> Tensor:
+        """`[heads, rows, count]`: as of exact summaries."""
+        index, at = self.index, (page, run, self.kv_heads)
+        assert index.summaries is not None
+        assert index.summary_scales is not None
+        mean, deviation = index.summaries[at].float().unbind(2)
+        scales = index.summary_scales[at].float()[:, None]
+        steps = round(reach * REACH_STEPS)
+        reached = torch.floor((steps * self.plain.numbers.abs() + REACH_STEPS // 2) / REACH_STEPS)
+        near = scales[..., 0] * (self.plain.numbers @ mean.mT)
+        far = scales[..., 1] * (reached @ deviation.mT)
+        return self.plain.scales[..., None] * (near + far)
+
+
+def scores_of(rows: Tensor, keys: IndexedKeys) -> Scores:
+    """rows: `[heads, rows, head_dim]`."""
+    kind = Scores if keys.index.code_scales is None else CodeScores
+    return kind(rows, keys)
