@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hipserve import HiPConfig, platform
-from hipserve.plan import bound_offsets
+from hipserve.ops import build_index
 from hipserve.platform import interpreting, triton_library
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +72,8 @@ class Nothing:
 def test_kernels_that_compile_for_minutes_are_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hipserve.ops.select_blocks.spec import SearchInputs, search_spec
+    from hipserve.ops.select_blocks.operator import search_inputs
+    from hipserve.ops.select_blocks.spec import search_spec
     from hipserve.ops.select_blocks.triton import launch
 
     for kernel in ("baseline_kernel", "search_kernel"):
@@ -80,9 +81,9 @@ def test_kernels_that_compile_for_minutes_are_announced(
     for budget in (4096, 65536):
         config = HiPConfig(budget=budget)
         q, pages = torch.zeros(1, 4, 64), torch.zeros(1, 256, 2, 64)
-        bounds = torch.zeros(1, bound_offsets(256, 16)[-1], 2, 2, 64)
+        index = build_index(pages, backend="reference")
         table, blocks = torch.zeros(1, 4096, dtype=torch.int32), torch.zeros(1, 4).int()
-        inputs = SearchInputs(q, pages, bounds, table, blocks, blocks[:, 0])
+        inputs = search_inputs(q, index, table, blocks, blocks[:, 0], config=config)
         launch.select_blocks(inputs, search_spec(config))
     assert [record.getMessage().split("(")[1].split(",")[0] for record in caplog.records] == [
         "budget=65536"

@@ -76,7 +76,7 @@ def _table(report: PerplexityReport) -> Table:
     table = Table()
     for heading in (*fixed, *domains):
         table.add_column(heading)
-    table.title, table.caption = title, f"intervals over {report.unit}"
+    table.title, table.caption = title, _about_intervals(report)
     for name, nll in report.results.items():
         table.add_row(name, *_cells(nll))
     return table
@@ -95,9 +95,15 @@ def _cells(nll: Fidelity) -> list[str]:
 
 
 def _change(nll: Fidelity) -> str:
+    return f"{nll.interval[0]:+.2%} to {nll.interval[1]:+.2%}" if nll.interval else "-"
+
+
+def _about_intervals(report: PerplexityReport) -> str:
+    """What the intervals rest on, or why there are none."""
     from hipserve.lab.intervals import MIN_VALUES
     from hipserve.lab.quality.fidelity import PIECE
 
-    if nll.interval is None:
-        return f"needs {MIN_VALUES} pieces of {PIECE:,} tokens, has {nll.pieces}"
-    return f"{nll.interval[0]:+.2%} to {nll.interval[1]:+.2%}"
+    pieces = min(nll.pieces for nll in report.results.values())
+    if any(nll.interval for nll in report.results.values()):
+        return f"intervals over {report.unit}"
+    return f"an interval needs {MIN_VALUES} pieces of {PIECE:,} tokens, this text has {pieces}"
