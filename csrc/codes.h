@@ -6,6 +6,7 @@ namespace hipserve {
 namespace HIPSERVE_TIER {
 
 constexpr int kSummaryBits = 8, kQueryBits = 8;
+constexpr int kTurnedBits = 14;  // as TURNED_BITS in ops/codes.py
 constexpr int kReachSteps = 64;  // as REACH_STEPS in ops/codes.py
 
 // Channels that are rotated together: the greatest power of two that divides n.
@@ -32,7 +33,7 @@ static inline void rotate(float* x, int64_t n) {
 
 // Rounds up to a power of two, or to 4 significant bits where codes are short.
 static inline float round_scale(float scale, int bits) {
-  const uint32_t below = (1u << (bits == 8 ? 23 : 20)) - 1;
+  const uint32_t below = (1u << (bits == 4 ? 20 : 23)) - 1;
   uint32_t x;
   memcpy(&x, &scale, 4);
   x = (x + below) & ~below;
@@ -46,8 +47,8 @@ static inline vi floor_of(vf x) {
   return whole + (__builtin_convertvector(whole, vf) > x);
 }
 
-// Writes integers of `bits` bits and returns their scale: x is about scale * numbers.
-static inline float encode(const float* x, int64_t n, int bits, int8_t* numbers) {
+// Replaces x by integers of `bits` bits and returns their scale: x was about scale * integers.
+static inline float to_integers(float* x, int64_t n, int bits) {
   const int limit = (1 << (bits - 1)) - 1;
   vf top = splat(0.f);
   for (int64_t c = 0; c < n; c += kLanes) top = maximum(maximum(load(x + c), -load(x + c)), top);
@@ -57,8 +58,16 @@ static inline float encode(const float* x, int64_t n, int bits, int8_t* numbers)
     vi nearest = floor_of(load(x + c) / divisor + 0.5f);
     nearest = nearest > limit ? vi{} + limit : nearest;
     nearest = nearest < -limit ? vi{} - limit : nearest;
-    *(vbytes*)(numbers + c) = __builtin_convertvector(nearest, vbytes);
+    store(x + c, __builtin_convertvector(nearest, vf));
   }
+  return scale;
+}
+
+// Writes integers of at most 8 bits and returns their scale; they are left in x as well.
+static inline float encode(float* x, int64_t n, int bits, int8_t* numbers) {
+  const float scale = to_integers(x, n, bits);
+  for (int64_t c = 0; c < n; c += kLanes)
+    *(vbytes*)(numbers + c) = __builtin_convertvector(load(x + c), vbytes);
   return scale;
 }
 

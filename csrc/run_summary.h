@@ -29,8 +29,8 @@ template <class K> struct SummaryRows {
         codes(index.summaries, page, head),
         scales(index.summary_scales, page, head) {}
 
-  // moments: both sides of n floats each.
-  void put(int64_t run, const float* moments, int64_t n) const {
+  // moments: both sides of n floats each; codes leave their integers there.
+  void put(int64_t run, float* moments, int64_t n) const {
     if (scales.data) {
       for (int side = 0; side < 2; ++side)
         from_float(encode(moments + side * n, n, kSummaryBits, codes[run] + side * n),

@@ -92,8 +92,9 @@ template <int kBits> class CodedKeys {
     queries.fill(num_sampled(call_, block), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
       query_floats(call_, block, head, r, x);
+      const float scale = to_integers(x, n, kTurnedBits) / (float)rotation_size(n);
       rotate(x, n);
-      return encode(x, n, kQueryBits, numbers) / (float)rotation_size(n);
+      return scale * encode(x, n, kQueryBits, numbers);
     });
   }
 

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 SUMMARY_BITS = QUERY_BITS = 8
+TURNED_BITS = 14
+"""Query rows are rotated as integers of so many bits: their sums are exact in any order, and a
+tensor core can make them."""
 REACH_STEPS = 64
 """Beside short codes, `bound_reach` is rounded to one of so many steps: integers stay integers."""
 
@@ -51,6 +54,14 @@ def rotate(x: Tensor) -> Tensor:
     return rows
 
 
+def encode_rotated(x: Tensor) -> Code:
+    """Codes of query rows x `[..., n]` that meet codes of keys: rotated, and divided by the size of
+    the rotation."""
+    exact = encode(x, TURNED_BITS)
+    turned = encode(rotate(exact.numbers), QUERY_BITS)
+    return Code(turned.numbers, exact.scales / rotation_size(x.shape[-1]) * turned.scales)
+
+
 def encode(x: Tensor, bits: int) -> Code:
     """Codes of x `[..., n]`."""
     x, limit = x.float(), 2 ** (bits - 1) - 1
@@ -60,11 +71,11 @@ def encode(x: Tensor, bits: int) -> Code:
 
 
 def round_scale(scales: Tensor, bits: int) -> Tensor:
-    """Rounds float32 `[...]` up, to a power of two, or to 4 significant bits where codes are short.
+    """Rounds float32 `[...]` up, to a power of two, or to 4 significant bits for codes of 4 bits.
 
     Both are numbers of bfloat16.
     """
-    below = (1 << (23 if bits == 8 else 20)) - 1
+    below = (1 << (20 if bits == 4 else 23)) - 1
     return ((scales.view(torch.int32) + below) & ~below).view(torch.float32)
 
 

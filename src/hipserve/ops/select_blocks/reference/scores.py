@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, encode, rotate, rotation_size, unpack
+from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, encode, encode_rotated, unpack
 from hipserve.types import KeyIndex
 
 
@@ -69,15 +69,15 @@ class CodeScores(Scores):
     def __init__(self, rows: Tensor, keys: IndexedKeys) -> None:
         """rows: `[heads, rows, head_dim]`."""
         super().__init__(rows.float(), keys)
-        self.plain, self.rotated = encode(rows, QUERY_BITS), encode(rotate(rows), QUERY_BITS)
+        self.plain, self.rotated = encode(rows, QUERY_BITS), encode_rotated(rows)
 
     def of_keys(self, keys: Tensor) -> Tensor:
         """`[heads, rows, count]`: as of exact keys."""
         index, at = self.index, (*self.keys.locate(keys), self.kv_heads)
         assert index.code_scales is not None
         sums = self.rotated.numbers @ unpack(index.codes[at], index.code_bits).mT
-        scale = self.rotated.scales / rotation_size(self.rows.shape[2])
-        return scale[..., None] * (index.code_scales[at].float()[:, None] * sums)
+        scale = self.rotated.scales[..., None]
+        return scale * (index.code_scales[at].float()[:, None] * sums)
 
     def of_runs(self, page: Tensor, run: Tensor, reach: float) -> Tensor:
         """`[heads, rows, count]`: as of exact summaries."""

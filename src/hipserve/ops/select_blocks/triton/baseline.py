@@ -8,6 +8,7 @@ import triton.language as tl
 from hipserve.ops.select_blocks.triton.codes import (
     key_code_scores,
     load_query_code,
+    rotation_matrix,
     store_query_codes,
 )
 from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys
@@ -49,10 +50,11 @@ def store_baselines(queries, keys, begin, end, last, GEOMETRY: tl.constexpr, TIL
     for tile in tl.range(TILES, num_stages=1):
         q, valid = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM], [ROWS]
         if GEOMETRY.spec.code_bits < 16:
+            matrix = rotation_matrix(GEOMETRY)
             for first in tl.range(0, ROWS, 16, num_stages=1):
                 r = tile * ROWS + first + tl.arange(0, 16)
                 rows, _ = rows_at(queries, r, GEOMETRY)
-                store_query_codes(queries.codes, r, rows, GEOMETRY)
+                store_query_codes(queries.codes, r, rows, matrix, GEOMETRY)
             tl.debug_barrier()
             q = load_query_code(queries.codes, valid, tile, GEOMETRY, TILING)
         if GEOMETRY.spec.relative_scores:

@@ -11,14 +11,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hipserve.ops._triton.codes import encode, rotate
+from hipserve.ops._triton.codes import (
+    encode,
+    hadamard,
+    high_nibbles,
+    low_nibbles,
+    rotate,
+    rotate_integers,
+)
 from hipserve.ops._triton.pages import CacheStrides, SummaryStrides
-from hipserve.ops.codes import QUERY_BITS, REACH_STEPS
+from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, TURNED_BITS
 
 SIDES = tl.constexpr(3)
 """Codes of a query row: of the rotated row, which meets keys; of the row itself, which meets means;
 of `bound_reach` times its size, which meets deviations."""
-BITS = tl.constexpr(QUERY_BITS)
+BITS, TURNED = tl.constexpr(QUERY_BITS), tl.constexpr(TURNED_BITS)
 STEPS = tl.constexpr(REACH_STEPS)
 
 
@@ -91,8 +98,17 @@ def coded_runs(start, strides, scales, scale_strides, kv_head, table, page_size)
 
 
 @triton.jit
-def store_query_codes(codes, r, rows, GEOMETRY: tl.constexpr):
-    """Codes the r-th sampled rows, `[n, DIM]`."""
+def rotation_matrix(GEOMETRY: tl.constexpr):
+    """`[DIM, DIM]` of a rotation by tensor cores, or `[16]` of nothing where it would not fit."""
+    if GEOMETRY.turns_by_matrix:
+        return hadamard(GEOMETRY.head_dim, GEOMETRY.dim)
+    else:
+        return tl.arange(0, 16)
+
+
+@triton.jit
+def store_query_codes(codes, r, rows, matrix, GEOMETRY: tl.constexpr):
+    """Codes the r-th sampled rows, `[n, DIM]`; `matrix`: as `rotation_matrix` makes it."""
     WIDTH: tl.constexpr = GEOMETRY.query_width
     row, d = rows.to(tl.float32), tl.arange(0, GEOMETRY.dim)
     at = codes.numbers + r[:, None] * (SIDES * WIDTH) + d[None, :]
@@ -102,12 +118,16 @@ def store_query_codes(codes, r, rows, GEOMETRY: tl.constexpr):
     tl.store(at + WIDTH, plain.numbers.to(tl.int8))
     tl.store(at + 2 * WIDTH, reached.to(tl.int8))
     tl.store(scale_at + 1, plain.scale)
-    rotated = encode(rotate(row, GEOMETRY.head_dim, GEOMETRY.dim), BITS)
+    exact = encode(row, TURNED)
+    if GEOMETRY.turns_by_matrix:
+        rotated = encode(rotate_integers(exact.numbers, matrix), BITS)
+    else:
+        rotated = encode(rotate(exact.numbers, GEOMETRY.head_dim, GEOMETRY.dim), BITS)
     SIZE: tl.constexpr = GEOMETRY.head_dim & -GEOMETRY.head_dim
     if GEOMETRY.spec.code_bits == 4:  # even channels first, then the odd ones
         at += (d // 2 + d % 2 * (WIDTH // 2) - d)[None, :]
     tl.store(at, rotated.numbers.to(tl.int8))
-    tl.store(scale_at, rotated.scale / SIZE)
+    tl.store(scale_at, exact.scale / SIZE * rotated.scale)
     tl.store(scale_at + 2, tl.sum(rotated.numbers, axis=1))
 
 
@@ -156,8 +176,8 @@ def key_code_scores(codes, scales, q, GEOMETRY: tl.constexpr):
     """`[KEYS, ROWS]`: q.scale * (scales * sum of q n), n the integers in codes `[KEYS, WIDTH]`."""
     if GEOMETRY.spec.code_bits == 4:
         begin = tl.broadcast_to(q.begin[None, :], [codes.shape[0], q.begin.shape[0]])
-        sums = tl.dot(codes & 15, tl.trans(q.low), begin, out_dtype=tl.int32)
-        sums = tl.dot((codes >> 4) & 15, tl.trans(q.high), sums, out_dtype=tl.int32)
+        sums = tl.dot(low_nibbles(codes), tl.trans(q.low), begin, out_dtype=tl.int32)
+        sums = tl.dot(high_nibbles(codes), tl.trans(q.high), sums, out_dtype=tl.int32)
     else:
         sums = tl.dot(codes, tl.trans(q.low))
     return q.scale[None, :] * (scales[:, None] * sums.to(tl.float32))

@@ -80,6 +80,11 @@ class Geometry(Heads):
         return round(self.reach * REACH_STEPS)
 
     @property
+    def turns_by_matrix(self) -> bool:
+        """Query rows are rotated by a product on tensor cores: the matrix fits shared memory."""
+        return LEAST <= self.dim <= 128
+
+    @property
     def query_width(self) -> int:
         """Bytes of one side of a coded query row."""
         return max(self.dim, 2 * LEAST)
