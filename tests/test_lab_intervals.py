@@ -185,6 +185,17 @@ def test_planted_losses_are_found_and_equal_answers_accepted() -> None:
     assert judge(estimate_flips(enough), 0.02).decision == "same"
 
 
+def test_few_documents_of_many_questions_are_judged_and_single_questions_are_not() -> None:
+    """What is missing is counted in questions, as the units are."""
+    estimated = estimate_flips([[0] * 8, [0, -1, 0, 0, 0, 0, 0, 0], [0] * 8])
+    assert estimated.interval() is not None
+    more = judge(estimated, 0.02).more
+    assert more is not None
+    assert more > 0
+    assert estimate_flips([[0], [0], [-1]]).interval() is None
+    assert judge(estimate_flips([[0], [0], [-1]]), 0.02).more == 1
+
+
 def test_questions_of_a_document_count_by_their_design_effect() -> None:
     """Eight equal questions are one; independent ones are eight; one for each document is one."""
     rng = random.Random(0)

@@ -96,7 +96,7 @@ def estimate_flips(documents: Sequence[Sequence[int]]) -> Estimate:
     """Mean of answers gained (1), lost (-1) or as before (0), by question of each document.
 
     Bonett and Price's interval for paired proportions: half a gain and half a loss more than were
-    counted keep it honest where there are none; under `MIN_VALUES` documents there is no interval.
+    counted keep it honest where there are none; under `MIN_VALUES` questions there is no interval.
     Questions about one document count less by their design effect, which is taken to be at least
     that of a correlation of `CORRELATION`.
     """
@@ -106,7 +106,7 @@ def estimate_flips(documents: Sequence[Sequence[int]]) -> Estimate:
     effect = max(design_effect(documents), least)
     count = len(answers) / effect
     up, down = ((flips / effect + 1) / (count + 2) for flips in (gained, lost))
-    if len(documents) < MIN_VALUES:
+    if len(answers) < MIN_VALUES:
         return Estimate(up - down, None, len(answers), count)
     error = math.sqrt((up + down - (up - down) ** 2) / (count + 2))
     return Estimate(up - down, error, len(answers), count)
