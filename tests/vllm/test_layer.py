@@ -295,3 +295,14 @@ def test_what_measuring_graphs_takes_fits_beside_the_weights(
     scratch = scratch_bytes(8192, 64, 128, 2, HiPConfig())
     assert weights * GIB + taken + scratch <= 0.92 * memory
     assert block_size.largest(token, 0, memory) == 256
+
+
+@pytest.mark.parametrize("code_bits", [16, 8, 4])
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_index_of_blocks_is_counted_with_codes_too(size: int, code_bits: int) -> None:
+    heads = 256
+    token = 2 * heads * 128 * 2
+    form = IndexForm(16, code_bits)
+    layout = kv_block.BlockLayout(size, heads, 128, torch.bfloat16, form)
+    taken = block_size.measuring_bytes(token, 8, size, code_bits)
+    assert layout.padded_bytes * 8 <= taken <= 1.03 * layout.padded_bytes * 8

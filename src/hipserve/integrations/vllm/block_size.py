@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hipserve.integrations.vllm.settings import BLOCK_SIZE
+from hipserve.integrations.vllm.settings import BLOCK_SIZE, hip_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,8 +19,9 @@ SIZES = (BLOCK_SIZE, 128, 64, 32, 16)
 PROFILE_SHARE = 8
 """The cache that graphs are measured with takes up to one part in so many of the card."""
 
-INDEX_BYTES = 1.09
-"""Maximum ratio of the bytes of a block with its index and without: with 64 tokens."""
+INDEX_BYTES = {16: 1.09, 8: 1.31, 4: 1.19}
+"""Maximum ratio of the bytes of a block with its index and without, by bits of a code: with 64
+tokens."""
 
 
 def of_engine(vllm_config: VllmConfig, memory: int) -> int:
@@ -31,25 +32,27 @@ def of_engine(vllm_config: VllmConfig, memory: int) -> int:
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     if vllm_config.cache_config.kv_cache_memory_bytes:  # then vLLM measures nothing
         captured = 0
-    return largest(token, min(vllm_config.scheduler_config.max_num_seqs, captured), memory)
+    captured = min(vllm_config.scheduler_config.max_num_seqs, captured)
+    return largest(token, captured, memory, hip_config(vllm_config).code_bits)
 
 
-def largest(token_bytes: int, captured: int, memory: int) -> int:
+def largest(token_bytes: int, captured: int, memory: int, code_bits: int = 16) -> int:
     """The largest block size whose measuring cache fits.
 
     Args:
         token_bytes: keys and values of a token, of all layers of a GPU.
         captured: sequences of the largest graph.
         memory: bytes of the card.
+        code_bits: as in `HiPConfig`.
     """
     fits = (
         size
         for size in SIZES
-        if measuring_bytes(token_bytes, captured, size) <= memory / PROFILE_SHARE
+        if measuring_bytes(token_bytes, captured, size, code_bits) <= memory / PROFILE_SHARE
     )
     return next(fits, SIZES[-1])
 
 
-def measuring_bytes(token_bytes: int, captured: int, block_size: int) -> float:
+def measuring_bytes(token_bytes: int, captured: int, block_size: int, code_bits: int = 16) -> float:
     """Bytes of the cache that vLLM measures graphs with."""
-    return token_bytes * captured * block_size * INDEX_BYTES
+    return token_bytes * captured * block_size * INDEX_BYTES[code_bits]
