@@ -16,6 +16,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from hipserve.lab import FidelityReport
     from hipserve.lab.quality import retrieval
     from hipserve.models import LoadedModel
 
@@ -91,6 +92,18 @@ def choose_length(loaded: LoadedModel, length: int | None) -> int:
     length = min(LONG, loaded.max_context)
     say(f"length: {format_count(length)} tokens")
     return length
+
+
+def title_of(report: FidelityReport) -> str:
+    """Model, positions and documents, for above a table."""
+    span = f"{format_count(report.first)} to {format_count(report.length)}"
+    return f"{report.model}, positions {span}, {len(report.documents)} documents"
+
+
+def say_what_was_left_out(report: FidelityReport) -> None:
+    """Names the documents that are too short."""
+    for name in report.too_short:
+        say(f"left out, shorter than {report.length:,} tokens: {name}", style="yellow")
 
 
 def say_what_is_dense(

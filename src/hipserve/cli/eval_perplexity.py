@@ -17,9 +17,10 @@ from hipserve.cli.comparison import (
     choose_length,
     make_configs,
     say_what_is_dense,
+    say_what_was_left_out,
+    title_of,
 )
-from hipserve.cli.numbers import format_count
-from hipserve.cli.output import err, result_json, say, show
+from hipserve.cli.output import err, result_json, show
 
 if TYPE_CHECKING:
     from hipserve.lab import PerplexityReport
@@ -59,8 +60,7 @@ def perplexity(
             first=first,
             progress=lambda document, name: status.update(f"{document} ({name})"),
         )
-    for name in report.too_short:
-        say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
+    say_what_was_left_out(report)
     say_what_is_dense(loaded, configs, length)
     if json:
         result_json(report.to_dict())
@@ -69,14 +69,12 @@ def perplexity(
 
 
 def _table(report: PerplexityReport) -> Table:
-    span = f"{format_count(report.first)} to {format_count(report.length)}"
-    title = f"{report.model}, positions {span}, {len(report.documents)} documents"
     domains = list(next(iter(report.results.values())).by_domain)
     fixed = ("attention", "nll", "change", "95 % interval", "KL", "same top-1", "perplexity")
     table = Table()
     for heading in (*fixed, *domains):
         table.add_column(heading)
-    table.title, table.caption = title, _about_intervals(report)
+    table.title, table.caption = title_of(report), _about_intervals(report)
     for name, nll in report.results.items():
         table.add_row(name, *_cells(nll))
     return table

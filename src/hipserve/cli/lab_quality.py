@@ -22,6 +22,8 @@ from hipserve.cli.comparison import (
     make_configs,
     parse_form,
     say_what_is_dense,
+    say_what_was_left_out,
+    title_of,
 )
 from hipserve.cli.numbers import format_count
 from hipserve.cli.output import err, result, result_json, say, show
@@ -81,10 +83,8 @@ def quality(
     base = options.make_config(config, preset, budget, selector)
     configs = make_configs(base, also, vary, no_dense)
     margins = _margins(margin)
-    names, chosen_form = (
-        [task.strip() for task in tasks.split(",") if task.strip()],
-        parse_form(form),
-    )
+    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    chosen_form = parse_form(form)
     from hipserve.lab import evaluate_fidelity, evaluate_retrieval, read_documents
     from hipserve.lab.quality.tasks import check_task
 
@@ -117,8 +117,7 @@ def quality(
             controls=True,
             progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
         )
-    for name in report.too_short:
-        say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
+    say_what_was_left_out(report)
     say_what_is_dense(loaded, configs, length)
     for warning in (*report.warnings, *answers.warnings):
         say(warning, style="yellow")
@@ -179,9 +178,7 @@ def _choose(documents: list[Document], which: str | None) -> list[Document]:
 
 
 def _table(report: FidelityReport) -> Table:
-    span = f"{format_count(report.first)} to {format_count(report.length)}"
-    title = f"{report.model}, positions {span}, {len(report.documents)} documents"
-    table = Table(title=title)
+    table = Table(title=title_of(report))
     for heading in ("attention", "nll", "change", "KL", "KL p99", "same top-1", "verdict"):
         table.add_column(heading)
     table.caption = f"95 % intervals over {report.unit}"
