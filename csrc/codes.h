@@ -31,7 +31,7 @@ static inline void rotate(float* x, int64_t n) {
       }
 }
 
-// Rounds up to a power of two, or to 4 significant bits where codes are short.
+// Rounds up to a power of two, or to 4 significant bits for codes of 4 bits.
 static inline float round_scale(float scale, int bits) {
   const uint32_t below = (1u << (bits == 4 ? 20 : 23)) - 1;
   uint32_t x;

@@ -89,7 +89,7 @@ def test_write_kv_and_build_index_are_lawful_operators(backend: str) -> None:
     k, slots = torch.randn(20, 2, 64), torch.arange(20)
     for code_bits in (16, 4):
         kv = case(CONFIG.replace(code_bits=code_bits)).kv.map(torch.nan_to_num)
-        pages, index = (kv.pool.k_cache, kv.pool.v_cache), writing._tensors_of(kv.index)
+        pages, index = (kv.pool.k_cache, kv.pool.v_cache), kv.index.parts
         operands = (k, k, *pages, slots, *index, 16, code_bits, backend)
         torch.library.opcheck(writing._write_operator, operands)
         torch.library.opcheck(writing._build_operator, (pages[0], 16, code_bits, backend))

@@ -81,11 +81,15 @@ class KeyIndex:
         """Runs of a page that have a summary."""
         return 0 if self.summaries is None else self.summaries.shape[1]
 
+    @property
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Short codes and their scales, summaries and theirs, `[num_pages, ...]` each or None."""
+        codes = None if self.code_scales is None else self.codes
+        return codes, self.code_scales, self.summaries, self.summary_scales
+
     def tensors(self) -> list[Tensor]:
-        """What an index holds beside the keys themselves, each `[num_pages, ...]`."""
-        coded = () if self.code_scales is None else (self.codes, self.code_scales)
-        held = (*coded, self.summaries, self.summary_scales)
-        return [x for x in held if x is not None]
+        """What an index holds beside the keys themselves: the `parts` `[num_pages, ...]` it has."""
+        return [x for x in self.parts if x is not None]
 
 
 @dataclass(frozen=True, slots=True)

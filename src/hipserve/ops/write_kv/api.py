@@ -60,16 +60,17 @@ def write_kv(
     """
     if check:
         _check(k, v, pool, index, slot_mapping)
+    index = index or KeyIndex(pool.k_cache)
     if torch.compiler.is_compiling():
         _write_operator(
             *(k, v, pool.k_cache, pool.v_cache, slot_mapping),
-            *_tensors_of(index),
-            run_size=index.run_size if index else 1,
-            code_bits=index.code_bits if index else 16,
+            *index.parts,
+            run_size=index.run_size,
+            code_bits=index.code_bits,
             backend=backend,
         )
     else:
-        _backend(backend, k).write_kv(k, v, pool, index or KeyIndex(pool.k_cache), slot_mapping)
+        _backend(backend, k).write_kv(k, v, pool, index, slot_mapping)
 
 
 def build_index(
@@ -131,14 +132,6 @@ def _check(
     checks.require(
         inside, "slot_mapping", f"slots from -1 to {slots - 1}", slot_mapping.tolist()[:8]
     )
-
-
-def _tensors_of(index: KeyIndex | None) -> tuple[Tensor | None, ...]:
-    """What `write_kv` changes of an index: short codes and their scales, summaries and theirs."""
-    if index is None:
-        return (None, None, None, None)
-    codes = None if index.code_scales is None else index.codes
-    return (codes, index.code_scales, index.summaries, index.summary_scales)
 
 
 @torch.library.custom_op(

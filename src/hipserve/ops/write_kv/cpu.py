@@ -13,17 +13,13 @@ from hipserve.types import KeyIndex, KeyPool
 def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping: Tensor) -> None:
     """See `hipserve.ops.write_kv`; k, v `[num_tokens, num_kv_heads, head_dim]`, slot_mapping
     `[num_tokens]`."""
-    codes = None if index.code_scales is None else index.codes
     torch.ops.hipserve_cpu.write_kv(
         k,
         v,
         pool.k_cache,
         pool.v_cache,
         slot_mapping,
-        codes,
-        index.code_scales,
-        index.summaries,
-        index.summary_scales,
+        *index.parts,
         index.run_size,
         index.code_bits,
     )
@@ -32,13 +28,9 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
 def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     """See `hipserve.ops.build_index`; k `[num_pages, page_size, num_kv_heads, head_dim]`."""
     index = IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).empty_like(k)
-    codes = None if index.code_scales is None else index.codes
     torch.ops.hipserve_cpu.build_index(
         k,
-        codes,
-        index.code_scales,
-        index.summaries,
-        index.summary_scales,
+        *index.parts,
         index.run_size,
         index.code_bits,
     )

@@ -83,15 +83,19 @@ class RunQueryCode(NamedTuple):
 def coded_keys(start, strides, scales, scale_strides, kv_head, table, page_size):
     """The `CodedRows` of the keys of a KV head."""
     strides, scale_strides = CacheStrides(*strides), CacheStrides(*scale_strides)
-    start += kv_head * strides.head
-    scales += kv_head * scale_strides.head
-    return CodedRows(start, strides, table, page_size, scales, scale_strides)
+    return coded_rows(start, strides, scales, scale_strides, kv_head, table, page_size)
 
 
 @triton.jit
 def coded_runs(start, strides, scales, scale_strides, kv_head, table, page_size):
     """The `CodedRows` of the summaries of a KV head."""
     strides, scale_strides = SummaryStrides(*strides), SummaryStrides(*scale_strides)
+    return coded_rows(start, strides, scales, scale_strides, kv_head, table, page_size)
+
+
+@triton.jit
+def coded_rows(start, strides, scales, scale_strides, kv_head, table, page_size):
+    """The `CodedRows` of a KV head, by records of strides."""
     start += kv_head * strides.head
     scales += kv_head * scale_strides.head
     return CodedRows(start, strides, table, page_size, scales, scale_strides)
