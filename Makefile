@@ -80,7 +80,7 @@ lint: .venv/dev
 fuzz: .venv/dev  ## 2,000 random configurations against float64
 	HIPSERVE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
 
-sanitize: .venv/dev  ## the native kernels under ASan and UBSan, every tier in turn
+sanitize: .venv/dev  ## the native kernels under ASan and UBSan, one tier after another
 	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DHIPSERVE_SANITIZE=ON \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build build/sanitize

@@ -40,7 +40,8 @@ Text = Annotated[
     typer.Option(
         parser=options.parse_path,
         metavar="FILE",
-        help="Text or .jsonl files; the Python language reference if left out. Repeatable.",
+        help="Text or .jsonl file, or @licenses or @sources: texts of this installation that "
+        "repeat themselves; the Python language reference if left out. Repeatable.",
     ),
 ]
 Also = Annotated[

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from hipserve.errors import ArgumentError, FitError
+from hipserve.errors import ArgumentError, FitError, did_you_mean
+from hipserve.lab import installed
 
 MAX_BYTES = 1 << 30
 """Maximum bytes of a text to measure on: a file may be endless."""
@@ -33,14 +34,32 @@ class Document:
 def read_documents(paths: Sequence[str | Path] = ()) -> list[Document]:
     """Documents of text files, and of `.jsonl` files with `text` and optionally `title`, `domain`.
 
-    Without a path: the Python language reference of this CPython (`pydoc_data.topics`).
+    `@licenses` and `@sources` are texts of this installation that repeat themselves
+    (`hipserve.lab.installed`); a file of that name is `./@licenses`. Without a path: the Python
+    language reference of this CPython (`pydoc_data.topics`).
 
     Raises:
-        ArgumentError: a file cannot be read, or a line holds no text.
+        ArgumentError: a file cannot be read, a line holds no text, or there is no such @ text.
     """
     if not paths:
         return [Document("pydoc_data.topics", "docs", language_reference())]
-    return [document for path in paths for document in _read(Path(path))]
+    return [document for path in paths for document in _documents(path)]
+
+
+def _documents(path: str | Path) -> list[Document]:
+    name = str(path)
+    if not name.startswith("@"):
+        return _read(Path(path))
+    known = {"@licenses": installed.licenses, "@sources": installed.sources}
+    if name not in known:
+        raise ArgumentError("file", " or ".join(known), name, did_you_mean(name, list(known)))
+    parts = [Document(f"{name} {i}", name[1:], text) for i, text in enumerate(known[name]())]
+    if not parts:
+        raise FitError(
+            f"{name}: what is installed here has less than {installed.PART:,} characters of them",
+            "give a file",
+        )
+    return parts
 
 
 def language_reference() -> str:

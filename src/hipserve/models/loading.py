@@ -67,6 +67,8 @@ class LoadedModel:
 
     def use(self, config: HiPConfig | None) -> None:
         """Switches to HiP attention with `config`, or with None to transformers' dense SDPA."""
+        if config:
+            register()
         self.model.set_attn_implementation("hip" if config else "sdpa")
         self.model.config.hip = config.to_dict() if config else None
 
