@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError, ConfigError, FitError, HipserveError
 from hipserve.lazy import loader as _loader
+from hipserve.offload import Offload
 
 if TYPE_CHECKING:
     from hipserve.attention.hip import hip_attention
@@ -22,6 +23,7 @@ __all__ = [
     "HiPCache",
     "HiPConfig",
     "HipserveError",
+    "Offload",
     "hip_attention",
     "register",
 ]

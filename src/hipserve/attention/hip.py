@@ -159,7 +159,12 @@ class WholeKeys:
     def index(self) -> KeyIndex:
         return build_index(self.k, **self.form._asdict(), backend=self.backend)
 
-    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+    def fetch(
+        self,
+        selection: BlockSelection | None,  # noqa: ARG002
+        layout: BatchLayout,  # noqa: ARG002
+        config: HiPConfig,  # noqa: ARG002
+    ) -> KeyPool:
         return KeyPool(self.k, self.v)
 
 

@@ -41,8 +41,14 @@ class LayerKeys(Protocol):
         """What a search reads; asked for only if something is searched."""
         ...
 
-    def fetch(self, selection: BlockSelection | None) -> KeyPool:
-        """Pages in which the chosen keys and values are present, and those that are always read."""
+    def fetch(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> KeyPool:
+        """Pages in which the chosen keys and values are present, and those that are always read.
+
+        `selection` has an entry for every query block of `layout`, and was made with `config`; None
+        for everything.
+        """
         ...
 
 
@@ -58,7 +64,12 @@ class HeldKeys:
     def append(self) -> None:
         """Nothing is left to write."""
 
-    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+    def fetch(
+        self,
+        selection: BlockSelection | None,  # noqa: ARG002
+        layout: BatchLayout,  # noqa: ARG002
+        config: HiPConfig,  # noqa: ARG002
+    ) -> KeyPool:
         return self.pool
 
 
@@ -159,7 +170,7 @@ class AttentionLayer:
         selected = time.perf_counter() if account else 0.0
         out, lse = attend_chosen(
             q,
-            keys.fetch(selection),
+            keys.fetch(selection, layout, self.config),
             layout,
             selection,
             config=self.config,

@@ -1,5 +1,7 @@
 """Where keys and values live."""
 
-from hipserve.cache.pages import PagedLayer
+from hipserve.cache.offload import OffloadedLayers
+from hipserve.cache.pages import MakeStore, PagedLayer
+from hipserve.cache.store import PageStore, ResidentPages
 
-__all__ = ["PagedLayer"]
+__all__ = ["MakeStore", "OffloadedLayers", "PageStore", "PagedLayer", "ResidentPages"]

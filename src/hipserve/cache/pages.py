@@ -4,76 +4,47 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hipserve.config import IndexForm
+from hipserve.cache.store import PageStore, ResidentPages, Write, ordinary_tensors
+from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
-from hipserve.ops import checks, write_kv
-from hipserve.ops.write_kv.layout import IndexLayout, Rows
+from hipserve.ops import checks
 from hipserve.plan import BatchLayout, runs_of_pages
-from hipserve.types import KeyIndex, KeyPool
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
-GROWTH = 0.25
-"""Minimum share by which a full pool grows: copies stay rare."""
+MakeStore = Callable[[int, IndexForm, Tensor], PageStore]
+"""Of a page size, what the index holds, and keys `[..., num_kv_heads, head_dim]`."""
 
 FEW_SLOTS = 64
 """Up to so many slots are computed one by one; more of them page by page."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Pages outlive the call that makes them: under `torch.inference_mode` they would be frozen."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **options: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **options)
-
-    return wrapped
-
-
-def empty_pages(
-    count: int, page_size: int, form: IndexForm, like: Tensor
-) -> tuple[KeyPool, KeyIndex]:
-    """Pages for keys `[..., num_kv_heads, head_dim]` with the dtype and device of `like`.
-
-    In memory a page holds one head after the other: a head reads its keys as one stretch, which
-    is twice as fast on a CPU as picking them out between those of the other heads.
-    """
-    heads, dim = like.shape[-2:]
-
-    def allocate(rows: Rows) -> Tensor:
-        shape = (count, heads, rows.count, *rows.shape)
-        return torch.empty(shape, dtype=rows.dtype, device=like.device).transpose(1, 2)
-
-    pool = KeyPool(*(allocate(Rows(page_size, (dim,), like.dtype)) for _ in range(2)))
-    layout = IndexLayout.of_pages(page_size, dim, like.dtype, form)
-    return pool, layout.index(pool.k_cache, allocate)
 
 
 class PagedLayer:
     """Keys and values of one layer, in pages that sequences own or share.
 
     A page is shared after sequences branch (beam search). A sequence that writes to a shared page
-    copies that page first. Nothing else is copied, except when the pool grows.
+    copies that page first. Nothing else is copied, except when the memory of the pages grows.
 
     Args:
         page_size: keys in a page.
         run_size: keys of the finest run with a summary; None keeps no summaries.
         code_bits: bits of a channel of a key's code; 16 keeps no codes beside the keys.
+        make_store: makes the memory of the pages with the first keys; by default on their device.
 
     Raises:
         ArgumentError: runs would straddle pages; later, keys that do not fit.
     """
 
     def __init__(
-        self, page_size: int = 256, run_size: int | None = 16, code_bits: int = 16
+        self,
+        page_size: int = 256,
+        run_size: int | None = 16,
+        code_bits: int = 16,
+        make_store: MakeStore = ResidentPages,
     ) -> None:
         checks.check_size("page_size", page_size)
         if run_size is not None:
@@ -81,7 +52,9 @@ class PagedLayer:
             checks.check_page_size(page_size, run_size, num_runs)
         self.page_size, self.form = page_size, IndexForm(run_size, code_bits)
         self.lengths: list[int] = []
-        self._pages: tuple[KeyPool, KeyIndex] | None = None
+        self._make_store = make_store
+        self._store: PageStore | None = None
+        self._device = torch.device("cpu")  # of the keys that are appended
         self._tables: list[list[int]] = []  # the pages of each sequence, in order
         self._owners: list[int] = []  # how many sequences hold each page
         self._block_table: Tensor | None = None  # the tables as a tensor, until they change
@@ -89,29 +62,46 @@ class PagedLayer:
     @property
     def pool(self) -> KeyPool:
         """The keys and values, once some were appended."""
-        return self._held()[0]
+        return self.store.pool
 
     @property
     def index(self) -> KeyIndex:
         """What a search reads of the same pages."""
-        return self._held()[1]
+        return self.store.index
 
-    def _held(self) -> tuple[KeyPool, KeyIndex]:
-        if self._pages is None:
+    @property
+    def store(self) -> PageStore:
+        """The memory of the pages, once some keys were appended."""
+        if self._store is None:
             raise RuntimeError("the layer holds no keys yet; append some first")
-        return self._pages
-
-    def _tensors(self) -> list[Tensor]:
-        """Keys, values and their index; those that exist."""
-        if self._pages is None:
-            return []
-        pool, index = self._pages
-        return [pool.k_cache, pool.v_cache, *index.tensors()]
+        return self._store
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and their index, used or reserved."""
-        return sum(x.nbytes for x in self._tensors())
+        return self.host_nbytes + self.device_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Those of them that are offloaded."""
+        return self._store.host_nbytes if self._store else 0
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those on the device of the keys."""
+        return self._store.device_nbytes if self._store else 0
+
+    def fetch(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> KeyPool:
+        """Keys and values in which the chosen ones are present, and those that are always read.
+
+        Args:
+            selection: made with `config`; None for everything.
+            layout: from this layer.
+            config: block sizes, sinks and window of the selection.
+        """
+        return self.store.fetch(selection, layout, config)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends k and v, `[batch, new, num_kv_heads, head_dim]` each.
@@ -125,12 +115,14 @@ class PagedLayer:
             self.lengths, self._tables = [0] * batch, [[] for _ in range(batch)]
         counts = [new] * batch if valid is None else valid.sum(1).tolist()
         self._reserve(k, counts)
-        slots = self._slots(counts, k.device)
+        lengths = zip(self._tables, self.lengths, counts, strict=True)
+        writes = [Write(table, begin, begin + count) for table, begin, count in lengths]
+        slots = self._slots(writes, k.device)
         if valid is None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
         else:
             k, v = k[valid], v[valid]
-        write_kv(k, v, self.pool, self.index, slots, check=False)
+        self.store.write(k, v, slots, writes)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def _check(self, k: Tensor) -> None:
@@ -138,10 +130,10 @@ class PagedLayer:
         if self.lengths and k.shape[0] != len(self.lengths):
             expected = f"the {len(self.lengths)} sequences that the cache holds"
             raise ArgumentError("batch", expected, str(k.shape[0]), "clear it or make a new one")
-        if self._pages is not None:
-            like = self.pool.k_cache
-            if (k.dtype, k.device, k.shape[2:]) != (like.dtype, like.device, like.shape[2:]):
-                expected = f"{like.dtype} on {like.device}, heads and head_dim {[*like.shape[2:]]}"
+        if self._store is not None:
+            like, device = self.pool.k_cache, self._device
+            if (k.dtype, k.device, k.shape[2:]) != (like.dtype, device, like.shape[2:]):
+                expected = f"{like.dtype} on {device}, heads and head_dim {[*like.shape[2:]]}"
                 got = f"{k.dtype} on {k.device}, {[*k.shape[2:]]}"
                 raise ArgumentError("k", f"{expected}, as the cache holds", got, "make a new cache")
 
@@ -150,8 +142,7 @@ class PagedLayer:
         if self._block_table is None:
             columns = max(1, *map(len, self._tables))
             rows = [[*table, *[0] * (columns - len(table))] for table in self._tables]
-            device = self.pool.k_cache.device
-            self._block_table = torch.tensor(rows, dtype=torch.int32, device=device)
+            self._block_table = torch.tensor(rows, dtype=torch.int32, device=self._device)
         return BatchLayout.of(self._block_table, self.lengths, query_lens)
 
     def truncate(self, count: int) -> None:
@@ -186,7 +177,7 @@ class PagedLayer:
         shared = [seq for seq, count in enumerate(counts) if count and self._shares(seq)]
         ends = [self._used(n + count) for n, count in zip(self.lengths, counts, strict=True)]
         missing = [end - len(table) for end, table in zip(ends, self._tables, strict=True)]
-        if self._pages is not None and not shared and not any(missing):
+        if self._store is not None and not shared and not any(missing):
             return
         free = self._take(len(shared) + sum(missing), k)
         for seq in shared:
@@ -201,50 +192,44 @@ class PagedLayer:
         return partial and self._owners[self._tables[seq][-1]] > 1
 
     def _take(self, count: int, k: Tensor) -> Iterator[int]:
-        """Pages without an owner; the pool grows if there are too few."""
+        """Pages without an owner; the memory grows if there are too few."""
         free = [page for page, owners in enumerate(self._owners) if not owners]
-        if len(free) < count or self._pages is None:
+        if len(free) < count or self._store is None:
             free += self._grow(k, count - len(free))
         for page in free[:count]:
             self._owners[page] = 1
         return iter(free[:count])
 
-    @ordinary_tensors
     def _copy_page(self, source: int, target: int) -> int:
         self._owners[source] -= 1
-        for pages in self._tensors():
-            pages[target] = pages[source]
+        self.store.copy(source, target)
         return target
 
-    @ordinary_tensors
     def _grow(self, k: Tensor, missing: int) -> range:
-        """Moves the pages to a larger pool; returns the new ones."""
+        """Makes room for more pages; returns the new ones."""
         held = len(self._owners)
-        pool = held + max(missing, int(held * GROWTH), 4096 // self.page_size)
-        held_pages = self._tensors()
-        self._pages = empty_pages(pool, self.page_size, self.form, k)
-        for new, old in zip(self._tensors(), held_pages, strict=False):
-            new[:held] = old
-        self._owners += [0] * (pool - held)
-        return range(held, pool)
+        if self._store is None:
+            self._store, self._device = self._make_store(self.page_size, self.form, k), k.device
+        count = self._store.grow(held, held + missing, k)
+        self._owners += [0] * (count - held)
+        return range(held, count)
 
-    def _slots(self, counts: list[int], device: torch.device) -> Tensor:
-        """`[sum of counts]` int64: where the next `counts` keys of every sequence go."""
+    def _slots(self, writes: Sequence[Write], device: torch.device) -> Tensor:
+        """`[num_tokens]` int64: where the keys of these writes go."""
         size = self.page_size
-        writes = list(zip(self._tables, self.lengths, counts, strict=True))
-        if sum(counts) <= FEW_SLOTS:
+        if sum(end - begin for _, begin, end in writes) <= FEW_SLOTS:
             slots = tuple(
                 table[position // size] * size + position % size
-                for table, begin, count in writes
-                for position in range(begin, begin + count)
+                for table, begin, end in writes
+                for position in range(begin, end)
             )
             return _few_slots(slots, device)
         inside = torch.arange(size, device=device)
         parts: list[Tensor] = []
-        for table, begin, count in writes:
-            pages = torch.tensor(table[begin // size : -(-(begin + count) // size)], device=device)
+        for table, begin, end in writes:
+            pages = torch.tensor(table[begin // size : -(-end // size)], device=device)
             every = (pages.long()[:, None] * size + inside).flatten()
-            parts.append(every.narrow(0, begin % size, count))
+            parts.append(every.narrow(0, begin % size, end - begin))
         return torch.cat(parts)
 
 

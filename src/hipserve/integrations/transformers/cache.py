@@ -11,10 +11,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hipserve.attention import Account, SelectionReuse
-from hipserve.cache import PagedLayer
+from hipserve.cache import MakeStore, OffloadedLayers, PagedLayer, ResidentPages
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
+from hipserve.offload import Offload
 from hipserve.plan import BatchLayout, bound_levels
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
@@ -56,9 +57,11 @@ class HiPCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, page_size: int, form: IndexForm) -> None:
+    def __init__(
+        self, page_size: int, form: IndexForm, make_store: MakeStore = ResidentPages
+    ) -> None:
         super().__init__()
-        self.pages = PagedLayer(page_size, *form)
+        self.pages = PagedLayer(page_size, *form, make_store)
         self.reuse, self.account = SelectionReuse(), Account()
         self.seen = 0
         self._fresh: tuple[Tensor, Tensor] | None = None
@@ -212,8 +215,10 @@ class PageKeys:
     def index(self) -> KeyIndex:
         return self.layer.pages.index
 
-    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
-        return self.layer.pages.pool
+    def fetch(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> KeyPool:
+        return self.layer.pages.fetch(selection, layout, config)
 
 
 def _unfinished() -> ArgumentError:
@@ -237,12 +242,17 @@ class HiPCache(Cache):
         config: the model's configuration; its sliding-window layers keep transformers' own cache.
         page_size: keys in a page; a multiple of 16 times `bound_block_size` serves the index
             best. 256 if None and runs fit, else 16 times `bound_block_size`.
+        offload: where keys and values are kept apart from the model; by default beside it. The
+            model's `config.hip` needs `code_bits` 4 or 8. Layers in `dense_layers` stay resident.
 
     Raises:
-        ArgumentError: runs would straddle such pages.
+        ArgumentError: runs would straddle such pages, or the search reads what is offloaded.
+        FitError: `offload` asks for more than there is.
     """
 
-    def __init__(self, config: Any, page_size: int | None = None) -> None:
+    def __init__(
+        self, config: Any, page_size: int | None = None, *, offload: Offload | None = None
+    ) -> None:
         if not hasattr(config, "get_text_config"):
             raise ArgumentError("config", "model.config", type(config).__name__)
         hip = config_of(config.get_text_config(decoder=True))
@@ -252,10 +262,16 @@ class HiPCache(Cache):
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
         self._step: tuple[int | None, int] | None = None  # tokens held and new at the last update
         own = DynamicCache(config=config).layers
+        paged = {i for i, layer in enumerate(own) if type(layer) is DynamicLayer}
+        moved = paged - {*hip.dense_layers} if offload else set[int]()
+        shared = OffloadedLayers(offload, len(moved), hip) if offload else None
+        stores: dict[int, MakeStore] = dict.fromkeys(moved, shared.make_store) if shared else {}
         super().__init__(
             layers=[
-                HiPCacheLayer(page_size, hip.index_form) if type(layer) is DynamicLayer else layer
-                for layer in own
+                HiPCacheLayer(page_size, hip.index_form, stores.get(i, ResidentPages))
+                if i in paged
+                else layer
+                for i, layer in enumerate(own)
             ]
         )
 
@@ -300,8 +316,18 @@ class HiPCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the pages of all layers."""
-        return sum(layer.pages.nbytes for layer in self._paged())
+        """Bytes held by the pages of all layers, those of the index included."""
+        return self.host_nbytes + self.device_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Those of them that are offloaded: in host memory or in a file."""
+        return sum(layer.pages.host_nbytes for layer in self._paged())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those beside the model."""
+        return sum(layer.pages.device_nbytes for layer in self._paged())
 
     def count_keys(self) -> tuple[float, float]:
         """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""

@@ -178,7 +178,12 @@ class BlockKeys:
             pool, index = self.pages.pool, self.pages.index
             write_kv(k, v, pool, index, self.step.slot_mapping, check=False)
 
-    def fetch(self, selection: BlockSelection | None) -> KeyPool:  # noqa: ARG002
+    def fetch(
+        self,
+        selection: BlockSelection | None,  # noqa: ARG002
+        layout: BatchLayout,  # noqa: ARG002
+        config: HiPConfig,  # noqa: ARG002
+    ) -> KeyPool:
         return self.pages.pool
 
 

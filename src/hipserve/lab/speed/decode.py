@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hipserve.attention import AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.cache.pages import empty_pages
+from hipserve.cache.store import empty_pages
 from hipserve.config import HiPConfig
 from hipserve.lab.speed.inputs import LayerShape, make_decode
 from hipserve.lab.speed.numerics import Check, check_rows, keys_read

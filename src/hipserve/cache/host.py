@@ -1,0 +1,119 @@
+"""Memory of the host for pages, its limits, and files that are mapped as such memory."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hipserve.errors import FitError
+from hipserve.offload import format_bytes
+
+OS_PAGE = mmap.PAGESIZE
+GRANULARITY = 2 * 2**20
+"""Bytes by which files and registrations grow at least."""
+
+
+class MappedFile:
+    """A file without a name that several stretches of memory are mapped to.
+
+    Args:
+        path: a file to make, whose name is free again at once, or a directory.
+        nbytes: its largest size; space is reserved later, as it is needed.
+
+    Raises:
+        FitError: the disk has less space than that, or the path cannot be written.
+    """
+
+    def __init__(self, path: str | Path, nbytes: int) -> None:
+        self.path, self.nbytes = Path(path), nbytes
+        try:
+            self._file = _nameless(self.path)
+            os.ftruncate(self._file, nbytes)
+        except OSError as error:
+            hint = "choose a path that does not exist yet, in a directory that may be written"
+            raise FitError(f"{path} cannot be made: {error.strerror}", hint) from error
+        free = shutil.disk_usage(self._folder).free
+        if nbytes > free:
+            needs = f"{format_bytes(nbytes)} for keys and values, and {format_bytes(free)} are free"
+            raise FitError(f"{self.path}: host_memory asks for {needs}")
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)  # mapped memory stays
+
+    def stretch(self, offset: int, nbytes: int) -> FileMemory:
+        """The bytes [offset, offset + nbytes) as memory; offset in steps of `GRANULARITY`."""
+        return FileMemory(self, self._file, offset, nbytes)
+
+
+def _nameless(path: Path) -> int:
+    """A descriptor of a new file that no name leads to."""
+    if path.is_dir():
+        name = tempfile.mkstemp(prefix="hipserve-", dir=path)
+        os.unlink(name[1])
+        return name[0]
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
+    return file
+
+
+class FileMemory:
+    """A stretch of a `MappedFile` as memory: what was written or read stays in memory while there
+    is room.
+
+    Attributes:
+        nbytes: of the stretch.
+        reserved: bytes from its start that have space on the disk; nothing else may be used.
+    """
+
+    def __init__(self, file: MappedFile, descriptor: int, offset: int, nbytes: int) -> None:
+        self.nbytes, self.reserved = nbytes, 0
+        self._file, self._descriptor, self._offset = file, descriptor, offset
+        self._map = mmap.mmap(descriptor, nbytes, offset=offset)
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)  # a fault reads what it needs, and nothing around
+
+    def tensor(self) -> Tensor:
+        """All bytes `[nbytes]` uint8, reserved or not."""
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes space on the disk for the first `nbytes` bytes.
+
+        Raises:
+            FitError: the disk is full; what was written stays readable.
+        """
+        end = min(-(-nbytes // GRANULARITY) * GRANULARITY, self.nbytes)
+        if end <= self.reserved or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._descriptor, self._offset + self.reserved, end - self.reserved)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else error.strerror
+            held = format_bytes(self.reserved)
+            raise FitError(
+                f"{self._file.path}: {reason} after {held} of this layer's keys and values",
+                "lower host_memory, or free space and try again",
+            ) from error
+        self.reserved = end
+
+    def will_need(self, ranges: list[tuple[int, int]]) -> None:
+        """Asks for the bytes [begin, end) of all ranges at once instead of one fault after the
+        other; returns before they are there."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for begin, end in ranges:
+            begin -= begin % OS_PAGE
+            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)

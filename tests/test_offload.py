@@ -1,0 +1,290 @@
+"""Offloaded keys and values: the same numbers as beside the model, bit for bit; named errors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from torch import Tensor
+
+from hipserve import ArgumentError, ConfigError, FitError, HiPCache, HiPConfig, Offload
+from hipserve.attention import AttentionLayer, SelectionReuse
+from hipserve.attention.crossover import rule_of
+from hipserve.cache import OffloadedLayers, PagedLayer
+from hipserve.cache.host import MappedFile
+from hipserve.cache.mapped import MappedPages
+from hipserve.offload import format_bytes, parse_bytes
+from hipserve.plan import BatchLayout
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
+from tiny_models import PRUNED, build, prompts
+
+CODED: dict[str, Any] = {"code_bits": 4, "rerank": 8}
+CONFIG = HiPConfig(
+    budget=64,
+    num_sink_tokens=16,
+    sliding_window=32,
+    query_block_size=16,
+    dense_below=0,
+    decode_dense_below=0,
+    **CODED,
+)
+HEADS, GROUP, DIM, PAGE = 2, 2, 32, 64
+
+
+@dataclass
+class Written:
+    """The keys of a `PagedLayer` as an attention layer takes them: appended already."""
+
+    pages: PagedLayer
+    query_lens: list[int]
+    fresh: None = None
+
+    def append(self) -> None:
+        """Done before."""
+
+    @property
+    def layout(self) -> BatchLayout:
+        return self.pages.layout(self.query_lens)
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.pages.index
+
+    def fetch(
+        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+    ) -> KeyPool:
+        return self.pages.fetch(selection, layout, config)
+
+
+def mapped(path: Path, nbytes: int | str = "64MiB", config: HiPConfig = CONFIG) -> PagedLayer:
+    layers = OffloadedLayers(Offload(nbytes, file=path), 1, config)
+    return PagedLayer(PAGE, *config.index_form, layers.make_store)
+
+
+def keys(batch: int, new: int) -> tuple[Tensor, Tensor]:
+    k, v = torch.randn(2, batch, new, HEADS, DIM)
+    return k, v
+
+
+def indexed(pages: PagedLayer, seq: int) -> list[Tensor]:
+    """What the index says about the keys of a sequence, and of their runs that are whole."""
+    length, table = pages.lengths[seq], pages.layout([1] * len(pages.lengths)).block_table[seq]
+    positions, runs = torch.arange(length), torch.arange(length // 16)
+    at = table[positions // PAGE].long(), positions % PAGE
+    of_run = table[runs * 16 // PAGE].long(), runs % (PAGE // 16)
+    index = pages.index
+    rows = [index.codes[at], index.code_scales[at], index.summaries[of_run]]  # type: ignore
+    return [*rows, index.summary_scales[of_run]]  # type: ignore[index]
+
+
+class OffloadedEqualsResident(RuleBasedStateMachine):
+    """Any history of a batch: what offloaded layers hold and return is what resident ones do."""
+
+    backend = "auto"
+
+    def make(self) -> PagedLayer:
+        raise NotImplementedError
+
+    @initialize(batch=st.integers(1, 3), interval=st.sampled_from([1, 4]))
+    def start(self, batch: int, interval: int) -> None:
+        torch.manual_seed(0)
+        self.config = CONFIG.replace(refresh_interval=interval)
+        self.resident = PagedLayer(PAGE, *CONFIG.index_form)
+        self.layers = [self.resident, self.make()]
+        self.reuse = [SelectionReuse(), SelectionReuse()]
+        self.batch = batch
+
+    @rule(new=st.sampled_from([1, 1, 1, 17, 150]))
+    def append(self, new: int) -> None:
+        k, v = keys(self.batch, new)
+        q = torch.randn(self.batch * new, HEADS * GROUP, DIM)
+        answers: list[tuple[Tensor, ...]] = []
+        for pages, reuse in zip(self.layers, self.reuse, strict=True):
+            pages.append(k, v)
+            layer = AttentionLayer(
+                self.config, rule_of(self.config, q, HEADS), selections=reuse, backend=self.backend
+            )
+            out = layer.forward(q, Written(pages, [new] * self.batch))
+            kept = reuse.selection
+            answers.append((*out, *((kept.indices, kept.window_start) if kept else ())))
+        for expected, got in zip(*answers, strict=True):
+            assert torch.equal(expected, got)
+        for seq in range(self.batch):
+            for expected, got in zip(*(indexed(p, seq) for p in self.layers), strict=True):
+                assert torch.equal(expected, got)
+
+    @precondition(lambda self: bool(self.resident.lengths))
+    @rule(data=st.data(), batch=st.integers(1, 4))
+    def branch(self, data: Any, batch: int) -> None:
+        order = [data.draw(st.integers(0, self.batch - 1)) for _ in range(batch)]
+        for pages, reuse in zip(self.layers, self.reuse, strict=True):
+            pages.reorder(torch.tensor(order))
+            reuse.reorder(torch.tensor(order))
+        self.batch = batch
+
+    @precondition(lambda self: bool(self.resident.lengths))
+    @rule(count=st.integers(1, 90))
+    def truncate(self, count: int) -> None:
+        for pages, reuse in zip(self.layers, self.reuse, strict=True):
+            pages.truncate(count)
+            reuse.clear()
+
+    @rule(batch=st.integers(1, 3))
+    def clear(self, batch: int) -> None:
+        for pages, reuse in zip(self.layers, self.reuse, strict=True):
+            pages.clear()
+            reuse.clear()
+        self.batch = batch
+
+
+def test_a_mapped_file_is_as_good_as_memory(tmp_path: Path) -> None:
+    class Machine(OffloadedEqualsResident):
+        def make(self) -> PagedLayer:
+            return mapped(tmp_path / "kv")
+
+    machine: Any = Machine.TestCase
+    machine.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+    machine("runTest").runTest()
+
+
+@pytest.mark.parametrize("option", [{}, {"num_beams": 3}, {"prefill_chunk_size": 48}])
+def test_a_model_answers_from_a_file_what_it_answers_from_memory(
+    tmp_path: Path, option: dict[str, Any]
+) -> None:
+    model = build("llama", {**PRUNED, **CODED})
+    ids, options = prompts(2), {"max_new_tokens": 12, "do_sample": False, **option}
+    resident = HiPCache(model.config)
+    offloaded = HiPCache(model.config, offload=Offload("96MiB", file=tmp_path))
+    expected = model.generate(ids, past_key_values=resident, **options)
+    assert torch.equal(model.generate(ids, past_key_values=offloaded, **options), expected)
+    assert offloaded.count_keys() == resident.count_keys()
+    assert offloaded.nbytes == offloaded.host_nbytes + offloaded.device_nbytes
+    assert resident.host_nbytes == 0 < offloaded.device_nbytes < resident.device_nbytes
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_are_never_pruned_stay_resident(tmp_path: Path) -> None:
+    model = build("llama", {**PRUNED, **CODED, "dense_layers": 1})
+    cache = HiPCache(model.config, offload=Offload("96MiB", file=tmp_path / "kv"))
+    model.generate(prompts(1), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert [layer.pages.host_nbytes > 0 for layer in cache.layers] == [False, True, True]
+
+
+class Asked:
+    """Memory that only notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def will_need(self, ranges: list[tuple[int, int]]) -> None:
+        self.ranges += ranges
+
+
+def test_what_a_decode_step_reads_is_asked_for_at_once(tmp_path: Path) -> None:
+    pages = mapped(tmp_path / "kv")
+    pages.append(*keys(1, 400))
+    store = pages.store
+    assert isinstance(store, MappedPages)
+    store._memory = asked = Asked()  # type: ignore[assignment]
+    indices = torch.tensor([[[3, 4, 9], [20, -1, -1]]], dtype=torch.int32)
+    layout = pages.layout([1])
+    pages.fetch(BlockSelection(indices, torch.tensor([352]).int()), layout, CONFIG)
+    read = torch.zeros(int(layout.block_table.max()) + 1, HEADS, 2, PAGE // 16, dtype=torch.bool)
+    row, table = 16 * DIM * 4, layout.block_table[0].tolist()
+    for begin, end in asked.ranges:
+        assert begin % row == end % row == 0
+        read.view(-1)[begin // row : end // row] = True
+    expected = torch.zeros_like(read)
+    for head, blocks in enumerate(([0, 3, 4, 9], [0, 20])):  # the sinks, the chosen
+        for block in [*blocks, 22, 23, 24]:  # the window
+            expected[table[block // 4], head, :, block % 4] = True
+    assert torch.equal(read, expected)
+    asked.ranges.clear()
+    pages.fetch(None, layout, CONFIG)
+    whole = sum(end - begin for begin, end in asked.ranges)
+    assert whole == len(table) * HEADS * 2 * PAGE * DIM * 4
+
+
+def test_a_search_that_reads_keys_is_refused(tmp_path: Path) -> None:
+    config = build("llama").config
+    config.hip = {"budget": 32}
+    with pytest.raises(ArgumentError, match='"code_bits": 4, "rerank": 8'):
+        HiPCache(config, offload=Offload("64MiB", file=tmp_path / "kv"))
+
+
+def test_a_cpu_needs_a_file() -> None:
+    layers = OffloadedLayers(Offload("64MiB"), 1, CONFIG)
+    pages = PagedLayer(PAGE, *CONFIG.index_form, layers.make_store)
+    with pytest.raises(ArgumentError, match="expected a file"):
+        pages.append(*keys(1, 3))
+
+
+def test_more_keys_than_there_is_room_for_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    pages = mapped(tmp_path / "kv", "2MiB")
+    k, v = keys(1, 2000)
+    pages.append(k, v)
+    before = pages.lengths, pages.pool.k_cache[0].clone()
+    with pytest.raises(FitError, match="host_memory has room for 4096 in every layer"):
+        pages.append(*keys(1, 3000))
+    assert pages.lengths == before[0] == [2000]
+    assert torch.equal(pages.pool.k_cache[0], before[1])
+    pages.append(*keys(1, 2000))
+    with pytest.raises(FitError, match="a page of a layer takes 32 KiB"):
+        MappedPages(PAGE, CONFIG.index_form, k, MappedFile(tmp_path, 2**14).stretch(0, 2**14))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = mapped(tmp_path / "kv")
+    pages.append(*keys(1, 3))
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FitError, match="the disk is full after 2 MiB of this layer's keys"):
+        pages.append(*keys(1, 5000))
+    assert pages.lengths == [3]
+    monkeypatch.undo()
+    pages.append(*keys(1, 5000))
+    assert pages.lengths == [5003]
+
+
+def test_files_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for path in (taken, tmp_path / "none" / "kv"):
+        with pytest.raises(FitError, match=f"{path} cannot be made"):
+            MappedFile(path, 2**20)
+    assert taken.read_text() == "mine"
+    with pytest.raises(FitError, match=r"host_memory asks for 4096 GiB .*, and .* are free"):
+        MappedFile(tmp_path / "kv", 2**42)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64GiB", 2**36), ("64G", 64 * 10**9), ("1.5 MiB", 3 * 2**19), (4096, 4096), ("7kb", 7000)],
+)
+def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None:
+    assert Offload(text).host_bytes == parse_bytes("host_memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", 0, -5, True, None, "4 GiBs"])
+def test_other_sizes_are_refused(text: Any) -> None:
+    with pytest.raises(ConfigError, match="host_memory: expected a size such as"):
+        Offload(text)
+
+
+def test_sizes_are_shown_as_people_read_them() -> None:
+    assert [format_bytes(n) for n in (7, 2048, 3 * 2**19, 2**36)] == [
+        *("7 bytes", "2 KiB"),
+        *("1.5 MiB", "64 GiB"),
+    ]
+    with pytest.raises(ConfigError, match="file: expected a path"):
+        Offload(1, file=3)  # type: ignore[arg-type]
