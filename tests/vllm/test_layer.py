@@ -21,9 +21,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve import BackendError, ConfigError, HiPConfig
+from hipserve.capacity.scratch import SEARCH_BYTES, scratch_bytes
 from hipserve.config import IndexForm
 from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
-from hipserve.integrations.vllm.layer import SEARCH_BYTES, scratch_bytes
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import HiPStep, found_keys, found_pages
 from hipserve.ops import build_index

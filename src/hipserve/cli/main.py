@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hipserve.cli import bench, chat, demo, doctor, evaluate, lab, run, serve, version
+from hipserve.cli import bench, chat, demo, doctor, evaluate, lab, plan, run, serve, version
 from hipserve.cli.commands import Commands
 from hipserve.cli.output import err, tolerate_any_text
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
@@ -26,6 +26,7 @@ app.command()(run.run)
 app.command()(chat.chat)
 app.command()(demo.demo)
 app.command(context_settings=serve.PASS_ON)(serve.serve)
+app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(lab.app, name="lab")

@@ -9,6 +9,9 @@ from fractions import Fraction
 
 import typer
 
+from hipserve.errors import ConfigError
+from hipserve.offload import parse_bytes
+
 FACTORS = {"": 1, "k": 1024, "m": 1024**2}
 COLDEST = 0.01
 """Minimum temperature: below it, logits over the temperature overflow. vLLM has the same limit."""
@@ -26,6 +29,19 @@ def parse_count(text: str | int) -> int:
         if value.denominator == 1:
             return value.numerator
     raise typer.BadParameter(f"{text!r} is no number; write it as 4096, 32k or 1M")
+
+
+def parse_size(text: str | int) -> int:
+    """`24G`, `24GB` (10^9 each), `22.5GiB` (2^30) or bytes.
+
+    Raises:
+        typer.BadParameter: it has another form, or is 0.
+    """
+    try:
+        return parse_bytes("size", text)
+    except ConfigError:
+        message = f"{text!r} is no size; write it as 24G, 22.5GiB or in bytes"
+        raise typer.BadParameter(message) from None
 
 
 def at_least(low: int) -> Callable[[str | int], int]:

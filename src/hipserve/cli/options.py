@@ -38,6 +38,9 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", parser=parse_path, metavar="FILE", help="HiPConfig as TOML or JSON."),
 ]
+CodeBits = Annotated[
+    int | None, typer.Option(help="Bits of a channel of the codes that a search reads: 4, 8, 16.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="Type of weights: auto, bfloat16, float16, float32.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
@@ -73,21 +76,26 @@ def make_config(
     preset: str = "default",
     budget: int | None = None,
     selector: str | None = None,
+    code_bits: int | None = None,
 ) -> HiPConfig:
     """The file or the preset, with the options on top."""
     if config and preset != "default":
         hint = f'leave --preset out, or write preset = "{preset}" into {config}'
         raise ArgumentError("preset", "a preset or a configuration file", "both", hint)
     base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
-    given = {"budget": budget, "selector": selector}
+    given = {"budget": budget, "selector": selector, "code_bits": code_bits}
     return base.replace(**{key: value for key, value in given.items() if value is not None})
 
 
 def refuse_with_dense(
-    config: Path | None, preset: str, budget: int | None, selector: str | None
+    config: Path | None,
+    preset: str,
+    budget: int | None,
+    selector: str | None,
+    code_bits: int | None = None,
 ) -> None:
     """Dense attention has no pruning options."""
-    given = {"config": config, "budget": budget, "selector": selector}
+    given = {"config": config, "budget": budget, "selector": selector, "code-bits": code_bits}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     names += ["--preset"] if preset != "default" else []
     if names:

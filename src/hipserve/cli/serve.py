@@ -39,6 +39,7 @@ def serve(
     ] = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     dense: Annotated[
@@ -58,9 +59,10 @@ def serve(
     check(model, (*flags, *held))
     check_access(host, api_key, allow_unauthenticated)
     check_port(host, port)
+    given = (config, preset, budget, selector, code_bits)
     if dense:
-        options.refuse_with_dense(config, preset, budget, selector)
-    settings = None if dense else options.make_config(config, preset, budget, selector)
+        options.refuse_with_dense(*given)
+    settings = None if dense else options.make_config(*given)
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*quick_start(flags), *flags)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, TypeVar, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from hipserve.config import HiPConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
 """Positions up to which reading everything is cheaper than searching, by device, where nothing was
@@ -19,7 +20,7 @@ to 6 on a GPU, falling with the batch size)."""
 
 FURTHEST = 2**31 - 1
 
-Position = TypeVar("Position", int, Tensor)
+Position = TypeVar("Position", int, "Tensor")
 
 
 class PruningRule(NamedTuple):

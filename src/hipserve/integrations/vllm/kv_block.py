@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hipserve.capacity.scratch import COPY_BYTES
 from hipserve.config import IndexForm
 from hipserve.ops import build_index
 from hipserve.ops.write_kv.layout import IndexLayout, Rows
+from hipserve.plan.parts import aligned, index_bytes
 from hipserve.types import KeyIndex, KeyPool
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from hipserve.config import HiPConfig
-
-CACHE_LINE = 64
-
-COPY_BYTES = 64 << 20
-"""Keys that are copied at a time while the index of found blocks is built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +58,17 @@ class BlockLayout:
 
     @property
     def index_bytes(self) -> int:
-        return sum(self.part_bytes(rows) for rows in self.index.rows)
+        return index_bytes(
+            self.block_size,
+            self.num_kv_heads,
+            self.head_dim,
+            key_bytes=self.dtype.itemsize,
+            form=self.form,
+        )
 
     def part_bytes(self, rows: Rows) -> int:
         """Of one tensor of the index, all heads of a block."""
-        return -(-self.num_kv_heads * rows.nbytes // CACHE_LINE) * CACHE_LINE
+        return aligned(self.num_kv_heads * rows.nbytes)
 
     @property
     def padded_bytes(self) -> int:

@@ -14,24 +14,17 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
+from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, runners, settings
-from hipserve.integrations.vllm.kv_block import (
-    COPY_BYTES,
-    BlockPages,
-    pages_of,
-    rebuild_index,
-)
+from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import Tally, tally
 from hipserve.integrations.vllm.step import HiPStep, first_rows
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, RefreshSchedule
 from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
-
-SEARCH_BYTES = 256 << 20
-"""Scratch of a search on a GPU, as `SCRATCH_BYTES` of its kernels, which only GPUs import."""
 
 layer_index = functools.cache(extract_layer_index)
 
@@ -239,14 +232,3 @@ def touch_scratch(query: Tensor, config: HiPConfig) -> None:
         num_tokens, num_heads, head_dim = query.shape
         size = scratch_bytes(num_tokens, num_heads, head_dim, query.element_size(), config)
         torch.empty(size, dtype=torch.uint8, device=query.device)
-
-
-def scratch_bytes(
-    num_tokens: int, num_q_heads: int, head_dim: int, element_size: int, config: HiPConfig
-) -> int:
-    """What one layer of a step allocates at most: the search's scratch, a selection, output, lse,
-    and keys of blocks whose index is built."""
-    blocks = num_tokens // config.query_block_size + 1
-    selection = blocks * num_q_heads * config.max_selected * 4
-    output = num_tokens * num_q_heads * (head_dim * element_size + 4)
-    return SEARCH_BYTES + selection + output + 2 * COPY_BYTES

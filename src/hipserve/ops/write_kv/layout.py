@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hipserve.config import IndexForm
-from hipserve.plan import bound_offsets, runs_of_pages
+from hipserve.plan import bound_offsets
+from hipserve.plan.parts import Part, code_parts, num_runs_of, summary_parts
 from hipserve.types import KeyIndex
 
 
@@ -56,8 +57,7 @@ class IndexLayout:
         cls, page_size: int, head_dim: int, dtype: torch.dtype, form: IndexForm
     ) -> IndexLayout:
         """Of pages of longer sequences."""
-        num_runs = 0 if form.run_size is None else runs_of_pages(page_size, form.run_size)
-        return cls(page_size, num_runs, head_dim, dtype, form)
+        return cls(page_size, num_runs_of(page_size, form), head_dim, dtype, form)
 
     @classmethod
     def of_whole(cls, k: Tensor, form: IndexForm) -> IndexLayout:
@@ -67,29 +67,18 @@ class IndexLayout:
         return cls(page_size, num_runs, head_dim, k.dtype, form)
 
     @property
-    def coded(self) -> bool:
-        """Keys have short codes."""
-        return self.form.code_bits < 16
-
-    @property
-    def codes(self) -> tuple[Rows, Rows] | None:
+    def codes(self) -> tuple[Rows, ...]:
         """Short codes and their scales."""
-        if not self.coded:
-            return None
-        width = self.head_dim * self.form.code_bits // 8
-        row = Rows(self.page_size, (width,), torch.int8)
-        return row, Rows(self.page_size, (), torch.bfloat16)
+        return self._typed(code_parts(self.page_size, self.head_dim, self.form))
 
     @property
     def summaries(self) -> tuple[Rows, ...]:
         """Summaries, and their scales beside short codes."""
-        if not self.num_runs:
-            return ()
-        shape = (2, self.head_dim)
-        if not self.coded:
-            return (Rows(self.num_runs, shape, self.dtype),)
-        numbers = Rows(self.num_runs, shape, torch.int8)
-        return numbers, Rows(self.num_runs, (2,), torch.bfloat16)
+        return self._typed(summary_parts(self.num_runs, self.head_dim, self.form))
+
+    def _typed(self, parts: tuple[Part, ...]) -> tuple[Rows, ...]:
+        kinds = {"keys": self.dtype, "int8": torch.int8, "bfloat16": torch.bfloat16}
+        return tuple(Rows(part.count, part.shape, kinds[part.dtype]) for part in parts)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +88,7 @@ class IndexLayout:
     @property
     def rows(self) -> tuple[Rows, ...]:
         """All tensors, in the order of `KeyIndex.tensors`."""
-        return (*(self.codes or ()), *self.summaries)
+        return (*self.codes, *self.summaries)
 
     def index(self, keys: Tensor, allocate: Callable[[Rows], Tensor]) -> KeyIndex:
         """An index of `keys` `[num_pages, page_size, num_kv_heads, head_dim]` in memory from

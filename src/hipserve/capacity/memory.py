@@ -1,0 +1,202 @@
+"""What a server keeps in memory for so many sequences of such a context, and what fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from hipserve.capacity.scratch import scratch_bytes
+from hipserve.capacity.shape import ModelShape
+from hipserve.config import DEFAULT, HiPConfig
+from hipserve.plan.parts import index_bytes
+
+BLOCK = 256
+"""Tokens of a KV block, as `hipserve serve` sets it."""
+
+TILE = 16
+"""Keys, with their values, that travel together between host and device."""
+
+RESERVE = 2**30
+"""For CUDA's context and graphs, or the processes of a server on a CPU."""
+
+MOST_TOKENS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes on the device that computes, and in the pool on the host.
+
+    Attributes:
+        weights: of the model.
+        keys_values: of layers that read every key, where they are resident.
+        index: of their keys.
+        windows: keys and values of layers with a sliding window.
+        activations: what one step allocates.
+        reserve: `RESERVE`.
+        table: with offload: where each tile lies.
+        staging: with offload: two layers of the context that is being read.
+        arena: with offload: tiles on the device, at the least what one step reads.
+        pool: keys and values on the host, with offload.
+    """
+
+    weights: int
+    keys_values: int
+    index: int
+    windows: int
+    activations: int
+    reserve: int = RESERVE
+    table: int = 0
+    staging: int = 0
+    arena: int = 0
+    pool: int = 0
+
+    @property
+    def device(self) -> int:
+        """All but the pool."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.pool
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is to be served.
+
+    Attributes:
+        model: its shape.
+        config: how attention is pruned; None for dense attention, which has no index.
+        context: tokens of a sequence, prompt and answer together.
+        sequences: at once.
+        chunk: tokens that one step reads at most.
+        offload: keys and values live on the host.
+        on_gpu: computed by a GPU, whose kernels need scratch, and whose tiles need an arena.
+    """
+
+    model: ModelShape
+    config: HiPConfig | None
+    context: int
+    sequences: int = 1
+    chunk: int = 2048
+    offload: bool = False
+    on_gpu: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a sequence in whole KV blocks."""
+        return -(-self.context // BLOCK) * BLOCK
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences, and of the block that vLLM keeps empty."""
+        return self.sequences * self.rows + BLOCK
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values of a token in the layers that read every key."""
+        return self.model.full_layers * self.model.row_bytes
+
+    @property
+    def index_token_bytes(self) -> float:
+        """The index of that token."""
+        if self.config is None:
+            return 0
+        model = self.model
+        page = index_bytes(
+            BLOCK,
+            model.num_kv_heads,
+            model.head_dim,
+            key_bytes=model.itemsize,
+            form=self.config.index_form,
+        )
+        return model.full_layers * page / BLOCK
+
+    @property
+    def step_tiles(self) -> int:
+        """Tiles that a row of a decode step reads of one head: sinks, choice and window."""
+        config = self.config or DEFAULT
+        ends = config.granularity + config.refresh_interval - 2  # it starts at a block, and grows
+        window = (config.sliding_window + ends) // TILE + 1
+        return -(-config.num_sink_tokens // TILE) - (-config.budget // TILE) + window
+
+    @property
+    def arena_floor(self) -> int:
+        """Bytes of the tiles that one step of all sequences reads."""
+        return self.sequences * self.step_tiles * TILE * self.kv_token_bytes
+
+    def parts(self) -> Parts:
+        """What it takes."""
+        model, kv = self.model, self.tokens * self.kv_token_bytes
+        parts = Parts(
+            weights=math.ceil(model.weights.nbytes),
+            keys_values=kv,
+            index=math.ceil(self.tokens * self.index_token_bytes),
+            windows=self._window_bytes(),
+            activations=self._activations(),
+        )
+        if not self.offload:
+            return parts
+        parts = replace(parts, keys_values=0, pool=kv)
+        if not self.on_gpu:
+            return parts
+        heads = model.full_layers * model.num_kv_heads
+        return replace(
+            parts,
+            table=4 * heads * self.tokens // TILE,
+            staging=2 * self.rows * model.row_bytes,
+            arena=min(self.arena_floor, kv),
+        )
+
+    def _window_bytes(self) -> int:
+        """vLLM keeps the blocks of a window and of the chunk that is being read."""
+        model = self.model
+        held = (-(-(window - 1 + self.chunk) // BLOCK) + 1 for window in model.windows if window)
+        blocks = sum(min(count, self.rows // BLOCK) for count in held)
+        return self.sequences * blocks * BLOCK * model.row_bytes
+
+    def _activations(self) -> int:
+        """Rows of a chunk between and inside layers, logits, and the scratch of a search."""
+        model = self.model
+        rows = self.chunk * (8 * model.hidden + 3 * model.intermediate) * model.itemsize
+        logits = self.sequences * model.vocabulary * (model.itemsize + 4)
+        if not self.on_gpu or self.config is None:
+            return rows + logits
+        shape = (model.num_heads, model.head_dim, model.itemsize)
+        return rows + logits + scratch_bytes(self.chunk, *shape, self.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory that a server may take.
+
+    Attributes:
+        device: bytes of the device that computes.
+        host: bytes for the pool.
+    """
+
+    device: int
+    host: int
+
+    def holds(self, service: Service) -> bool:
+        """It fits."""
+        parts = service.parts()
+        return parts.device <= self.device and parts.pool <= self.host
+
+    def longest_context(self, service: Service) -> int:
+        """The longest context of as many sequences, in whole KV blocks; 0 where none fits."""
+
+        def fits(blocks: int) -> bool:
+            return self.holds(replace(service, context=blocks * BLOCK))
+
+        return BLOCK * _largest(fits, MOST_TOKENS // BLOCK)
+
+    def most_sequences(self, service: Service) -> int:
+        """Sequences of this context at once; 0 where not even one fits."""
+        return _largest(lambda count: self.holds(replace(service, sequences=count)), 2**16)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, where smaller ones fit too; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
