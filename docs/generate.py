@@ -71,7 +71,8 @@ def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield name, command
         return
     for word, inner in command.commands.items():
-        yield from walk(f"{name} {word}", inner)
+        if not inner.hidden:
+            yield from walk(f"{name} {word}", inner)
 
 
 def argument(parameter: Any) -> str:

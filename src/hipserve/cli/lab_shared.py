@@ -1,0 +1,92 @@
+"""What the commands of the lab that look into heads share: texts, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from hipserve.cli import options
+from hipserve.cli.numbers import at_least, parse_count
+from hipserve.cli.output import say, show
+from hipserve.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from hipserve.lab.samples import Sample
+    from hipserve.lab.shown import Chart, Grid
+    from hipserve.models import LoadedModel
+
+Length = Annotated[
+    int,
+    typer.Option(parser=parse_count, metavar="TOKENS", help="Tokens of each text."),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        parser=at_least(1), metavar="N", help="Stretches of each text, or of each domain."
+    ),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        parser=options.parse_path,
+        metavar="FILE",
+        help="Text or .jsonl file, or @licenses or @sources; if left out, code, documentation, "
+        "licences, tables and identifiers that every machine has. Repeatable.",
+    ),
+]
+Svg = Annotated[
+    Path | None,
+    typer.Option(parser=options.parse_path, metavar="FILE", help="Picture to write, as SVG."),
+]
+
+
+def check_svg(svg: Path | None) -> None:
+    """Before anything is measured: a picture can be drawn, and the file's folder exists."""
+    if svg is None:
+        return
+    from hipserve.lab.shown import check_drawing
+
+    check_drawing()
+    if not svg.parent.is_dir():
+        raise ArgumentError("svg", "a file in a folder that exists", str(svg))
+
+
+def read_samples(
+    loaded: LoadedModel, text: list[Path] | None, length: int, samples: int, seed: int
+) -> list[Sample]:
+    """Stretches of the texts, or of every domain."""
+    from hipserve.lab.samples import CHARACTERS, cut_samples, domain_documents
+    from hipserve.lab.text import read_documents
+
+    size = CHARACTERS * length * samples
+    documents = read_documents(text) if text else domain_documents(size, seed)
+    found = cut_samples(loaded, documents, length, samples)
+    for doc in documents:
+        if not any(sample.name.startswith(doc.name) for sample in found):
+            say(f"left out, shorter than {length:,} tokens: {doc.name}", style="yellow")
+    return found
+
+
+def show_grids(grids: Sequence[Grid]) -> None:
+    """Tables on stdout."""
+    for grid in grids:
+        table = Table(title=grid.title, caption=grid.caption or None)
+        for heading in grid.headings:
+            table.add_column(heading)
+        for row in grid.rows:
+            table.add_row(*row)
+        show(table)
+
+
+def write_svg(svg: Path | None, charts: Sequence[Chart]) -> None:
+    """Charts side by side in one file."""
+    if svg is None:
+        return
+    from hipserve.lab.shown import draw_svg
+
+    svg.write_text(draw_svg(charts), "utf-8")
+    say(f"written: {svg}")

@@ -1,0 +1,108 @@
+"""Stretches of equal length, cut from texts or from what every machine has of each domain."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hipserve.errors import FitError
+from hipserve.lab import installed
+from hipserve.lab.quality.passes import check_length
+from hipserve.lab.text import Document, language_reference
+from hipserve.models import LoadedModel
+
+CITIES = ("Lima", "Osaka", "Tunis", "Bergen", "Quito", "Perth", "Dakar", "Turin", "Hanoi", "Leeds")
+STATES = ("open", "closed", "waiting", "failed")
+CHARACTERS = 8
+"""Of a token, at most: longer texts than needed are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One stretch of tokens.
+
+    Attributes:
+        name, domain: of the text it was cut from.
+        ids: `[1, length]` int64, on the model's device.
+    """
+
+    name: str
+    domain: str
+    ids: Tensor
+
+
+def cut_samples(
+    loaded: LoadedModel, documents: Sequence[Document], length: int, samples: int
+) -> list[Sample]:
+    """Up to `samples` stretches of `length` tokens from each document, spread over all of it.
+
+    Raises:
+        FitError: `length` exceeds the context, or no document has so many tokens.
+    """
+    check_length(loaded, length)
+    cut = [part for doc in documents for part in _cut(loaded, doc, length, samples)]
+    if not cut:
+        raise FitError(
+            f"nothing to measure: no text has {length:,} tokens",
+            "lower the length or give longer texts",
+        )
+    return cut
+
+
+def _cut(loaded: LoadedModel, doc: Document, length: int, samples: int) -> Iterator[Sample]:
+    text = doc.text[: samples * length * CHARACTERS]
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+    count = min(samples, ids.shape[1] // length)
+    for i in range(count):
+        start = (ids.shape[1] - length) * i // max(count - 1, 1)
+        part = ids[:, start : start + length].to(loaded.device)
+        yield Sample(f"{doc.name} {i}" if count > 1 else doc.name, doc.domain, part)
+
+
+def domain_documents(size: int, seed: int = 0) -> list[Document]:
+    """One text of `size` characters or more (where there are as many) of each domain.
+
+    Code is Python's own library, documentation its language reference, prose the licences of
+    installed packages; tables of random records and lists of random identifiers are generated.
+    What is installed differs between machines.
+    """
+    texts = {
+        "code": _joined(installed.sources(), size),
+        "documentation": language_reference(),
+        "licences": _joined(installed.licenses(), size),
+        "tables": _generated(_record, size, seed),
+        "identifiers": _generated(_identifier, size, seed),
+    }
+    return [Document(name, name, text) for name, text in texts.items() if text]
+
+
+def _joined(parts: Iterator[str], size: int) -> str:
+    joined = ""
+    for part in parts:
+        joined += part
+        if len(joined) >= size:
+            break
+    return joined
+
+
+def _generated(line: Callable[[random.Random], str], size: int, seed: int) -> str:
+    numbers, lines, length = random.Random(seed), list[str](), 0
+    while length < size:
+        lines.append(line(numbers))
+        length += len(lines[-1]) + 1
+    return "\n".join(lines)
+
+
+def _record(numbers: random.Random) -> str:
+    """A row of a table: a date, a place, two numbers, a state."""
+    day = f"2026-{numbers.randint(1, 12):02}-{numbers.randint(1, 28):02}"
+    sizes = f"{numbers.uniform(0, 100):.2f} | {numbers.randint(0, 9999)}"
+    return f"| {day} | {numbers.choice(CITIES)} | {sizes} | {numbers.choice(STATES)} |"
+
+
+def _identifier(numbers: random.Random) -> str:
+    return str(uuid.UUID(int=numbers.getrandbits(128), version=4))
