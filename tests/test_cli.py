@@ -319,6 +319,7 @@ def test_every_count_takes_a_suffix() -> None:
         *("", "run", "chat", "demo", "serve", "doctor", "version", "bench", "eval", "lab"),
         *("bench attention", "bench serve", "eval retrieval", "eval perplexity", "lab quality"),
         "lab cache",
+        "lab representative",
     ],
 )
 def test_h_is_help(words: str) -> None:

@@ -1,0 +1,160 @@
+"""Splits, correlation and recall of every head on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.errors import FitError
+from hipserve.lab.intervals import Estimate, estimate, mean
+from hipserve.lab.recorder import LayerRecord, record_heads
+from hipserve.lab.representative.recall import search_recall
+from hipserve.lab.representative.splits import (
+    Shares,
+    correlation,
+    predict_shares,
+    split_shares,
+)
+from hipserve.lab.samples import Sample
+from hipserve.models import LoadedModel
+
+SIZES = (16, 64, 256)
+LAGS = (1, 4, 16, 64, 255)
+ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPoint:
+    """One KV head on one text, its query heads together.
+
+    Attributes:
+        sample, domain: the text.
+        layer, head: which.
+        correlation: of scores, by the distance of their keys.
+        measured, predicted: by the size of a range and the representative, the share of ranges
+            split right; predicted from the correlation alone.
+        recall: by search, the share of the best blocks that it chooses.
+    """
+
+    sample: str
+    domain: str
+    layer: int
+    head: int
+    correlation: dict[int, float]
+    measured: dict[int, Shares]
+    predicted: dict[int, Shares]
+    recall: Shares
+
+
+@dataclass(frozen=True, slots=True)
+class RepresentativeReport:
+    """Representatives of ranges, measured and predicted.
+
+    Attributes:
+        rows: query rows of each text.
+        sizes: keys of the ranges.
+        samples: name and domain of each text.
+        points: every measurement.
+    """
+
+    model: str
+    length: int
+    rows: int
+    sizes: list[int]
+    config: dict[str, Any]
+    samples: dict[str, str]
+    points: list[HeadPoint]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def share(self, size: int, representative: str, *, predicted: bool = False) -> Estimate:
+        """Of ranges split right, mean over heads, and then over texts."""
+        kind = "predicted" if predicted else "measured"
+        return self._over_samples(lambda point: getattr(point, kind)[size][representative])
+
+    def recall(self, search: str) -> Estimate:
+        """Of the best blocks, mean over heads, and then over texts."""
+        return self._over_samples(lambda point: point.recall[search])
+
+    def heads(self) -> Iterator[tuple[tuple[int, int], list[HeadPoint]]]:
+        """Layer and number of each head, with its points."""
+        for at in dict.fromkeys((point.layer, point.head) for point in self.points):
+            yield at, [point for point in self.points if (point.layer, point.head) == at]
+
+    def _over_samples(self, value: Callable[[HeadPoint], float]) -> Estimate:
+        return estimate(
+            [mean([value(p) for p in self.points if p.sample == name]) for name in self.samples]
+        )
+
+
+def measure_representatives(
+    loaded: LoadedModel,
+    config: HiPConfig,
+    samples: Sequence[Sample],
+    *,
+    rows: int = ROWS,
+    sizes: Sequence[int] = SIZES,
+    progress: Callable[[str], None] | None = None,
+) -> RepresentativeReport:
+    """Reads each sample with dense attention; rows of its last quarter are judged.
+
+    Splits and correlation are of the keys that all those rows may search; recall is of every row
+    for itself.
+
+    Raises:
+        FitError: the texts are too short for the largest range, or nothing would be pruned.
+    """
+    length = samples[0].ids.shape[1]
+    end = length * 3 // 4 - config.sliding_window
+    if end - config.num_sink_tokens < max(*sizes, config.budget + config.granularity):
+        raise FitError(
+            f"{length:,} tokens leave no range of {max(sizes)} keys, or nothing to prune, between "
+            f"the {config.num_sink_tokens} sinks and a window of {config.sliding_window}",
+            "give a longer --length or a smaller --budget",
+        )
+    positions = torch.linspace(length * 3 // 4, length - 1, rows).long().to(loaded.device)
+    points = list[HeadPoint]()
+    for sample in samples:
+        if progress:
+            progress(sample.name)
+        for record in record_heads(loaded, sample.ids, positions):
+            recall = search_recall(record, positions, config)
+            for head in range(record.num_kv_heads):
+                scores = record.scores(head, config.num_sink_tokens, end).flatten(0, 1)
+                own = {name: _of_head(found, head, record) for name, found in recall.items()}
+                points.append(_point(sample, (record.layer, head), scores, sizes, own))
+    return RepresentativeReport(
+        model=loaded.name,
+        length=length,
+        rows=rows,
+        sizes=list(sizes),
+        config=config.to_dict(),
+        samples={sample.name: sample.domain for sample in samples},
+        points=points,
+    )
+
+
+def _of_head(found: Tensor, head: int, record: LayerRecord) -> float:
+    """Of `[heads]`, which are KV heads or query heads, the mean for one KV head."""
+    return float(found.unflatten(0, (record.num_kv_heads, -1))[head].mean())
+
+
+def _point(
+    sample: Sample, at: tuple[int, int], scores: Tensor, sizes: Sequence[int], recall: Shares
+) -> HeadPoint:
+    rho = correlation(scores, max(*sizes, max(LAGS) + 1))
+    return HeadPoint(
+        sample.name,
+        sample.domain,
+        *at,
+        correlation={lag: float(rho[lag]) for lag in LAGS},
+        measured={size: split_shares(scores, size) for size in sizes},
+        predicted={size: predict_shares(rho, size) for size in sizes},
+        recall=recall,
+    )
