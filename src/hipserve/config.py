@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
@@ -72,6 +72,9 @@ class HiPConfig:
             is three times `dense_below`, and without that 6,144 on a CPU and 24,576 on a GPU.
         refresh_interval: decode steps that share one selection.
         seed: of the `random` representative.
+        calibration: where a certified configuration comes from (docs/calibrate.md): a table of
+            plain values, kept as it is. It changes nothing, is not compared, and is dropped where
+            another field is replaced.
 
     Raises:
         ConfigError: for any value out of range, naming the field.
@@ -96,6 +99,7 @@ class HiPConfig:
     decode_dense_below: int | None = None
     refresh_interval: int = 1
     seed: int = 0
+    calibration: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __new__(cls, *_: object, **values: object) -> Self:
         """Refuses the fields of earlier versions by name, which `__init__` cannot."""
@@ -120,6 +124,7 @@ class HiPConfig:
             hint = "16 searches the keys themselves"
             raise _wrong("code_bits", "4, 8 or 16", self.code_bits, hint)
         _check_fraction("bound_reach", self.bound_reach)
+        _check_table("calibration", self.calibration)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -176,15 +181,18 @@ class HiPConfig:
         return self.budget // self.key_block_size
 
     def replace(self, **changes: Any) -> HiPConfig:
-        """A copy with some fields changed; unknown names are errors."""
+        """A copy with some fields changed, which nobody calibrated; unknown names are errors."""
         if "preset" in changes:
             hint = 'HiPConfig.preset("fast", budget=2048) starts from one'
             raise ConfigError("preset", "fields to change", repr(changes["preset"]), hint)
-        return HiPConfig.from_dict({**self.to_dict(), **changes})
+        kept = {**self.to_dict(), "calibration": None} if changes else self.to_dict()
+        return HiPConfig.from_dict({**kept, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as TOML and JSON hold them."""
         values = {name: getattr(self, name) for name in _FIELDS}
+        if self.calibration is None:
+            del values["calibration"]
         return {**values, "dense_layers": list(self.dense_layers)}
 
     @classmethod
@@ -240,8 +248,9 @@ class HiPConfig:
         """The text that `load` reads back."""
         if form == "json":
             return json.dumps(self.to_dict(), indent=2) + "\n"
-        pairs = [(key, value) for key, value in self.to_dict().items() if value is not None]
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
+        values = self.to_dict()
+        table = values.pop("calibration", None)
+        return _toml(values) + (f"\n[calibration]\n{_toml(table)}" if table else "")
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(HiPConfig) if f.init)
@@ -287,6 +296,12 @@ _GONE = {
 """Fields, and values of fields, of earlier versions: what to use instead."""
 
 
+def _toml(values: dict[str, Any]) -> str:
+    """Keys and plain values; None has no form in TOML and is left out."""
+    pairs = [(key, value) for key, value in values.items() if value is not None]
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
+
+
 def _unknown(key: str, value: object) -> ConfigError:
     if key in _GONE:
         return _wrong(key, "a field of HiPConfig", value, _GONE[key])
@@ -317,6 +332,19 @@ def _check_fraction(name: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not 0 <= (cast("float", value) if is_number else math.nan) <= 1:
         raise _wrong(name, "a fraction from 0 to 1", value, "use 0.5 for half")
+
+
+def _check_table(name: str, value: object) -> None:
+    if value is None:
+        return
+    plain = isinstance(value, dict) and all(map(_is_plain, cast("dict[str, Any]", value).values()))
+    if not plain:
+        raise _wrong(name, "a table of texts, numbers and lists of them", value)
+
+
+def _is_plain(value: object) -> bool:
+    items = cast("list[object]", value) if isinstance(value, list) else [value]
+    return all(isinstance(item, str | int | float) for item in items)
 
 
 def _layers(value: object) -> tuple[int, ...]:

@@ -50,7 +50,14 @@ STEP = 1024
 PATIENCE = 2.0
 """Seconds after which the rest is estimated."""
 
-_IRRELEVANT = ("dense_layers", "dense_below", "decode_dense_below", "refresh_interval", "seed")
+_IRRELEVANT = (
+    "dense_layers",
+    "dense_below",
+    "decode_dense_below",
+    "refresh_interval",
+    "seed",
+    "calibration",
+)
 
 
 @dataclass(frozen=True, slots=True)

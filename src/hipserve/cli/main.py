@@ -9,12 +9,27 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hipserve.cli import bench, chat, demo, doctor, evaluate, lab, plan, run, serve, version
+from hipserve.cli import (
+    bench,
+    calibrate,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    lab,
+    plan,
+    run,
+    serve,
+    version,
+)
 from hipserve.cli.commands import Commands
 from hipserve.cli.output import err, tolerate_any_text
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 
-EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 does not fit, 4 no backend."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 does not fit, 4 no backend, "
+    "5 not certified (calibrate)."
+)
 
 app = Commands(
     help="HiP attention: long-context language models faster, without training.",
@@ -30,6 +45,7 @@ app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(lab.app, name="lab")
+app.command()(calibrate.calibrate)
 app.command()(doctor.doctor)
 app.command()(version.version)
 

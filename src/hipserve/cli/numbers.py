@@ -71,6 +71,22 @@ def parse_temperature(text: str | float) -> float:
     raise typer.BadParameter(f"{text} is neither 0 (greedy) nor a finite number from {COLDEST} on")
 
 
+def parse_share(text: str | float) -> float:
+    """`0.5%` or `0.005`, from 0 to 1.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
+    words = str(text).strip()
+    try:
+        value = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if 0 <= value <= 1:
+        return value
+    raise typer.BadParameter(f"{text!r} is no share; write it as 0.5% or 0.005")
+
+
 def parse_counts(text: str) -> list[int]:
     """A list with commas: `8k,16k,32k`."""
     return [parse_count(part) for part in text.split(",")]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from hipserve.lazy import loader as _loader
 
 if TYPE_CHECKING:
+    from hipserve.lab.calibration.card import rule_card
+    from hipserve.lab.calibration.measure import Calibration, calibrate
     from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
     from hipserve.lab.quality.perplexity import PerplexityReport, evaluate_perplexity
     from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TASKS",
     "AttentionReport",
+    "Calibration",
     "Clock",
     "Document",
     "FidelityReport",
@@ -33,18 +36,21 @@ __all__ = [
     "Point",
     "RetrievalReport",
     "bench_attention",
+    "calibrate",
     "evaluate_fidelity",
     "evaluate_perplexity",
     "evaluate_retrieval",
     "fit_exponent",
     "make_sample",
     "read_documents",
+    "rule_card",
 ]
 
 __getattr__ = _loader(
     __name__,
     {
         "AttentionReport": "hipserve.lab.speed.report",
+        "Calibration": "hipserve.lab.calibration.measure",
         "Clock": "hipserve.lab.speed.timing",
         "Document": "hipserve.lab.text",
         "FidelityReport": "hipserve.lab.quality.fidelity",
@@ -56,11 +62,13 @@ __getattr__ = _loader(
         "RetrievalReport": "hipserve.lab.quality.retrieval",
         "TASKS": "hipserve.lab.quality.tasks",
         "bench_attention": "hipserve.lab.speed.attention",
+        "calibrate": "hipserve.lab.calibration.measure",
         "evaluate_fidelity": "hipserve.lab.quality.fidelity",
         "evaluate_perplexity": "hipserve.lab.quality.perplexity",
         "evaluate_retrieval": "hipserve.lab.quality.retrieval",
         "fit_exponent": "hipserve.lab.speed.report",
         "make_sample": "hipserve.lab.quality.tasks",
         "read_documents": "hipserve.lab.text",
+        "rule_card": "hipserve.lab.calibration.card",
     },
 )

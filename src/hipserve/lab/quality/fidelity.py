@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.errors import ArgumentError, FitError
 from hipserve.lab.intervals import MIN_VALUES, Interval, estimate, estimate_change, mean
 from hipserve.lab.quality.beside import Reference, Tokens, read_beside, read_reference
 from hipserve.lab.quality.controls import BLIND, FLOOR, not_caught, with_controls
-from hipserve.lab.quality.passes import check_length
+from hipserve.lab.quality.passes import check_span, encode_documents
 from hipserve.lab.text import Document
 from hipserve.lab.verdicts import MARGINS, Decision, Verdict, check_margins, judge
 from hipserve.models import LoadedModel
@@ -120,8 +119,8 @@ def evaluate_fidelity(
     """
     check_margins(margins)
     margins = {name: margin for name, margin in margins.items() if name != "answers"}
-    first = _check_span(loaded, length, first)
-    kept = _encode_all(loaded, documents, length, first)
+    first = check_span(loaded, length, first)
+    kept = encode_documents(loaded, documents, length)
     reference = next(iter(configs))
     rows = with_controls(configs, length) if controls else configs
     columns: dict[str, list[Tokens]] = {name: [] for name in rows}
@@ -151,33 +150,6 @@ def evaluate_fidelity(
 
 
 def _say_nothing(document: str, name: str) -> None: ...
-
-
-def _check_span(loaded: LoadedModel, length: int, first: int | None) -> int:
-    if length < 2:
-        raise ArgumentError("length", "2 tokens or more", str(length))
-    check_length(loaded, length)
-    first = length // 4 if first is None else first
-    if not 0 < first < length:
-        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first))
-    return first
-
-
-def _encode_all(
-    loaded: LoadedModel, documents: Sequence[Document], length: int, first: int
-) -> dict[Document, Tensor]:
-    """`[1, length]` tokens of each document that has so many."""
-    options = {"return_tensors": "pt", "truncation": True, "max_length": length}
-    encoded = {doc: loaded.tokenizer(doc.text, **options)["input_ids"] for doc in documents}
-    kept = {doc: ids.to(loaded.device) for doc, ids in encoded.items() if ids.shape[1] == length}
-    if not kept:
-        longest = max((ids.shape[1] for ids in encoded.values()), default=0)
-        raise FitError(
-            f"nothing to measure at positions {first:,} to {length:,}: the longest document has "
-            f"{longest:,} tokens",
-            "lower the length or give longer texts",
-        )
-    return kept
 
 
 def _read(

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Cache
 
 from hipserve.config import HiPConfig
-from hipserve.errors import FitError
+from hipserve.errors import ArgumentError, FitError
+from hipserve.lab.text import Document
 from hipserve.models import LoadedModel, passes
 from hipserve.models.passes import make_cache, read, shorten
 from hipserve.plan import pruning_rule
@@ -76,6 +77,42 @@ def check_length(loaded: LoadedModel, length: int) -> None:
             f"{loaded.max_context:,}",
             "lower the length",
         )
+
+
+def check_span(loaded: LoadedModel, length: int, first: int | None) -> int:
+    """The first position that counts; a quarter of `length` if None.
+
+    Raises:
+        ArgumentError: nothing is left to measure.
+        FitError: `length` exceeds the model's context.
+    """
+    if length < 2:
+        raise ArgumentError("length", "2 tokens or more", str(length))
+    check_length(loaded, length)
+    first = length // 4 if first is None else first
+    if not 0 < first < length:
+        raise ArgumentError("first", f"a position from 1 to {length - 1}", str(first))
+    return first
+
+
+def encode_documents(
+    loaded: LoadedModel, documents: Sequence[Document], length: int
+) -> dict[Document, Tensor]:
+    """The first `length` tokens, `[1, length]`, of each document that has so many.
+
+    Raises:
+        FitError: none has.
+    """
+    options = {"return_tensors": "pt", "truncation": True, "max_length": length}
+    encoded = {doc: loaded.tokenizer(doc.text, **options)["input_ids"] for doc in documents}
+    kept = {doc: ids.to(loaded.device) for doc, ids in encoded.items() if ids.shape[1] == length}
+    if not kept:
+        longest = max((ids.shape[1] for ids in encoded.values()), default=0)
+        raise FitError(
+            f"nothing to measure in {length:,} tokens: the longest document has {longest:,}",
+            "lower the length or give longer texts",
+        )
+    return kept
 
 
 def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> bool:

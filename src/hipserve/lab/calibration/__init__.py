@@ -1,0 +1,1 @@
+"""The cheapest configuration whose loss stays below a limit, with a stated confidence."""
