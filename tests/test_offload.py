@@ -17,11 +17,14 @@ from torch import Tensor
 from hipserve import ArgumentError, ConfigError, FitError, HiPCache, HiPConfig, Offload
 from hipserve.attention import AttentionLayer, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.cache import OffloadedLayers, PagedLayer
-from hipserve.cache.host import MappedFile
+from hipserve.cache import OffloadedLayers, PagedLayer, host
+from hipserve.cache.host import MappedFile, PinnedMemory
 from hipserve.cache.mapped import MappedPages
-from hipserve.offload import format_bytes, parse_bytes
-from hipserve.plan import BatchLayout
+from hipserve.cache.staging import StagedPages
+from hipserve.cache.tiles import TiledPages, row_tiles
+from hipserve.config import IndexForm
+from hipserve.offload import format_bytes, parse_bytes, slot_bytes
+from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 from tiny_models import PRUNED, build, prompts
 
@@ -58,9 +61,13 @@ class Written:
         return self.pages.index
 
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
-        return self.pages.fetch(selection, layout, config)
+        return self.pages.fetch(selection, layout, config, rule)
 
 
 def mapped(path: Path, nbytes: int | str = "64MiB", config: HiPConfig = CONFIG) -> PagedLayer:
@@ -154,6 +161,108 @@ def test_a_mapped_file_is_as_good_as_memory(tmp_path: Path) -> None:
     machine("runTest").runTest()
 
 
+def tiled(slots: int, backend: str) -> PagedLayer:
+    """Everything that a GPU does, in the memory of a CPU, poisoned."""
+
+    def make_store(page_size: int, form: IndexForm, k: Tensor) -> TiledPages:
+        memory, staged = PinnedMemory(2**23, pinned=False), StagedPages(page_size, k)
+        memory.tensor().view(torch.float32).fill_(torch.nan)
+        store = TiledPages(
+            page_size,
+            form,
+            k,
+            memory=memory,
+            device_bytes=slots * slot_bytes(HEADS, DIM, 4),
+            staged=staged,
+            floor=row_tiles(CONFIG),
+            backend=backend,
+        )
+        store.arena.tiles.fill_(torch.nan)
+        return store
+
+    return PagedLayer(PAGE, *CONFIG.index_form, make_store)
+
+
+class TiledEqualsResident(OffloadedEqualsResident):
+    """The same with tiles; entries of the table may be forgotten at any time."""
+
+    backend = "reference"
+    slots = 0
+
+    def make(self) -> PagedLayer:
+        return tiled(self.slots, self.backend)
+
+    @precondition(lambda self: bool(self.resident.lengths))
+    @rule(share=st.floats(0, 1))
+    def forget(self, share: float) -> None:
+        where = self.layers[1].store.arena.where  # type: ignore[attr-defined]
+        where[torch.rand(where.shape) < share] = -1
+
+
+@pytest.mark.parametrize("room", [1.0, 1.01, 2.0])
+def test_tiles_are_as_good_as_pages(room: float) -> None:
+    class Machine(TiledEqualsResident):
+        slots = int(4 * row_tiles(CONFIG.replace(refresh_interval=4)) * room)
+
+    machine: Any = Machine.TestCase
+    machine.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
+    machine("runTest").runTest()
+
+
+def test_loads_are_counted_and_memory_is_split() -> None:
+    pages = tiled(40, "reference")
+    pages.append(*keys(1, 700))
+    assert pages.count_loads() == (0, 0)
+    rows: list[tuple[int, int]] = []
+    for _ in range(3):
+        pages.append(*keys(1, 1))
+        q = torch.randn(1, HEADS * GROUP, DIM)
+        layer = AttentionLayer(CONFIG, rule_of(CONFIG, q, HEADS), backend="reference")
+        layer.forward(q, Written(pages, [1]))
+        rows.append(pages.count_loads())
+    needed, loaded = rows[-1]
+    assert rows[0][0] == rows[0][1] > 0  # the first step finds nothing
+    assert needed == 3 * rows[0][0] > loaded > rows[0][1]
+    page = 2 * HEADS * PAGE * DIM * 4
+    assert pages.host_nbytes % page == 0
+    assert pages.host_nbytes >= 703 // PAGE * page
+    assert pages.device_nbytes > 40 * 2 * HEADS * 16 * DIM * 4
+
+
+def test_arenas_that_are_too_small_say_what_is_needed() -> None:
+    floor = row_tiles(CONFIG)
+    assert floor == 1 + 4 + 3
+    with pytest.raises(FitError, match=r"reads 8 tiles of a head, 64\.25 KiB in this layer"):
+        tiled(floor - 1, "reference").append(*keys(1, 3))
+    pages = tiled(floor, "reference")
+    pages.append(*keys(2, 300))
+    q = torch.randn(2, HEADS * GROUP, DIM)
+    layer = AttentionLayer(CONFIG, rule_of(CONFIG, q, HEADS), backend="reference")
+    pages.append(*keys(2, 1))
+    with pytest.raises(FitError, match="2 rows that read 8 tiles of a head each, 1 times"):
+        layer.forward(q, Written(pages, [1, 1]))
+
+
+def test_more_memory_than_there_is_is_refused_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "available_memory", lambda: 2**30)
+    with pytest.raises(FitError, match="host_memory asks for 2 GiB, and 1 GiB are available"):
+        OffloadedLayers(Offload("2GiB"), 1, CONFIG)
+    monkeypatch.undo()
+    assert 2**20 < host.available_memory() < 2**50
+
+
+def test_a_driver_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def cudaHostRegister(self, *_: int) -> int:  # noqa: N802
+            return 801
+
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    with pytest.raises(FitError, match=r"refuses to pin 2 MiB \(error 801\)"):
+        PinnedMemory(2**22).reserve(5)
+
+
 @pytest.mark.parametrize("option", [{}, {"num_beams": 3}, {"prefill_chunk_size": 48}])
 def test_a_model_answers_from_a_file_what_it_answers_from_memory(
     tmp_path: Path, option: dict[str, Any]
@@ -195,7 +304,7 @@ def test_what_a_decode_step_reads_is_asked_for_at_once(tmp_path: Path) -> None:
     store._memory = asked = Asked()  # type: ignore[assignment]
     indices = torch.tensor([[[3, 4, 9], [20, -1, -1]]], dtype=torch.int32)
     layout = pages.layout([1])
-    pages.fetch(BlockSelection(indices, torch.tensor([352]).int()), layout, CONFIG)
+    pages.fetch(BlockSelection(indices, torch.tensor([352]).int()), layout, CONFIG, None)
     read = torch.zeros(int(layout.block_table.max()) + 1, HEADS, 2, PAGE // 16, dtype=torch.bool)
     row, table = 16 * DIM * 4, layout.block_table[0].tolist()
     for begin, end in asked.ranges:
@@ -207,7 +316,7 @@ def test_what_a_decode_step_reads_is_asked_for_at_once(tmp_path: Path) -> None:
             expected[table[block // 4], head, :, block % 4] = True
     assert torch.equal(read, expected)
     asked.ranges.clear()
-    pages.fetch(None, layout, CONFIG)
+    pages.fetch(None, layout, CONFIG, None)
     whole = sum(end - begin for begin, end in asked.ranges)
     assert whole == len(table) * HEADS * 2 * PAGE * DIM * 4
 

@@ -49,6 +49,8 @@ class Offload:
 
     Attributes:
         host_memory: for the keys and values of all layers: bytes, or a size such as "64GiB".
+        device_memory: for those that a GPU holds of them, all layers together; an eighth of
+            host_memory if None. Not for models on a CPU.
         file: a file to make for them, or a directory; the name is free again at once, and the
             space when the cache is gone. For models on a CPU, whose memory is then a cache of it.
 
@@ -57,10 +59,13 @@ class Offload:
     """
 
     host_memory: str | int
+    device_memory: str | int | None = None
     file: str | Path | None = None
 
     def __post_init__(self) -> None:
         parse_bytes("host_memory", self.host_memory)
+        if self.device_memory is not None:
+            parse_bytes("device_memory", self.device_memory)
         if not isinstance(cast("object", self.file), str | Path | None):
             raise ConfigError("file", "a path", repr(self.file))
 
@@ -68,3 +73,40 @@ class Offload:
     def host_bytes(self) -> int:
         """Bytes of host memory."""
         return parse_bytes("host_memory", self.host_memory)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of device memory."""
+        if self.device_memory is None:
+            return self.host_bytes // 8
+        return parse_bytes("device_memory", self.device_memory)
+
+
+TILE_SIZE = 16
+"""Keys of one KV head that travel together, with their values."""
+
+
+def page_bytes(heads: int, page_size: int, head_dim: int, itemsize: int) -> int:
+    """Keys and values of one page, in host memory or staged on the device."""
+    return 2 * heads * page_size * head_dim * itemsize
+
+
+def slot_bytes(heads: int, head_dim: int, itemsize: int) -> int:
+    """One tile of every head on the device: keys, values, owner, stamp and load."""
+    return heads * (2 * TILE_SIZE * head_dim * itemsize + 16)
+
+
+def table_bytes(heads: int, page_size: int) -> int:
+    """What says where the tiles of one page are, and whether the page is on the device."""
+    return 4 * (heads * page_size // TILE_SIZE + 2)
+
+
+def tiles_of_rows(
+    num_sink_tokens: int, budget: int, window: int, granularity: int, rows: int = 1
+) -> int:
+    """Maximum number of tiles that a pruned query block reads of one head.
+
+    rows: of the query block; of a single row, the steps that use its selection again.
+    """
+    recent = window + granularity + rows - 2
+    return -(-num_sink_tokens // TILE_SIZE) - (-budget // TILE_SIZE) - (-recent // TILE_SIZE)

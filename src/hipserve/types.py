@@ -8,7 +8,23 @@ import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
+from hipserve.offload import TILE_SIZE
 from hipserve.plan import BatchLayout
+
+
+@dataclass(frozen=True, slots=True)
+class TileLists:
+    """Which tiles hold the keys that query blocks read.
+
+    Attributes:
+        slots: `[num_query_blocks, heads, max_tiles]` int32. A query block reads sinks, chosen
+            blocks and window as one list of keys; entry i is the tile of its keys from
+            `TILE_SIZE` * i on. -1 behind the last.
+        page_size: keys of a page of the layout.
+    """
+
+    slots: Tensor
+    page_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +34,15 @@ class KeyPool:
     Attributes:
         k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`; any strides with a
             contiguous last axis.
+        places: `[pages of the layout]` int32: which of these pages each page of the layout and of
+            the index is, where some of them were staged; None where they are the same.
+        lists: where these pages are tiles of `TILE_SIZE` keys: those that a step reads.
     """
 
     k_cache: Tensor
     v_cache: Tensor
+    places: Tensor | None = None
+    lists: TileLists | None = None
 
     @property
     def page_size(self) -> int:
@@ -34,6 +55,67 @@ class KeyPool:
     @property
     def head_dim(self) -> int:
         return self.k_cache.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class TileArena:
+    """Tiles of a layer on the device, and what says which of them: a cache of pages elsewhere.
+
+    A tile that is here equals its page, always: whoever writes one writes both. Slots are given up
+    in the order of a clock: its hand passes over those that were read since it came by last.
+
+    Attributes:
+        tiles: `[num_kv_heads, num_slots, 2, TILE_SIZE, head_dim]`, keys and values.
+        where: `[num_kv_heads, num_pages * page_size / TILE_SIZE]` int32, the slot of each tile of
+            the pages; -1 for none. An entry may be set to -1 at any time.
+        owner: `[num_kv_heads, num_slots]` int32, the tile that came to a slot last; -1 for none.
+        stamp: `[num_kv_heads, num_slots]` int32, the step that read a slot last; 0 where none did
+            since the hand passed.
+        state: `[num_kv_heads, 3]` int32: steps so far, the slot under the hand, and how many
+            entries of `loads` the last step made.
+        loads: `[num_kv_heads, num_slots, 2]` int32, slot and tile of what the last step loaded.
+        counts: `[num_kv_heads, 2]` int64, tiles that all steps needed, and that they loaded.
+    """
+
+    tiles: Tensor
+    where: Tensor
+    owner: Tensor
+    stamp: Tensor
+    state: Tensor
+    loads: Tensor
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, num_slots: int, num_tiles: int, k: Tensor) -> TileArena:
+        """An arena of `num_slots` slots a head for pages of `num_tiles` tiles a head.
+
+        k: `[..., num_kv_heads, head_dim]`, keys as the tiles will hold them.
+        """
+        heads, dim = k.shape[-2:]
+
+        def ints(*shape: int, value: int = 0) -> Tensor:
+            return torch.full((heads, *shape), value, dtype=torch.int32, device=k.device)
+
+        return cls(
+            tiles=k.new_empty((heads, num_slots, 2, TILE_SIZE, dim)),
+            where=ints(num_tiles, value=-1),
+            owner=ints(num_slots, value=-1),
+            stamp=ints(num_slots),
+            state=ints(3),
+            loads=ints(num_slots, 2),
+            counts=torch.zeros(heads, 2, dtype=torch.int64, device=k.device),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Tiles of every head that fit."""
+        return self.tiles.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tiles and the tables."""
+        tables = (self.where, self.owner, self.stamp, self.state, self.loads, self.counts)
+        return self.tiles.nbytes + sum(x.nbytes for x in tables)
 
 
 @dataclass(frozen=True, slots=True)

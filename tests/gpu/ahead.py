@@ -22,8 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hipserve import HiPConfig
+from hipserve.config import IndexForm
 from hipserve.ops.block_sparse_attention.triton import launch as attention
 from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
+from hipserve.ops.load_tiles.reading import Reading
+from hipserve.ops.load_tiles.triton import launch as loading
 from hipserve.ops.select_blocks.operator import search_inputs
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.select_blocks.triton import barrier
@@ -31,7 +34,7 @@ from hipserve.ops.select_blocks.triton import launch as selection
 from hipserve.ops.select_blocks.triton import tiling as selection_tiling
 from hipserve.ops.write_kv import triton as writing
 from hipserve.ops.write_kv.layout import IndexLayout
-from hipserve.types import BlockSelection, KeyPool
+from hipserve.types import BlockSelection, KeyPool, TileArena
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 
@@ -99,11 +102,12 @@ def attend(
     selected: bool,
     head_dim: int,
     batch: int = 1,
+    tiled: bool = False,
 ) -> None:
     for name in ("attention", "merge"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
-    pages = torch.empty(64, 256, 8, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(64, 16 if tiled else 256, 8, head_dim, dtype=torch.bfloat16)
     blocks = batch * -(-query_len // 64)
     attention.block_sparse_attention(
         q,
@@ -119,6 +123,8 @@ def attend(
         sm_scale=0.1,
         softcap=0.0,
         query_block_size=64,
+        lists=torch.zeros(blocks, 8, 104, dtype=torch.int32) if tiled else None,
+        page_size=256,
     )
 
 
@@ -160,6 +166,36 @@ def write(recorders: dict[str, Recorder], head_dim: int) -> None:
         writing.write_kv(k, k, KeyPool(pages, pages), index, slots)
 
 
+def load(
+    recorders: dict[str, Recorder], case: str, batch: int, selected: bool, entries: int
+) -> None:
+    """Decoding with keys and values elsewhere: a tail page is written, and tiles are loaded."""
+    k = torch.empty(batch, 8, 128, dtype=torch.bfloat16)
+    pages = torch.empty(4, 8, 2, 256, 128, dtype=torch.bfloat16)
+    arena = TileArena.empty(1638 * batch, 64, k)
+    for recorder in recorders.values():
+        recorder.case = case
+    lists = torch.zeros(batch, 8, 64, dtype=torch.int32)
+    reading = Reading(
+        block_table=torch.zeros(batch, 512, dtype=torch.int32),
+        query_blocks=torch.zeros(batch, 4, dtype=torch.int32),
+        indices=lists if selected else None,
+        window_start=torch.zeros(batch, dtype=torch.int32) if selected else None,
+        num_sink_tokens=64,
+        key_block_size=16,
+        max_tiles=entries,
+        page_size=256,
+        num_kv_heads=8,
+    )
+    loading.load_tiles(arena, pages, reading)
+    slots = torch.zeros(batch, dtype=torch.int64)
+    loading.store_rows(k, k, arena, pages, slots)
+    tail = torch.empty(batch, 256, 8, 128, dtype=torch.bfloat16)
+    index = IndexLayout.of_pages(256, 128, k.dtype, IndexForm(16, 4)).empty_like(tail)
+    places = torch.zeros(batch, dtype=torch.int32)
+    writing.write_kv(k, k, KeyPool(tail, tail, places), index, slots)
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(NamedTarget(capability))
@@ -170,7 +206,7 @@ def main() -> None:
     barrier.gpu_processors = lambda device: 132
     found: dict[str, dict[str, int]] = {}
     recorders: dict[str, Recorder] = {}
-    for module in (attention, selection, writing):
+    for module in (attention, selection, writing, loading):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(name, getattr(module, name), found)
             setattr(module, name, recorders[name])
@@ -188,6 +224,11 @@ def main() -> None:
         attend(recorders, "dense", 4096, False, 128)
         attend(recorders, "decode", 1, True, 128)
         attend(recorders, "decode, dense", 1, False, 128)
+        attend(recorders, "decode, tiles", 1, True, 128, tiled=True)
+        attend(recorders, "few rows, tiles", 64, True, 128, tiled=True)
+        load(recorders, "decode, tiles", 1, True, 103)
+        load(recorders, "decode, tiles, batch 8", 8, True, 103)
+        load(recorders, "decode, tiles, dense", 1, False, 1536)
         attend(recorders, "decode, batch 8", 1, True, 128, batch=8)
         attend(recorders, "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)

@@ -27,6 +27,9 @@ KERNELS = {
     "search_kernel",
     "write_kernel",
     "summaries_kernel",
+    "resolve_kernel",
+    "load_kernel",
+    "store_kernel",
 }
 LITTLE = 64
 """Bytes a thread: what the largest attention tiles cost, which are nevertheless the fastest."""

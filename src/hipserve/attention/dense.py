@@ -101,7 +101,8 @@ def attend_chosen(
         out like q, and lse `[num_tokens, num_q_heads]`, as there.
     """
     config = config or DEFAULT
-    if not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
+    resident = pool.places is None and pool.lists is None
+    if resident and not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
         shares = _divide(layout, selection, config)
         if shares.spans:
             return _by_both(q, pool, layout, selection, shares, config=config, sm_scale=sm_scale)

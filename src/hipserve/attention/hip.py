@@ -164,6 +164,7 @@ class WholeKeys:
         selection: BlockSelection | None,  # noqa: ARG002
         layout: BatchLayout,  # noqa: ARG002
         config: HiPConfig,  # noqa: ARG002
+        rule: PruningRule | None,  # noqa: ARG002
     ) -> KeyPool:
         return KeyPool(self.k, self.v)
 

@@ -42,12 +42,16 @@ class LayerKeys(Protocol):
         ...
 
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
         """Pages in which the chosen keys and values are present, and those that are always read.
 
-        `selection` has an entry for every query block of `layout`, and was made with `config`; None
-        for everything.
+        `selection` has an entry for every query block of `layout`, and was made with `config` and
+        `rule`; None for everything.
         """
         ...
 
@@ -69,6 +73,7 @@ class HeldKeys:
         selection: BlockSelection | None,  # noqa: ARG002
         layout: BatchLayout,  # noqa: ARG002
         config: HiPConfig,  # noqa: ARG002
+        rule: PruningRule | None,  # noqa: ARG002
     ) -> KeyPool:
         return self.pool
 
@@ -170,7 +175,7 @@ class AttentionLayer:
         selected = time.perf_counter() if account else 0.0
         out, lse = attend_chosen(
             q,
-            keys.fetch(selection, layout, self.config),
+            keys.fetch(selection, layout, self.config, self.rule),
             layout,
             selection,
             config=self.config,

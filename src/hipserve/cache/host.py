@@ -1,13 +1,15 @@
-"""Memory of the host for pages, its limits, and files that are mapped as such memory."""
+"""Memory of the host for pages: files that are mapped, memory that a GPU sees, and limits."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,18 @@ from hipserve.offload import format_bytes
 OS_PAGE = mmap.PAGESIZE
 GRANULARITY = 2 * 2**20
 """Bytes by which files and registrations grow at least."""
+PIECE = 8 * 2**30
+"""Bytes that are pinned at a time, at most: drivers refuse half a terabyte in one piece."""
+MAPPED = 3
+"""cudaHostRegisterPortable | cudaHostRegisterMapped."""
+LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""What a control group may take, and what it does, in both of their versions."""
 
 
 class MappedFile:
@@ -117,3 +131,91 @@ class FileMemory:
         for begin, end in ranges:
             begin -= begin % OS_PAGE
             self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+
+class PinnedMemory:
+    """Memory of the host that a GPU reads and writes as well, without a copy.
+
+    Attributes:
+        nbytes: addresses; memory is taken as it is reserved.
+        reserved: bytes from the start that are there.
+
+    Args:
+        nbytes: see above.
+        pinned: False leaves out what makes a GPU see it.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool = True) -> None:
+        self.nbytes, self.reserved, self._pinned = nbytes, 0, pinned
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._map = mmap.mmap(-1, nbytes, flags=flags)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pieces: list[int] = []
+
+    def tensor(self) -> Tensor:
+        """All bytes `[nbytes]` uint8, reserved or not."""
+        return self._bytes
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes memory for the first `nbytes` bytes, and makes a GPU see it.
+
+        Raises:
+            FitError: the system refuses; what was reserved before stays.
+        """
+        end = min(-(-nbytes // GRANULARITY) * GRANULARITY, self.nbytes)
+        while self.reserved < end:
+            size = min(end - self.reserved, PIECE)
+            piece = self._bytes[self.reserved : self.reserved + size]
+            piece[::OS_PAGE] = 0  # registering what was never touched takes twenty times as long
+            if self._pinned:
+                register(piece)
+                self._pieces.append(piece.data_ptr())
+            self.reserved += size
+
+    def __del__(self) -> None:
+        for pointer in getattr(self, "_pieces", ()):
+            _cudart().cudaHostUnregister(pointer)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def register(piece: Tensor) -> None:
+    """Pins `piece` `[nbytes]` uint8, and makes every GPU see it.
+
+    Raises:
+        FitError: the driver refuses.
+    """
+    error = int(_cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, MAPPED))
+    if error:
+        reason = f"the CUDA driver refuses to pin {format_bytes(piece.nbytes)} (error {error})"
+        hint = "lower host_memory; in WSL and confidential computing, leave offload out"
+        raise FitError(f"host_memory: {reason}", hint)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    text = _read(Path("/proc/meminfo"))
+    found = re.search(r"MemAvailable:\s+(\d+)", text)
+    free = int(found[1]) * 1024 if found else 2**62
+    for limit, used in LIMITS:
+        most = _read(Path(limit)).strip()
+        if most.isdigit():
+            free = min(free, int(most) - int(_read(Path(used)).strip() or 0))
+    return free
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("ascii")
+    except OSError:
+        return ""
+
+
+def check_memory(nbytes: int) -> None:
+    """Raises FitError where the host has less than `nbytes` bytes available."""
+    free = available_memory()
+    if nbytes > free:
+        asked, found = format_bytes(nbytes), format_bytes(free)
+        raise FitError(f"host_memory asks for {asked}, and {found} are available", "lower it")

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from hipserve.cache.host import FileMemory
+from hipserve.cache.staging import pool_of
 from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
-from hipserve.offload import format_bytes
+from hipserve.offload import TILE_SIZE, format_bytes
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout
+from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyPool
-
-STRETCH = 16
-"""Keys of one head that are asked for together: those of a tile."""
 
 
 def host_pages(memory: Tensor, page_size: int, k: Tensor) -> Tensor:
@@ -40,11 +38,6 @@ def host_pages(memory: Tensor, page_size: int, k: Tensor) -> Tensor:
         raise FitError(f"{found}, and {share}", "raise host_memory")
     numbers = memory[: count * page_bytes].view(k.dtype)
     return numbers.view(count, heads, 2, page_size, dim)
-
-
-def pool_of(pages: Tensor) -> KeyPool:
-    """Pages `[num_pages, num_kv_heads, 2, page_size, head_dim]` as operations take them."""
-    return KeyPool(pages[:, :, 0].transpose(1, 2), pages[:, :, 1].transpose(1, 2))
 
 
 class MappedPages:
@@ -97,17 +90,24 @@ class MappedPages:
         for pages in (self._pages, *self.index.tensors()):
             pages[target] = pages[source]
 
+    def count_loads(self) -> tuple[int, int]:
+        return 0, 0  # the operating system loads, and does not tell
+
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,  # noqa: ARG002
     ) -> KeyPool:
         heads, planes, size, dim = self._pages.shape[1:]
         stretches = stretches_read(selection, layout, config, heads, size)
-        per_row, row = -(-size // STRETCH), dim * self._pages.element_size()
+        per_row, row = -(-size // TILE_SIZE), dim * self._pages.element_size()
         in_pages = stretches // per_row * planes * per_row + stretches % per_row
         both = torch.cat([in_pages + plane * per_row for plane in range(planes)])
 
         def start(i: int) -> int:
-            return (i // per_row * size + i % per_row * STRETCH) * row
+            return (i // per_row * size + i % per_row * TILE_SIZE) * row
 
         self._memory.will_need([(start(begin), start(end)) for begin, end in ranges_of(both)])
         return self.pool
@@ -136,7 +136,7 @@ def stretches_read(
     heads: int,
     page_size: int,
 ) -> Tensor:
-    """`[n]` int64: which `STRETCH` keys are read, (page * heads + head) * stretches a page + i.
+    """`[n]` int64: which `TILE_SIZE` keys are read, (page * heads + head) * stretches a page + i.
 
     More than one row a sequence is taken to read everything.
 
@@ -147,7 +147,7 @@ def stretches_read(
         heads: KV heads.
         page_size: keys in a page.
     """
-    per_row = -(-page_size // STRETCH)
+    per_row = -(-page_size // TILE_SIZE)
     blocks = layout.query_blocks(config.query_block_size)
     every = torch.arange(heads * per_row)
     if selection is None or len(blocks) != layout.num_seqs:
@@ -156,7 +156,7 @@ def stretches_read(
         pages = torch.cat([table[: -(-n // page_size)].long() for table, n in tables])
         return (pages.unique()[:, None] * heads * per_row + every).flatten()
 
-    lists, step = selection.indices.shape[1], min(config.key_block_size, STRETCH)
+    lists, step = selection.indices.shape[1], min(config.key_block_size, TILE_SIZE)
     inside = torch.arange(0, config.key_block_size, step)
     parts: list[Tensor] = []
     for block, (seq, _, rows, position) in enumerate(blocks.tolist()):
@@ -164,10 +164,10 @@ def stretches_read(
         starts = selection.indices[block][list_of, at].long() * config.key_block_size
         positions, head = (starts[:, None] + inside), list_of[:, None] * heads // lists
         last, window = position + rows, int(selection.window_start[block])
-        sinks = range(0, min(config.num_sink_tokens, last), STRETCH)
-        always = torch.tensor([*sinks, *range(window // STRETCH * STRETCH, last, STRETCH)])
+        sinks = range(0, min(config.num_sink_tokens, last), TILE_SIZE)
+        always = torch.tensor([*sinks, *range(window // TILE_SIZE * TILE_SIZE, last, TILE_SIZE)])
         for p, of in ((positions, head), (always[:, None], torch.arange(heads))):
             page = layout.block_table[seq, p // page_size].long()
-            ids = (page * heads + of) * per_row + p % page_size // STRETCH
+            ids = (page * heads + of) * per_row + p % page_size // TILE_SIZE
             parts.append(ids.flatten())
     return torch.cat(parts)

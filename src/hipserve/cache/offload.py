@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hipserve.cache.host import GRANULARITY, MappedFile
+from hipserve.cache.host import GRANULARITY, MappedFile, PinnedMemory, check_memory
 from hipserve.cache.mapped import MappedPages
+from hipserve.cache.staging import StagedPages
 from hipserve.cache.store import PageStore
+from hipserve.cache.tiles import TiledPages, row_tiles
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
-from hipserve.offload import Offload
+from hipserve.offload import TILE_SIZE, Offload
 
 
 class OffloadedLayers:
@@ -35,23 +37,51 @@ class OffloadedLayers:
         if not self._share:
             expected = f"host_memory of {num_layers * GRANULARITY} bytes or more"
             raise ArgumentError("offload", expected, f"{offload.host_bytes} bytes")
-        self._file = None
-        if offload.file is not None:
+        self._config, self._device_share = config, offload.device_bytes // max(num_layers, 1)
+        self._file, self._staged = None, None
+        if offload.file is None:
+            check_memory(offload.host_bytes)
+        else:
             self._file = MappedFile(offload.file, num_layers * self._share)
 
     def make_store(self, page_size: int, form: IndexForm, k: Tensor) -> PageStore:
         """The memory of the next layer, whose keys k are `[..., num_kv_heads, head_dim]`.
 
         Raises:
-            ArgumentError: these keys are on no CPU, or there is no file for them.
-            FitError: a layer's share has no room for a page.
+            ArgumentError: a file is for a CPU, and a CPU needs one; or tiles would be cut.
+            FitError: a layer's share has no room for a page, or for what a row reads.
         """
-        if k.device.type != "cpu":
-            hint = "leave offload out: keys of GPUs are not offloaded yet"
-            raise ArgumentError("offload", "a model on a CPU", f"keys on {k.device}", hint)
+        if k.is_cuda:
+            return self._tiled(page_size, form, k)
         if self._file is None:
             hint = 'pass Offload(host_memory=..., file="/nvme/kv")'
             raise ArgumentError("offload", "a file, for a model on a CPU", "none", hint)
         memory = self._file.stretch(self._taken * self._share, self._share)
         self._taken += 1
         return MappedPages(page_size, form, k, memory)
+
+    def _tiled(self, page_size: int, form: IndexForm, k: Tensor) -> PageStore:
+        if self._file is not None:
+            hint = "leave file out: host memory holds what a GPU does not"
+            raise ArgumentError("offload", "no file, for a model on a GPU", "one", hint)
+        config = self._config
+        for name, value in (
+            ("key_block_size", config.key_block_size),
+            ("num_sink_tokens", config.num_sink_tokens),
+            ("bound_block_size", config.granularity),
+            ("page_size", page_size),
+        ):
+            if value % TILE_SIZE:
+                expected = f"{name} in steps of {TILE_SIZE}, the keys of a tile"
+                raise ArgumentError("offload", expected, str(value), f"change {name}")
+        if self._staged is None:
+            self._staged = StagedPages(page_size, k)
+        return TiledPages(
+            page_size,
+            form,
+            k,
+            memory=PinnedMemory(self._share),
+            device_bytes=self._device_share,
+            staged=self._staged,
+            floor=row_tiles(config),
+        )

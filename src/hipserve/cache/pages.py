@@ -13,7 +13,7 @@ from hipserve.cache.store import PageStore, ResidentPages, Write, ordinary_tenso
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks
-from hipserve.plan import BatchLayout, runs_of_pages
+from hipserve.plan import BatchLayout, PruningRule, runs_of_pages
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 MakeStore = Callable[[int, IndexForm, Tensor], PageStore]
@@ -91,17 +91,26 @@ class PagedLayer:
         """Those on the device of the keys."""
         return self._store.device_nbytes if self._store else 0
 
+    def count_loads(self) -> tuple[int, int]:
+        """Tiles that all steps needed, and that they had to load; zeros for pages elsewhere."""
+        return self._store.count_loads() if self._store else (0, 0)
+
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
         """Keys and values in which the chosen ones are present, and those that are always read.
 
         Args:
-            selection: made with `config`; None for everything.
+            selection: made with `config` and `rule`; None for everything.
             layout: from this layer.
             config: block sizes, sinks and window of the selection.
+            rule: which rows are pruned; None for none.
         """
-        return self.store.fetch(selection, layout, config)
+        return self.store.fetch(selection, layout, config, rule)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Appends k and v, `[batch, new, num_kv_heads, head_dim]` each.

@@ -12,7 +12,7 @@ from torch import Tensor
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.ops import write_kv
 from hipserve.ops.write_kv.layout import IndexLayout, Rows
-from hipserve.plan import BatchLayout
+from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 GROWTH = 0.25
@@ -84,9 +84,17 @@ class PageStore(Protocol):
         ...
 
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
-        """As `LayerKeys.fetch` in `hipserve.attention.layer`."""
+        """As `LayerKeys.fetch` in `hipserve.attention.layer`, for what was written last."""
+        ...
+
+    def count_loads(self) -> tuple[int, int]:
+        """Tiles that all steps needed, and that they had to load; zeros where nobody counts."""
         ...
 
 
@@ -104,9 +112,8 @@ def empty_pages(
     is twice as fast on a CPU as picking them out between those of the other heads.
     """
     heads, dim = like.shape[-2:]
-    pool = KeyPool(
-        *(_allocate(count, heads, Rows(page_size, (dim,), like.dtype), like) for _ in range(2))
-    )
+    rows = Rows(page_size, (dim,), like.dtype)
+    pool = KeyPool(_allocate(count, heads, rows, like), _allocate(count, heads, rows, like))
     return pool, empty_index(count, page_size, form, pool.k_cache)
 
 
@@ -174,6 +181,10 @@ class ResidentPages:
         selection: BlockSelection | None,  # noqa: ARG002
         layout: BatchLayout,  # noqa: ARG002
         config: HiPConfig,  # noqa: ARG002
+        rule: PruningRule | None,  # noqa: ARG002
     ) -> KeyPool:
         """Everything is where attention reads it."""
         return self.pool
+
+    def count_loads(self) -> tuple[int, int]:
+        return 0, 0

@@ -1,14 +1,17 @@
 """The operations: tensors in, tensors out, the same contract on every backend."""
 
 from hipserve.ops.block_sparse_attention.api import block_sparse_attention
+from hipserve.ops.load_tiles.api import load_tiles, store_rows
 from hipserve.ops.select_blocks.api import refresh_blocks, select_blocks
 from hipserve.ops.write_kv.api import build_index, write_kv
 
 __all__ = [
     "block_sparse_attention",
     "build_index",
+    "load_tiles",
     "refresh_blocks",
     "select_blocks",
+    "store_rows",
     "write_kv",
 ]
 

@@ -96,6 +96,15 @@ class BatchLayout:
             self._made[query_block_size] = blocks.to(self.seq_lens.device)
         return self._made[query_block_size]
 
+    def spans(self, query_block_size: int) -> list[tuple[int, int]]:
+        """Position and number of rows of every query block, on the host."""
+        asked = ("spans", query_block_size)
+        if asked not in self._made:
+            lengths = self.lengths or (self.seq_lens.tolist(), self.cu_seqlens_q.tolist())
+            blocks: list[list[int]] = split_rows(*lengths, query_block_size).tolist()
+            self._made[asked] = [(position, rows) for _, _, rows, position in blocks]
+        return self._made[asked]
+
     def window_starts(self, rule: PruningRule) -> Tensor:
         """`[num_query_blocks]` int32: first key of each query block's window."""
         blocks = self.query_blocks(rule.query_block_size)

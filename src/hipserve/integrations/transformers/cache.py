@@ -16,7 +16,7 @@ from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.offload import Offload
-from hipserve.plan import BatchLayout, bound_levels
+from hipserve.plan import BatchLayout, PruningRule, bound_levels
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 PAGE_SIZE = 256
@@ -216,9 +216,13 @@ class PageKeys:
         return self.layer.pages.index
 
     def fetch(
-        self, selection: BlockSelection | None, layout: BatchLayout, config: HiPConfig
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
-        return self.layer.pages.fetch(selection, layout, config)
+        return self.layer.pages.fetch(selection, layout, config, rule)
 
 
 def _unfinished() -> ArgumentError:
@@ -334,6 +338,14 @@ class HiPCache(Cache):
         accounts = [layer.account for layer in self._paged()]
         read = sum(account.keys_read for account in accounts)
         return read, sum(account.keys_visible for account in accounts)
+
+    def count_loads(self) -> tuple[int, int]:
+        """Tiles of offloaded keys and values that all steps needed, and that they had to load.
+
+        Of models on a GPU; a tile is `hipserve.offload.TILE_SIZE` keys of one head.
+        """
+        counts = [layer.pages.count_loads() for layer in self._paged()]
+        return sum(needed for needed, _ in counts), sum(loaded for _, loaded in counts)
 
     def _paged(self) -> list[HiPCacheLayer]:
         return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]

@@ -120,7 +120,8 @@ def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
 
     rows = (blocks, size, heads, dim), (stride, token, head, 1)
     values = dim * kv_cache.element_size()
-    pool = KeyPool(*(view(kv_cache.dtype, start, *rows) for start in (0, values)))
+    k_cache, v_cache = (view(kv_cache.dtype, start, *rows) for start in (0, values))
+    pool = KeyPool(k_cache, v_cache)
     layout = BlockLayout(size, heads, dim, kv_cache.dtype, form)
     end = layout.content_bytes
 

@@ -22,7 +22,7 @@ from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_in
 from hipserve.integrations.vllm.metrics import Tally, tally
 from hipserve.integrations.vllm.step import HiPStep, first_rows
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout, RefreshSchedule
+from hipserve.plan import BatchLayout, PruningRule, RefreshSchedule
 from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
@@ -176,6 +176,7 @@ class BlockKeys:
         selection: BlockSelection | None,  # noqa: ARG002
         layout: BatchLayout,  # noqa: ARG002
         config: HiPConfig,  # noqa: ARG002
+        rule: PruningRule | None,  # noqa: ARG002
     ) -> KeyPool:
         return self.pages.pool
 

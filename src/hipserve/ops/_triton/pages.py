@@ -49,3 +49,13 @@ def key_offsets(rows, positions, there, MASKED: tl.constexpr = True):
         page = tl.load(rows.table + positions // rows.page_size)  # [n]
     in_pages = page.to(tl.int64) * rows.strides.page
     return in_pages + (positions % rows.page_size).to(tl.int64) * rows.strides.slot
+
+
+@triton.jit
+def place_of(page, places):
+    """The page, int64, that holds page `page` of the layout: itself without `places`."""
+    if places is None:  # noqa: SIM108 - known when it is compiled
+        place = page
+    else:
+        place = tl.load(places + page).to(tl.int64)
+    return place

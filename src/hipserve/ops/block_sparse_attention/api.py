@@ -8,7 +8,7 @@ from hipserve.config import DEFAULT, HiPConfig
 from hipserve.ops import checks
 from hipserve.ops.block_sparse_attention import operator
 from hipserve.plan import BatchLayout
-from hipserve.types import BlockSelection, KeyPool
+from hipserve.types import BlockSelection, KeyPool, TileLists
 
 
 def block_sparse_attention(
@@ -28,7 +28,8 @@ def block_sparse_attention(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
-        pool: the pages, keys and values of this call already written.
+        pool: the pages, keys and values of this call already written; or the tiles that `lists`
+            names, for this selection (`hipserve.ops.load_tiles`).
         layout: lengths and page ids of the batch.
         selection: from `select_blocks` with the same `config`; None for dense causal attention.
         config: the block sizes and sinks that the selection was made with.
@@ -52,11 +53,14 @@ def block_sparse_attention(
         _check(q, pool, layout, selection, config)
         _check_scores(sm_scale, softcap)
         _check_window(sliding_window, selection)
+    block_table, lists = layout.block_table, pool.lists
+    if pool.places is not None:
+        block_table = pool.places[block_table]
     return operator.attention()(
         q,
         pool.k_cache,
         pool.v_cache,
-        layout.block_table,
+        block_table,
         layout.query_blocks(config.query_block_size),
         indices=selection.indices.contiguous() if selection else None,
         window_start=selection.window_start.contiguous() if selection else None,
@@ -66,6 +70,8 @@ def block_sparse_attention(
         sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
         softcap=softcap,
         query_block_size=config.query_block_size,
+        lists=lists.slots if lists else None,
+        page_size=lists.page_size if lists else pool.page_size,
         backend=backend,
     )
 
@@ -79,9 +85,20 @@ def _check(
 ) -> None:
     checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
     checks.check_pool(q, pool)
-    checks.check_layout(q, pool, layout)
+    if pool.lists is not None:
+        _check_lists(q, pool.lists, layout, config)
+    elif pool.places is None:
+        checks.check_layout(q, pool, layout)
     if selection is not None:
         _check_selection(q, pool, layout, selection, config)
+
+
+def _check_lists(q: Tensor, lists: TileLists, layout: BatchLayout, config: HiPConfig) -> None:
+    dims = "[num_query_blocks, heads, max_tiles]"
+    checks.check_ints("pool.lists", lists.slots, dims, q.device)
+    blocks = layout.query_blocks(config.query_block_size).shape[0]
+    found, hint = lists.slots.shape[0], "load the tiles of this selection"
+    checks.require(found == blocks, "pool.lists", f"lists of {blocks} query blocks", found, hint)
 
 
 def _check_scores(sm_scale: float | None, softcap: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipserve.errors import BackendError
+
 
 def block_sparse_attention(
     q: Tensor,
@@ -21,6 +23,8 @@ def block_sparse_attention(
     sm_scale: float,
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
+    lists: Tensor | None = None,
+    page_size: int = 0,  # noqa: ARG001 - likewise
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -28,6 +32,8 @@ def block_sparse_attention(
         out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
         lse: `[num_tokens, num_q_heads]` float32.
     """
+    if lists is not None:
+        raise BackendError('backend="cpu" cannot run: it reads pages, and no tiles')
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     torch.ops.hipserve_cpu.block_sparse_attention(

@@ -34,6 +34,8 @@ def _run(
     sm_scale: float,
     softcap: float,
     query_block_size: int,
+    lists: Tensor | None,
+    page_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
@@ -51,6 +53,8 @@ def _run(
         sm_scale=sm_scale,
         softcap=softcap,
         query_block_size=query_block_size,
+        lists=lists,
+        page_size=page_size,
     )
 
 

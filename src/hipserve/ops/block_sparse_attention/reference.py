@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipserve.offload import TILE_SIZE
 from hipserve.types import KeyPool
 
 
@@ -23,6 +24,8 @@ def block_sparse_attention(
     sm_scale: float,
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
+    lists: Tensor | None = None,
+    page_size: int = 0,  # noqa: ARG001 - likewise
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -40,6 +43,10 @@ def block_sparse_attention(
         else:
             window = int(window_start[i])
             keys = read_keys(indices[i], key_block_size, num_sink_tokens, window, last)
+        if lists is None:
+            in_pages = places(keys, block_table[seq].long(), kv.page_size)
+        else:
+            in_pages = places_in_tiles(keys, lists[i])
         rows = q[row : row + num_rows]
         positions = torch.arange(position, last, device=q.device)
         part = attend(
@@ -47,7 +54,7 @@ def block_sparse_attention(
             positions,
             keys,
             kv,
-            block_table[seq].long(),
+            in_pages,
             sliding_window=sliding_window,
             sm_scale=sm_scale,
             softcap=softcap,
@@ -67,24 +74,37 @@ def read_keys(indices: Tensor, size: int, num_sink_tokens: int, window: int, las
     return torch.cat([sink.expand(heads, -1), chosen, recent.expand(heads, -1)], dim=1)
 
 
+def places(keys: Tensor, pages: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Page and slot of `keys` `[heads or 1, keys]` in a sequence with these `pages` `[n]`."""
+    at = keys.clamp(min=0)
+    return pages[at // page_size], at % page_size
+
+
+def places_in_tiles(keys: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Tile and slot of `keys` `[heads or 1, keys]`; `tiles` `[heads, max_tiles]` lists their tiles
+    in the order of the keys that there are."""
+    n = ((keys >= 0).cumsum(1) - 1).clamp(min=0).expand(len(tiles), -1)
+    return tiles.long().gather(1, n // TILE_SIZE), n % TILE_SIZE
+
+
 def attend(
     rows: Tensor,
     positions: Tensor,
     keys: Tensor,
     kv: KeyPool,
-    pages: Tensor,
+    in_pages: tuple[Tensor, Tensor],
     *,
     sliding_window: int,
     sm_scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `rows` `[rows, num_q_heads, head_dim]` over `keys` `[heads or 1, keys]`."""
+    """Attention of `rows` `[rows, num_q_heads, head_dim]` at `positions` `[rows]` over `keys`
+    `[heads or 1, keys]`, whose page and slot are `in_pages`, likewise."""
     dtype = accumulator(rows.dtype)
     num_q_heads = rows.shape[1]
     q_heads = torch.arange(num_q_heads, device=rows.device)
-    keys = keys[q_heads * keys.shape[0] // num_q_heads]
+    keys, page, slot = (x[q_heads * len(x) // num_q_heads] for x in (keys, *in_pages))
     kv_heads = (q_heads * kv.num_kv_heads // num_q_heads)[:, None]
-    page, slot = pages[keys.clamp(min=0) // kv.page_size], keys.clamp(min=0) % kv.page_size
     k, v = kv.k_cache[page, slot, kv_heads].to(dtype), kv.v_cache[page, slot, kv_heads].to(dtype)
 
     scores = rows.transpose(0, 1).to(dtype) @ k.mT * sm_scale

@@ -49,7 +49,7 @@ def write_kv(
 
     Args:
         k, v: `[num_tokens, num_kv_heads, head_dim]`, dtype of the pages.
-        pool: the pages.
+        pool: the pages. With `places`, slots are those of the index.
         index: of the same pages; None, or one without summaries, where no search reads any.
         slot_mapping: `[num_tokens]` int64, page * page_size + offset; -1 skips a token.
         backend: `auto`, `cpu`, `triton` or `reference`.
@@ -61,7 +61,7 @@ def write_kv(
     if check:
         _check(k, v, pool, index, slot_mapping)
     index = index or KeyIndex(pool.k_cache)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and pool.places is None:
         _write_operator(
             *(k, v, pool.k_cache, pool.v_cache, slot_mapping),
             *index.parts,
@@ -117,7 +117,8 @@ def _check(
     if index is not None:
         run_size = index.run_size if index.summaries is not None else None
         checks.check_index(k, index, run_size, index.code_bits)
-        same = (*index.codes.shape[:3], index.head_dim) == tuple(pool.k_cache.shape)
+        pages = (pool.k_cache if pool.places is None else pool.places).shape[0]
+        same = (*index.codes.shape[:3], index.head_dim) == (pages, *pool.k_cache.shape[1:])
         expected = f"codes of keys of shape {list(pool.k_cache.shape)}, the pool's"
         checks.require(same, "index", expected, list(index.codes.shape), "build it of these pages")
     checks.check_tensor("slot_mapping", slot_mapping, "[num_tokens]")
@@ -126,7 +127,7 @@ def _check(
     for argument, x in (("v", v), ("slot_mapping", slot_mapping)):
         same = x.shape[0] == k.shape[0]
         checks.require(same, argument, f"{k.shape[0]} tokens as k", x.shape[0])
-    slots = pool.k_cache.shape[0] * pool.page_size
+    slots = (pool.k_cache if pool.places is None else pool.places).shape[0] * pool.page_size
     inside = slot_mapping.numel() == 0 or int(slot_mapping.min()) >= -1
     inside = inside and (slot_mapping.numel() == 0 or int(slot_mapping.max()) < slots)
     checks.require(

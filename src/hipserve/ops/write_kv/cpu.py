@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.config import IndexForm
+from hipserve.errors import BackendError
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.types import KeyIndex, KeyPool
 
@@ -13,6 +14,8 @@ from hipserve.types import KeyIndex, KeyPool
 def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping: Tensor) -> None:
     """See `hipserve.ops.write_kv`; k, v `[num_tokens, num_kv_heads, head_dim]`, slot_mapping
     `[num_tokens]`."""
+    if pool.places is not None:
+        raise BackendError('backend="cpu" cannot run: it writes no staged pages')
     torch.ops.hipserve_cpu.write_kv(
         k,
         v,

@@ -16,8 +16,9 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
     page, slot = slots // pool.page_size, slots % pool.page_size
-    pool.k_cache[page, slot] = k[written]
-    pool.v_cache[page, slot] = v[written]
+    place = page if pool.places is None else pool.places[page].long()
+    pool.k_cache[place, slot] = k[written]
+    pool.v_cache[place, slot] = v[written]
     if index.code_scales is not None:
         index.codes[page, slot], index.code_scales[page, slot] = key_codes(
             k[written], index.code_bits
@@ -32,7 +33,8 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
         for touched in run.unique().tolist():
             of_page, i = divmod(touched, runs_per_page)
             page_end = int(slot[page == of_page].max()) + 1
-            keys = pool.k_cache[of_page, i * length : min((i + 1) * length, page_end)]
+            place_of = of_page if pool.places is None else int(pool.places[of_page])
+            keys = pool.k_cache[place_of, i * length : min((i + 1) * length, page_end)]
             put_summary(index, of_page, offsets[level] + i, moments(keys, dim=0))
 
 

@@ -143,6 +143,7 @@ def write_kernel(
     v_cache_strides,
     slot_mapping,
     last_slots,
+    places,
     page_size,
     num_heads,
     codes,
@@ -159,7 +160,7 @@ def write_kernel(
     """Copies the rows of one token, all heads, to its slot, and writes the codes of its keys.
 
     A negative slot is padding. With `last_slots`, notes for the runs around the slot:
-    last_slots[run] = max(., slot + 1).
+    last_slots[run] = max(., slot + 1). With `places`, page i of the index is page places[i] here.
     """
     k_strides, v_strides = rows.RowStrides(*k_strides), rows.RowStrides(*v_strides)
     k_to, v_to = pages.CacheStrides(*k_cache_strides), pages.CacheStrides(*v_cache_strides)
@@ -172,18 +173,17 @@ def write_kernel(
     inside = (head < num_heads) & (d < HEAD_DIM)
     at = k + token * k_strides.token + head * k_strides.head + d
     row = tl.load(at, mask=inside)  # [HEADS, DIM]
-    to = k_cache + page * k_to.page + offset * k_to.slot
+    place = pages.place_of(page, places)
+    to = k_cache + place * k_to.page + offset * k_to.slot
     tl.store(to + head * k_to.head + d, row, mask=inside)
     if BITS < 16:
-        strides, scale_strides = (
-            pages.CacheStrides(*codes_strides),
-            pages.CacheStrides(*scales_strides),
-        )
+        strides = pages.CacheStrides(*codes_strides)
+        scale_strides = pages.CacheStrides(*scales_strides)
         rows_to = CodeRows(codes, strides, scales, scale_strides, num_heads)
         store_codes(row, inside, rows_to, page, offset, HEAD_DIM, DIM, BITS)
     at = v + token * v_strides.token + head * v_strides.head + d
     row = tl.load(at, mask=inside)  # [HEADS, DIM]
-    to = v_cache + page * v_to.page + offset * v_to.slot
+    to = v_cache + place * v_to.page + offset * v_to.slot
     tl.store(to + head * v_to.head + d, row, mask=inside)
     if last_slots is not None:
         RUNS: tl.constexpr = OFFSETS[-1]
@@ -228,6 +228,7 @@ def summaries_kernel(
     scales_strides,
     slot_mapping,
     last_slots,
+    places,
     page_size,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -240,10 +241,8 @@ def summaries_kernel(
     A run reaches to its end, or to the last slot written in its page.
     """
     k_strides = pages.CacheStrides(*k_cache_strides)
-    strides, scale_strides = (
-        pages.SummaryStrides(*summaries_strides),
-        pages.SummaryStrides(*scales_strides),
-    )
+    strides = pages.SummaryStrides(*summaries_strides)
+    scale_strides = pages.SummaryStrides(*scales_strides)
     slot = tl.load(slot_mapping + tl.program_id(0))
     if slot < 0:
         return
@@ -254,7 +253,8 @@ def summaries_kernel(
     page_end = 0
     for run in range(COARSEST, RUNS):
         page_end = tl.maximum(page_end, tl.load(last_slots + page * RUNS + run))
-    keys = k_cache + page * k_strides.page + head * k_strides.head
+    place = pages.place_of(page, places)
+    keys = k_cache + place * k_strides.page + head * k_strides.head
     to = SummaryRows(summaries, strides, scales, scale_strides)
     for level in tl.static_range(len(LENGTHS)):
         run = offset // LENGTHS[level]
@@ -286,10 +286,8 @@ def whole_summaries_kernel(
     first_index: where the runs of this length start in a page.
     """
     k_strides = pages.CacheStrides(*k_strides)
-    strides, scale_strides = (
-        pages.SummaryStrides(*summaries_strides),
-        pages.SummaryStrides(*scales_strides),
-    )
+    strides = pages.SummaryStrides(*summaries_strides)
+    scale_strides = pages.SummaryStrides(*scales_strides)
     run = tl.program_id(0)
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head
@@ -322,12 +320,12 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
     offsets = bound_offsets(page_size, index.run_size, num_runs)
     last_slots = None
     if summaries is not None:
-        runs = k_cache.shape[0] * offsets[-1]
+        runs = summaries.shape[0] * offsets[-1]
         last_slots = torch.zeros(runs, dtype=torch.int32, device=k.device)
     write_kernel[(tokens,)](
         *(k, k.stride()[:2], v, v.stride()[:2]),
         *(k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
-        *(slot_mapping, last_slots, page_size, heads),
+        *(slot_mapping, last_slots, pool.places, page_size, heads),
         *(index.codes, index.codes.stride()[:3]),
         *(index.code_scales, strides_of(index.code_scales, 3)),
         HEADS=power_of_2(heads),
@@ -342,7 +340,7 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
         summaries_kernel[(tokens, heads)](
             *(k_cache, k_cache.stride()[:3], summaries, summaries.stride()[:4]),
             *(index.summary_scales, strides_of(index.summary_scales, 4)),
-            *(slot_mapping, last_slots, page_size),
+            *(slot_mapping, last_slots, pool.places, page_size),
             HEAD_DIM=head_dim,
             DIM=dim,
             LENGTHS=lengths,

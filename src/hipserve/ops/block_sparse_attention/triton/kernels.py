@@ -32,6 +32,8 @@ def attention_kernel(
     num_query_blocks,
     indices,
     window_start,
+    lists,
+    list_stride,
     page_size,
     sliding_window,
     sm_scale,
@@ -43,7 +45,8 @@ def attention_kernel(
 
     A program takes a tile of the stacked rows of one query block and group of heads, and one split
     of their key list; with more than one split, `out` and `lse` are the parts that `merge_kernel`
-    joins. The last query blocks, which see the most keys, come first.
+    joins. The last query blocks, which see the most keys, come first. With `lists`, the keys are in
+    tiles, and the table of a query block and head lists those of its keys in the order of the list.
     """
     dependent_launch_wait(TILING.chained)
     q_strides, out_strides = rows.RowStrides(*q_strides), rows.RowStrides(*out_strides)
@@ -65,6 +68,8 @@ def attention_kernel(
     q_tile = load_tile(q_rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)  # [ROWS, DIM]
     kv_head = kv_head_of(head, GEOMETRY)
     table = block_table + query_block.seq.to(tl.int64) * table_stride
+    if GEOMETRY.tiled:
+        table = lists + (block.to(tl.int64) * GEOMETRY.heads + head) * list_stride
 
     blocks = indices + (block.to(tl.int64) * GEOMETRY.heads + head) * GEOMETRY.max_selected
     key_list = list_keys(blocks, window_start, block, query_block, sliding_window, GEOMETRY, TILING)

@@ -25,6 +25,8 @@ def block_sparse_attention(
     sm_scale: float,
     softcap: float,
     query_block_size: int,
+    lists: Tensor | None,
+    page_size: int,
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -42,7 +44,7 @@ def block_sparse_attention(
     call = Call(
         q_shape=q.shape,
         k_shape=k_cache.shape,
-        longest=block_table.shape[1] * k_cache.shape[1],
+        longest=block_table.shape[1] * page_size,
         blocks=blocks,
         selected=None if indices is None else indices.shape,
         max_rows=min(query_block_size, tokens - blocks + 1),
@@ -51,6 +53,7 @@ def block_sparse_attention(
         windowed=sliding_window > 0,
         capped=softcap > 0,
         same_strides=k_strides == v_strides,
+        tiled=lists is not None,
         element_size=q.element_size(),
         device=q.device,
     )
@@ -62,6 +65,7 @@ def block_sparse_attention(
         *(block_table, block_table.stride(0), query_blocks, blocks),
         query_blocks if indices is None else indices,
         query_blocks if window_start is None else window_start,
+        *(lists, 0 if lists is None else lists.shape[2]),
         *(k_cache.shape[1], sliding_window, sm_scale, softcap),
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](

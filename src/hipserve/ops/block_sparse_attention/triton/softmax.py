@@ -78,7 +78,10 @@ def attend_tile(
     """
     n = start + tl.arange(0, TILING.keys)
     there = n < reading.end
-    positions = list_positions(reading.key_list, n, GEOMETRY.key_block_size)
+    if GEOMETRY.tiled:
+        positions = n  # tiles follow each other as the keys of the list do
+    else:
+        positions = list_positions(reading.key_list, n, GEOMETRY.key_block_size)
     offsets = key_offsets(reading.k_pages, positions, there, MASKED)
     k_rows, v_rows = reading.k_pages.start + offsets, reading.v_pages.start + offsets
     if not GEOMETRY.same_strides:

@@ -44,6 +44,7 @@ class Call(NamedTuple):
     windowed: bool
     capped: bool
     same_strides: bool
+    tiled: bool
     element_size: int
     device: torch.device
 
@@ -60,6 +61,7 @@ class Geometry(Heads):
         windowed: only the last `sliding_window` keys are read.
         capped: scores are capped by `softcap`.
         same_strides: keys and values lie at the same offsets.
+        tiled: keys and values are in tiles that lists name.
     """
 
     __hash__ = HashedOnce.__hash__
@@ -70,6 +72,7 @@ class Geometry(Heads):
     windowed: bool
     capped: bool
     same_strides: bool
+    tiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ def make_geometry(call: Call) -> Geometry:
         windowed=call.windowed,
         capped=call.capped,
         same_strides=call.same_strides,
+        tiled=call.tiled,
     )
 
 

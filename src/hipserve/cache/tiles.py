@@ -1,0 +1,231 @@
+"""Pages whose keys and values are in host memory, and the tiles of them that a GPU holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hipserve.cache.mapped import check_room, host_pages
+from hipserve.cache.staging import StagedPages, pool_of
+from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
+from hipserve.config import HiPConfig, IndexForm
+from hipserve.errors import FitError
+from hipserve.offload import TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
+from hipserve.ops import load_tiles, store_rows, write_kv
+from hipserve.plan import BatchLayout, PruningRule
+from hipserve.types import BlockSelection, KeyPool, TileArena
+
+TAIL_PAGES = 2
+"""Pages of a sequence that a step may write without staging all that it has."""
+
+
+class Memory(Protocol):
+    """Memory of the host that the device reads and writes."""
+
+    def tensor(self) -> Tensor:
+        """All bytes `[nbytes]` uint8."""
+        ...
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes the first `nbytes` bytes usable."""
+        ...
+
+
+class TiledPages:
+    """Keys and values in host memory, their index and some tiles on the device: a `PageStore`.
+
+    Host memory always has all rows. A step of few rows writes them there, to their tiles where
+    these are resident, and to the last pages of its sequences, whose copies on the device the index
+    is made from; it loads the tiles that it reads. Longer chunks stage whole sequences.
+
+    Args:
+        page_size, form: as in `PagedLayer`.
+        k: `[..., num_kv_heads, head_dim]`, keys as the pages will hold them.
+        memory: of the host.
+        device_bytes: for tiles.
+        staged: shared by all layers of a cache.
+        floor: tiles of a head that one row reads.
+        backend: of the operations.
+
+    Raises:
+        FitError: no row would fit, or no page.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        form: IndexForm,
+        k: Tensor,
+        *,
+        memory: Memory,
+        device_bytes: int,
+        staged: StagedPages,
+        floor: int,
+        backend: str = "auto",
+    ) -> None:
+        self.page_size, self.form, self.backend = page_size, form, backend
+        self._memory, self._host = memory, host_pages(memory.tensor(), page_size, k)
+        self.pool = pool_of(self._host)
+        self.index = empty_index(0, page_size, form, self.pool.k_cache, k.device)
+        self._held = 0
+        slot = slot_bytes(k.shape[-2], k.shape[-1], k.element_size())
+        slots = device_bytes // slot
+        if slots < floor:
+            least = floor * slot
+            needs = f"a row reads {floor} tiles of a head, {format_bytes(least)} in this layer"
+            raise FitError(
+                f"{needs}, and its share of device_memory is {format_bytes(device_bytes)}",
+                "raise device_memory, or lower budget or sliding_window",
+            )
+        self.arena = TileArena.empty(slots, 0, k)
+        self._tail, self._staged = StagedPages(page_size, k), staged
+        self._writes: Sequence[Write] = ()
+
+    @property
+    def host_nbytes(self) -> int:
+        return self._held * self._host[0].nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        index = sum(x.nbytes for x in self.index.tensors())
+        return index + self.arena.nbytes + self._tail.nbytes
+
+    @ordinary_tensors
+    def grow(self, held: int, wanted: int, k: Tensor) -> int:
+        """As `PageStore.grow`; k `[..., num_kv_heads, head_dim]`. Index and table move.
+
+        Raises:
+            FitError: host_memory has no room for so much.
+        """
+        check_room(wanted, self._host.shape[0], self.page_size)
+        count = min(grown(held, wanted, self.page_size), self._host.shape[0])
+        self._memory.reserve(count * self._host[0].nbytes)
+        before, where = self.index.tensors(), self.arena.where
+        keys = self.pool.k_cache
+        self.index = empty_index(count, self.page_size, self.form, keys, k.device)
+        for new, old in zip(self.index.tensors(), before, strict=True):
+            new[:held] = old[:held]
+        table = where.new_full((where.shape[0], count * (self.page_size // TILE_SIZE)), -1)
+        table[:, : where.shape[1]] = where
+        self.arena = replace(self.arena, where=table)
+        self._held = count
+        return count
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor, writes: Sequence[Write]) -> None:
+        """As `PageStore.write`; k, v `[num_tokens, num_kv_heads, head_dim]`, slots
+        `[num_tokens]`."""
+        self._writes = writes
+        size, changed = self.page_size, list[int]()
+        written: set[int] = set()  # pages that have rows from before
+        few = True
+        for table, begin, end in writes:
+            first, last = begin // size, -(-end // size)
+            if begin < end:
+                changed += table[first:last]
+                few = few and last - first <= TAIL_PAGES
+            written.update(table[: -(-begin // size)])
+        host = self._host[: self._held]
+        if few:
+            self._tail.hold(changed, host, written)
+            write_kv(k, v, self._tail.pool, self.index, slots, backend=self.backend, check=False)
+            store_rows(k, v, self.arena, host, slots, backend=self.backend)
+            self._staged.forget(changed)
+            return
+        self._forget(changed)
+        self._stage(written)
+        write_kv(k, v, self._staged.pool, self.index, slots, backend=self.backend, check=False)
+        self._staged.store(changed, host)
+
+    def _stage(self, written: set[int]) -> None:
+        """All pages of the sequences; those without rows from before are not copied."""
+        every = [p for table, _, end in self._writes for p in table[: -(-end // self.page_size)]]
+        self._staged.take(self)
+        self._staged.hold([*dict.fromkeys(every)], self._host[: self._held], written)
+
+    def _forget(self, pages: list[int]) -> None:
+        """Tiles and copies of these pages are out of date."""
+        self._tail.forget(pages)
+        per_page = self.page_size // TILE_SIZE
+        where = self.arena.where.view(len(self.arena.where), -1, per_page)
+        where[:, torch.tensor(pages, device=where.device)] = -1
+
+    @ordinary_tensors
+    def copy(self, source: int, target: int) -> None:
+        if self.arena.tiles.is_cuda:
+            torch.cuda.synchronize(self.arena.tiles.device)  # the host copies, and kernels write
+        self._host[target] = self._host[source]
+        for pages in self.index.tensors():
+            pages[target] = pages[source]
+        self._forget([target])
+        self._staged.forget([target])
+
+    def fetch(
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
+    ) -> KeyPool:
+        group = 1
+        if selection is not None:
+            group = selection.indices.shape[1] // self.arena.tiles.shape[0]
+        lists = tiles_read(layout, config, rule if selection is not None else None)
+        if sum(lists) * group > self.arena.num_slots:
+            self._check_rows(lists, group, layout, config)
+            self._stage({p for table, _, _ in self._writes for p in table})
+            return self._staged.pool
+        return load_tiles(
+            self.arena,
+            self._host[: self._held],
+            layout,
+            selection,
+            config=config,
+            max_tiles=-(-max(lists) // 16) * 16,
+            backend=self.backend,
+            check=False,
+        )
+
+    def _check_rows(
+        self, lists: list[int], group: int, layout: BatchLayout, config: HiPConfig
+    ) -> None:
+        """Raises FitError where single rows, all of them pruned, are too many for the arena."""
+        pruned = row_tiles(config)
+        if len(lists) == layout.num_seqs and max(lists) <= pruned:
+            needs = f"{len(lists)} rows that read {pruned} tiles of a head each"
+            room = f"device_memory has room for {self.arena.num_slots} in every layer"
+            raise FitError(
+                f"{needs}, {group} times, and {room}",
+                "raise device_memory, or decode fewer sequences at a time",
+            )
+
+    def count_loads(self) -> tuple[int, int]:
+        needed, loaded = self.arena.counts.sum(0).tolist()
+        return needed, loaded
+
+
+def row_tiles(config: HiPConfig, rows: int = 0) -> int:
+    """Maximum tiles of a head that a pruned query block reads; rows 0: one that decodes."""
+    return tiles_of_rows(
+        config.num_sink_tokens,
+        config.max_selected * config.key_block_size,
+        config.sliding_window,
+        config.granularity,
+        rows or config.refresh_interval,
+    )
+
+
+def tiles_read(layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> list[int]:
+    """Maximum tiles of a head that every query block reads; without a rule, all keys."""
+    lists: list[int] = []
+    kept = config.refresh_interval - 1  # a row may use a selection from before it was pruned
+    for position, rows in layout.spans(config.query_block_size):
+        every = -(-(position + rows) // TILE_SIZE)
+        age = kept if rows == 1 else 0
+        if rule is not None and rule.prunes(position - age, rows):
+            every = min(every, row_tiles(config, 0 if rows == 1 else rows))
+        lists.append(every)
+    return lists

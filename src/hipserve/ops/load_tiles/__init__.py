@@ -1,0 +1,1 @@
+"""Makes the keys and values that a step reads present in an arena of tiles."""

@@ -1,0 +1,295 @@
+"""The three kernels: which tiles to load, loading them, and writing rows through.
+
+`resolve_kernel` has one program for each KV head. It passes three times over the lists of a step:
+tiles that are there are stamped, and the first entry that misses a tile claims it; every claim gets
+a slot from the clock; every entry reads its slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Entries(NamedTuple):
+    """Some entries of some lists, `[ROWS, WIDTH]` each."""
+
+    at: Any
+    """Where an entry is in `lists`."""
+    order: Any
+    """Its number among those of the head."""
+    exists: Any
+    """It is an entry of a list, though perhaps behind its last tile."""
+
+
+@triton.jit
+def entries_of(head, first, start, num_lists, max_tiles, LISTS: tl.constexpr):
+    """The `Entries` [start, start + WIDTH) of the head's lists [first, first + ROWS)."""
+    row = first + tl.arange(0, LISTS.rows)[:, None]
+    entry = start + tl.arange(0, LISTS.width)[None, :]
+    of_all = row // LISTS.group * LISTS.heads + head * LISTS.group + row % LISTS.group
+    exists = (row < num_lists) & (entry < max_tiles)
+    return Entries(of_all * max_tiles + entry, row * max_tiles + entry, exists)
+
+
+@triton.jit
+def tiles_of(
+    head,
+    first,
+    start,
+    num_lists,
+    max_tiles,
+    query_blocks,
+    indices,
+    window_start,
+    block_table,
+    table_stride,
+    page_size,
+    LISTS: tl.constexpr,
+):
+    """`[ROWS, WIDTH]` int32: the tiles of these entries; -1 behind the last of a list."""
+    row = first + tl.arange(0, LISTS.rows)
+    there = row < num_lists
+    block = row // LISTS.group
+    seq = tl.load(query_blocks + 4 * block, mask=there, other=0).to(tl.int64)  # [ROWS]
+    last = tl.load(query_blocks + 4 * block + 2, mask=there, other=0)  # [ROWS]
+    last += tl.load(query_blocks + 4 * block + 3, mask=there, other=0)
+    n = (start + tl.arange(0, LISTS.width)) * LISTS.tile  # [WIDTH]
+    if LISTS.max_selected > 0:
+        of_head = head * LISTS.group + row % LISTS.group
+        blocks = indices + (block * LISTS.heads + of_head).to(tl.int64) * LISTS.max_selected
+        i = tl.arange(0, LISTS.selected)
+        inside = there[:, None] & (i < LISTS.max_selected)[None, :]
+        found = tl.load(blocks[:, None] + i[None, :], mask=inside, other=-1)  # [ROWS, SELECTED]
+        chosen = tl.sum((found >= 0).to(tl.int32), axis=1) * LISTS.key_block_size
+        sinks = tl.minimum(LISTS.num_sink_tokens, last)
+        window = tl.load(window_start + block, mask=there, other=0)  # [ROWS]
+        window = tl.maximum(tl.minimum(window, last), sinks)
+        length = sinks + chosen + last - window
+        behind = n[None, :] - sinks[:, None]
+        is_chosen = (behind >= 0) & (behind < chosen[:, None])
+        at = blocks[:, None] + behind // LISTS.key_block_size
+        of = tl.load(at, mask=is_chosen, other=0)  # [ROWS, WIDTH]
+        outside = tl.where(behind < 0, n[None, :], window[:, None] + behind - chosen[:, None])
+        inside_block = behind % LISTS.key_block_size
+        position = tl.where(is_chosen, of * LISTS.key_block_size + inside_block, outside)
+    else:
+        length = last
+        position = tl.broadcast_to(n[None, :], [LISTS.rows, LISTS.width])
+    read = (n[None, :] < length[:, None]) & (n[None, :] < max_tiles * LISTS.tile) & there[:, None]
+    at = block_table + seq[:, None] * table_stride + position // page_size
+    page = tl.load(at, mask=read, other=0)  # [ROWS, WIDTH]
+    tile = page * (page_size // LISTS.tile) + position % page_size // LISTS.tile
+    return tl.where(read, tile, -1)
+
+
+@triton.jit
+def sweep(stamp, victims, num_slots, hand, step, wanted, SWEEP: tl.constexpr):
+    """Writes the next `wanted` slots of the clock to `victims`; returns where the hand stands.
+
+    Slots of this step stay. Others that were read since the hand came by stay once.
+    """
+    i = tl.arange(0, SWEEP)
+    have = 0
+    while have < wanted:
+        inside = i < num_slots
+        slot = (hand + i) % num_slots
+        read = tl.load(stamp + slot, mask=inside, other=step, cache_modifier=".cg")  # [SWEEP]
+        free = read == 0
+        rank = have + tl.cumsum(free.to(tl.int32), axis=0)
+        taken = free & (rank <= wanted)
+        found = have + tl.sum(free.to(tl.int32), axis=0)
+        final = tl.max(tl.where(taken, i, -1), axis=0) + 1
+        passed = tl.where(found >= wanted, final, tl.minimum(num_slots, SWEEP))
+        spared = inside & (i < passed) & (read != 0) & (read != step)
+        tl.store(stamp + slot, tl.zeros([SWEEP], tl.int32), mask=spared)
+        tl.store(victims + rank - 1, slot, mask=taken)
+        tl.store(stamp + slot, tl.zeros([SWEEP], tl.int32) + step, mask=taken)
+        have = tl.minimum(found, wanted)
+        hand = (hand + passed) % num_slots
+        tl.debug_barrier()
+    return hand
+
+
+@triton.jit
+def resolve_kernel(
+    where,
+    where_stride,
+    owner,
+    stamp,
+    num_slots,
+    state,
+    loads,
+    counts,
+    victims,
+    lists,
+    num_lists,
+    max_tiles,
+    query_blocks,
+    indices,
+    window_start,
+    block_table,
+    table_stride,
+    page_size,
+    LISTS: tl.constexpr,
+):
+    """Finds a slot for every tile that the lists of one KV head need, and notes what to load.
+
+    where[tile] is a slot, -1, or, between the passes, the number of the entry that claimed the
+    tile, minus CLAIM. lists holds tiles after the first pass, and slots after the last.
+    """
+    CLAIM: tl.constexpr = 1 << 30
+    N: tl.constexpr = LISTS.rows * LISTS.width
+    head = tl.program_id(0)
+    where += head.to(tl.int64) * where_stride
+    owner += head * num_slots
+    stamp += head * num_slots
+    victims += head * num_slots
+    loads += head.to(tl.int64) * num_slots * 2
+    step = tl.load(state + 3 * head) + 1
+    hand = tl.load(state + 3 * head + 1)
+    needed = 0
+    for first in range(0, num_lists, LISTS.rows):
+        for start in range(0, max_tiles, LISTS.width):
+            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
+            tile = tiles_of(
+                head,
+                first,
+                start,
+                num_lists,
+                max_tiles,
+                query_blocks,
+                indices,
+                window_start,
+                block_table,
+                table_stride,
+                page_size,
+                LISTS,
+            )
+            there = tile >= 0
+            slot = tl.load(where + tile, mask=there, other=0, cache_modifier=".cg")
+            tl.store(stamp + slot, tl.zeros_like(slot) + step, mask=there & (slot >= 0))
+            tl.atomic_min(where + tile, entries.order - CLAIM, mask=there & (slot < 0))
+            tl.store(lists + entries.at, tile, mask=entries.exists)
+            needed += tl.sum(tl.sum(there.to(tl.int32), axis=1), axis=0)
+    tl.debug_barrier()
+
+    loaded = 0
+    for first in range(0, num_lists, LISTS.rows):
+        for start in range(0, max_tiles, LISTS.width):
+            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
+            tile = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
+            found = tl.load(where + tile, mask=tile >= 0, other=0, cache_modifier=".cg")
+            wins = (tile >= 0) & (found == entries.order - CLAIM)
+            wins, tile = tl.reshape(wins, [N]), tl.reshape(tile, [N])
+            wanted = tl.sum(wins.to(tl.int32), axis=0)
+            rank = tl.cumsum(wins.to(tl.int32), axis=0) - 1
+            hand = sweep(stamp, victims, num_slots, hand, step, wanted, LISTS.sweep)
+            slot = tl.load(victims + rank, mask=wins, other=0, cache_modifier=".cg")  # [N]
+            before = tl.load(owner + slot, mask=wins, other=-1)
+            held = tl.load(where + before, mask=before >= 0, other=-1, cache_modifier=".cg")
+            tl.store(
+                where + before, tl.full([N], -1, tl.int32), mask=(before >= 0) & (held == slot)
+            )
+            tl.store(owner + slot, tile, mask=wins)
+            tl.store(where + tile, slot, mask=wins)
+            tl.store(loads + 2 * (loaded + rank), slot, mask=wins)
+            tl.store(loads + 2 * (loaded + rank) + 1, tile, mask=wins)
+            loaded += wanted
+            tl.debug_barrier()
+
+    for first in range(0, num_lists, LISTS.rows):
+        for start in range(0, max_tiles, LISTS.width):
+            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
+            tile = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
+            slot = tl.load(where + tile, mask=tile >= 0, other=-1, cache_modifier=".cg")
+            tl.store(lists + entries.at, slot, mask=entries.exists)
+    tl.store(state + 3 * head, step)
+    tl.store(state + 3 * head + 1, hand)
+    tl.store(state + 3 * head + 2, loaded)
+    tl.store(counts + 2 * head, tl.load(counts + 2 * head) + needed)
+    tl.store(counts + 2 * head + 1, tl.load(counts + 2 * head + 1) + loaded)
+
+
+@triton.jit
+def load_kernel(
+    tiles,
+    slot_stride,
+    head_stride,
+    pages,
+    page_strides,
+    loads,
+    state,
+    num_slots,
+    page_size,
+    PROGRAMS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Copies the tiles in `loads` from their pages: keys and values of `PAIRS` tiles together."""
+    head = tl.program_id(0).to(tl.int64)
+    count = tl.load(state + 3 * head + 2)
+    r = tl.arange(0, PAIRS * 2 * TILE)
+    plane, row = r // TILE % 2, r % TILE
+    d = tl.arange(0, DIM)
+    loads += head * num_slots * 2
+    per_page = page_size // TILE
+    for first in range(tl.program_id(1) * PAIRS, count, PROGRAMS * PAIRS):
+        pair = first + r // (2 * TILE)
+        there = pair < count
+        slot = tl.load(loads + 2 * pair, mask=there, other=0).to(tl.int64)  # [PAIRS * 2 * TILE]
+        tile = tl.load(loads + 2 * pair + 1, mask=there, other=0)
+        keep = there[:, None] & (d < HEAD_DIM)[None, :]
+        in_page = (tile % per_page * TILE + row) * HEAD_DIM
+        source = pages + (tile // per_page).to(tl.int64) * page_strides[0] + in_page
+        source += head * page_strides[1] + plane * page_strides[2]
+        rows = tl.load(source[:, None] + d[None, :], mask=keep, cache_modifier=".cg")
+        to = tiles + head * head_stride + slot * slot_stride + (plane * TILE + row) * HEAD_DIM
+        tl.store(to[:, None] + d[None, :], rows, mask=keep)
+
+
+@triton.jit
+def store_kernel(
+    k,
+    k_strides,
+    v,
+    v_strides,
+    tiles,
+    slot_stride,
+    head_stride,
+    where,
+    where_stride,
+    pages,
+    page_strides,
+    slot_mapping,
+    page_size,
+    num_heads,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Writes the rows of one token, all heads, to its page, and to its tile if that is resident."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.load(slot_mapping + token)
+    if at < 0:
+        return
+    page, offset = at // page_size, at % page_size
+    head, d = tl.arange(0, HEADS).to(tl.int64), tl.arange(0, DIM)[None, :]
+    there = head < num_heads
+    inside = there[:, None] & (d < HEAD_DIM)
+    tile = page * (page_size // TILE) + offset // TILE
+    slot = tl.load(where + head * where_stride + tile, mask=there, other=-1).to(tl.int64)  # [HEADS]
+    resident = inside & (slot >= 0)[:, None]
+    in_page = pages + page * page_strides[0] + head * page_strides[1] + offset * HEAD_DIM
+    in_tile = tiles + head * head_stride + slot * slot_stride + offset % TILE * HEAD_DIM
+    row = tl.load(k + token * k_strides[0] + head[:, None] * k_strides[1] + d, mask=inside)
+    tl.store(in_page[:, None] + d, row, mask=inside)
+    tl.store(in_tile[:, None] + d, row, mask=resident)
+    row = tl.load(v + token * v_strides[0] + head[:, None] * v_strides[1] + d, mask=inside)
+    tl.store(in_page[:, None] + page_strides[2] + d, row, mask=inside)
+    tl.store(in_tile[:, None] + TILE * HEAD_DIM + d, row, mask=resident)
