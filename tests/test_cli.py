@@ -320,6 +320,7 @@ def test_every_count_takes_a_suffix() -> None:
         *("bench attention", "bench serve", "eval retrieval", "eval perplexity", "lab quality"),
         "lab cache",
         "lab representative",
+        "lab locality",
     ],
 )
 def test_h_is_help(words: str) -> None:

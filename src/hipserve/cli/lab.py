@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hipserve.cli import lab_cache, lab_quality, lab_representative
+from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_representative
 from hipserve.cli.commands import Commands
 
 app = Commands(help="What pruned attention loses, with intervals, controls and verdicts.")
@@ -15,3 +15,4 @@ def _lab() -> None: ...
 app.command()(lab_quality.quality)
 app.command()(lab_cache.cache)
 app.command()(lab_representative.representative)
+app.command()(lab_locality.locality)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hipserve.config import HiPConfig
 from hipserve.errors import FitError
 from hipserve.lab import installed
 from hipserve.lab.quality.passes import check_length
@@ -51,6 +52,22 @@ def cut_samples(
             "lower the length or give longer texts",
         )
     return cut
+
+
+def check_room(length: int, config: HiPConfig, largest: int) -> int:
+    """The end of the keys that every row of the last quarter of `length` tokens may search.
+
+    Raises:
+        FitError: they hold no block of `largest` keys, or not more than the budget.
+    """
+    end = length * 3 // 4 - config.sliding_window
+    if end - config.num_sink_tokens < max(largest, config.budget + config.granularity):
+        raise FitError(
+            f"{length:,} tokens leave no range of {largest} keys, or nothing to prune, between "
+            f"the {config.num_sink_tokens} sinks and a window of {config.sliding_window}",
+            "give a longer --length or a smaller --budget",
+        )
+    return end
 
 
 def _cut(loaded: LoadedModel, doc: Document, length: int, samples: int) -> Iterator[Sample]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hipserve.config import HiPConfig
-from hipserve.errors import FitError
 from hipserve.lab.intervals import Estimate, estimate, mean
 from hipserve.lab.recorder import LayerRecord, record_heads
 from hipserve.lab.representative.recall import search_recall
@@ -20,7 +19,7 @@ from hipserve.lab.representative.splits import (
     predict_shares,
     split_shares,
 )
-from hipserve.lab.samples import Sample
+from hipserve.lab.samples import Sample, check_room
 from hipserve.models import LoadedModel
 
 SIZES = (16, 64, 256)
@@ -111,13 +110,7 @@ def measure_representatives(
         FitError: the texts are too short for the largest range, or nothing would be pruned.
     """
     length = samples[0].ids.shape[1]
-    end = length * 3 // 4 - config.sliding_window
-    if end - config.num_sink_tokens < max(*sizes, config.budget + config.granularity):
-        raise FitError(
-            f"{length:,} tokens leave no range of {max(sizes)} keys, or nothing to prune, between "
-            f"the {config.num_sink_tokens} sinks and a window of {config.sliding_window}",
-            "give a longer --length or a smaller --budget",
-        )
+    end = check_room(length, config, max(sizes))
     positions = torch.linspace(length * 3 // 4, length - 1, rows).long().to(loaded.device)
     points = list[HeadPoint]()
     for sample in samples:

@@ -1,0 +1,69 @@
+"""`hipserve lab locality`: is attention local, in which domain, and does it matter?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hipserve.cli import options
+from hipserve.cli.lab_shared import (
+    Length,
+    Samples,
+    Svg,
+    Text,
+    check_svg,
+    read_samples,
+    show_grids,
+    write_svg,
+)
+from hipserve.cli.numbers import at_least
+from hipserve.cli.output import err, result_json
+
+
+def locality(
+    model: options.Model = None,
+    length: Length = 8192,
+    text: Text = None,
+    samples: Samples = 1,
+    rows: Annotated[
+        int, typer.Option(parser=at_least(1), metavar="N", help="Query rows of each text.")
+    ] = 16,
+    losses: Annotated[
+        int,
+        typer.Option(
+            parser=at_least(0),
+            metavar="N",
+            help="Texts to read once for each head, pruned alone; 0 for none.",
+        ),
+    ] = 1,
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    svg: Svg = None,
+    json: options.Json = False,
+) -> None:
+    """How far keys that matter lie together, by domain and head, and whether that predicts loss.
+
+    Random identifiers, in which nothing repeats, are the control.
+    """
+    base = options.make_config(config, preset, budget, selector)
+    check_svg(svg)
+    from hipserve.lab.locality.report import measure_locality
+    from hipserve.lab.locality.shown import charts, grids
+
+    loaded = options.load_model(model, base, device, dtype)
+    chosen = read_samples(loaded, text, length, samples, seed)
+    with err.status("recording …") as status:
+        report = measure_locality(
+            loaded, base, chosen, rows=rows, losses=losses, progress=status.update
+        )
+    write_svg(svg, charts(report))
+    if json:
+        result_json(report.to_dict())
+    else:
+        show_grids(grids(report))

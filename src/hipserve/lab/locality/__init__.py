@@ -1,0 +1,1 @@
+"""Whether attention is local in each domain, and whether that says which heads pruning hurts."""
