@@ -20,8 +20,9 @@ from typing import Any
 from hipserve import HiPConfig
 from hipserve.cli.numbers import parse_count
 from hipserve.lab.intervals import mean, wilson
+from hipserve.lab.quality.puzzle import MEMORIZE, Question
 from hipserve.lab.quality.retrieval import encode, score
-from hipserve.lab.quality.tasks import MEMORIZE, PUZZLES, Question, Sample, plant
+from hipserve.lab.quality.tasks import PUZZLES, Sample, plant
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, load
 

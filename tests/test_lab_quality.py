@@ -144,7 +144,7 @@ def test_one_pass_of_every_attention(capped: LoadedModel) -> None:
 
     hook = capped.model.model.embed_tokens.register_forward_pre_hook(note)
     configs = {"dense": None} | {f"{b}": SMALL.replace(budget=b) for b in (32, 64, 128)}
-    evaluate_fidelity(capped, configs, documents(1), length=600)
+    evaluate_fidelity(capped, configs, documents(1), length=600, far=False)
     hook.remove()
     tokens = {name: sum(n for at, n in read if at == name) for name in dict(read)}
     assert tokens == {"dense": 600, "32": 1200, "64": 600, "128": 600, "16": 600}, "32: floor, own"
@@ -161,7 +161,7 @@ def test_warnings_say_what_numbers_cannot(capped: LoadedModel) -> None:
     assert one.results["hip"].verdicts["kl"].more == 3
     assert "sinks + window was not caught" in found
     assert "for these texts only" in found
-    assert "3 configurations were judged" in found
+    assert "corrected for 3 configurations (Holm)" in found
 
 
 def test_likelier_than_dense_is_a_warning() -> None:
@@ -170,10 +170,12 @@ def test_likelier_than_dense_is_a_warning() -> None:
     base = [fidelity.Tokens(torch.full((10,), 2.0), torch.zeros(10), torch.ones(10).bool())] * 4
     noise = torch.linspace(0.97, 0.99, 4)
     better = [base[0]._replace(nll=base[0].nll * x) for x in noise]
-    results = {
-        "dense": fidelity._compare(base, base, units, {}),
-        "hip": fidelity._compare(base, better, units, {"likelihood": 0.005, "kl": 0.05}),
+    measured = {
+        "dense": fidelity._Measured.of(base, base, units),
+        "hip": fidelity._Measured.of(base, better, units),
     }
+    verdicts = fidelity._judge(measured, "dense", {"likelihood": 0.005, "kl": 0.05})
+    results = {name: row.summary(verdicts[name]) for name, row in measured.items()}
     (warning,) = fidelity._warnings(results, "dense", units)
     assert "hip: likelier than dense" in warning
     assert results["hip"].verdicts["likelihood"].decision == "different"
@@ -186,7 +188,7 @@ def test_domains_count_alike() -> None:
         fidelity.Tokens(torch.full((10,), x), torch.full((10,), x), torch.ones(10).bool())
         for x in (5.0, 1.0, 1.0, 2.0, 2.0)
     ]
-    row = fidelity._compare(tokens, tokens, units, {})
+    row = fidelity._Measured.of(tokens, tokens, units).summary({})
     assert row.by_domain == {"b": 5.0, "a": 1.5}
     assert row.mean == row.kl == pytest.approx(3.25)
 

@@ -188,6 +188,12 @@ class HiPConfig:
         kept = {**self.to_dict(), "calibration": None} if changes else self.to_dict()
         return HiPConfig.from_dict({**kept, **changes})
 
+    def pin(self, num_tokens: int) -> HiPConfig:
+        """A copy whose sinks cover the first `num_tokens` tokens of a sequence or more: a system
+        prompt that every row reads, however far behind."""
+        sinks = -(-num_tokens // self.granularity) * self.granularity
+        return self if sinks <= self.num_sink_tokens else self.replace(num_sink_tokens=sinks)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as TOML and JSON hold them."""
         values = {name: getattr(self, name) for name in _FIELDS}

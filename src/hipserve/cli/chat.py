@@ -28,6 +28,8 @@ def chat(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
+    system: options.System = "",
+    pin_system: options.PinSystem = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
@@ -44,7 +46,7 @@ def chat(
     from hipserve.models import Conversation
 
     loaded = replace(loaded, control_tokens=allow_control_tokens)
-    talk = Conversation(loaded)
+    talk = Conversation(loaded, system=as_text("system", system), pin_system=pin_system)
     if doc is not None and stream is not None:
         talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
         loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)

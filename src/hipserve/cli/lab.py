@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_representative
 from hipserve.cli.commands import Commands
+from hipserve.cli.lab_depth import depth
+from hipserve.cli.lab_drift import drift
 
 app = Commands(help="What pruned attention loses, with intervals, controls and verdicts.")
 
@@ -13,6 +15,8 @@ def _lab() -> None: ...
 
 
 app.command()(lab_quality.quality)
+app.command()(depth)
+app.command()(drift)
 app.command()(lab_cache.cache)
 app.command()(lab_representative.representative)
 app.command()(lab_locality.locality)

@@ -39,8 +39,8 @@ Margin = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MEASURE=SIZE",
-        help="Difference that counts as none: likelihood=0.5%, kl=0.05 (nats), top1=5% or "
-        "answers=2%. "
+        help="Difference that counts as none: likelihood=0.5%, kl=0.05 (nats), top1=5%, far=0.05 "
+        "(nats) or answers=2%. "
         "Repeatable.",
     ),
 ]
@@ -179,9 +179,22 @@ def _choose(documents: list[Document], which: str | None) -> list[Document]:
 
 def _table(report: FidelityReport) -> Table:
     table = Table(title=title_of(report))
-    for heading in ("attention", "nll", "change", "KL", "KL p99", "same top-1", "verdict"):
+    for heading in (
+        "attention",
+        "nll",
+        "change",
+        "KL",
+        "KL p99",
+        "same top-1",
+        "far nats",
+        "verdict",
+    ):
         table.add_column(heading)
-    table.caption = f"95 % intervals over {report.unit}"
+    count = next(iter(report.results.values())).far_tokens
+    table.caption = (
+        f"95 % intervals over {report.unit}; far nats: change of the {count:,} tokens that need "
+        "far context"
+    )
     for name, row in report.results.items():
         table.add_row(name, *_cells(row))
     return table
@@ -194,6 +207,7 @@ def _cells(row: Fidelity) -> list[str]:
         _with_error(row.kl, row.kl_interval, ".4f", ".4f"),
         f"{row.kl_p99:.3f}",
         _with_error(row.same_top, row.same_top_interval, ".1%", ".1%"),
+        "" if row.far is None else _with_error(row.far, row.far_interval, "+.3f", ".3f"),
         row.decision or "",
     ]
 

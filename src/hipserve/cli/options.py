@@ -62,6 +62,11 @@ Temperature = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of generation.")]
+System = Annotated[str, typer.Option(metavar="TEXT", help="System prompt, before everything else.")]
+PinSystem = Annotated[
+    bool,
+    typer.Option("--pin-system", help="Every token reads the system prompt: sinks cover it."),
+]
 ControlTokens = Annotated[
     bool,
     typer.Option(

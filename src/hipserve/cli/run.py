@@ -26,6 +26,8 @@ def run(
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
+    system: options.System = "",
+    pin_system: options.PinSystem = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
@@ -52,7 +54,7 @@ def run(
     from hipserve.models import Conversation
 
     loaded = replace(loaded, control_tokens=allow_control_tokens)
-    talk = Conversation(loaded)
+    talk = Conversation(loaded, system=as_text("system", system), pin_system=pin_system)
     talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
     answer = ask(
         talk,

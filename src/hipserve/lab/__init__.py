@@ -12,6 +12,8 @@ from hipserve.lazy import loader as _loader
 if TYPE_CHECKING:
     from hipserve.lab.calibration.card import rule_card
     from hipserve.lab.calibration.measure import Calibration, calibrate
+    from hipserve.lab.drift.measure import DriftReport, evaluate_drift
+    from hipserve.lab.quality.depth import DepthReport, evaluate_depths
     from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
     from hipserve.lab.quality.perplexity import PerplexityReport, evaluate_perplexity
     from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
@@ -27,7 +29,9 @@ __all__ = [
     "AttentionReport",
     "Calibration",
     "Clock",
+    "DepthReport",
     "Document",
+    "DriftReport",
     "FidelityReport",
     "LayerShape",
     "Limits",
@@ -37,6 +41,8 @@ __all__ = [
     "RetrievalReport",
     "bench_attention",
     "calibrate",
+    "evaluate_depths",
+    "evaluate_drift",
     "evaluate_fidelity",
     "evaluate_perplexity",
     "evaluate_retrieval",
@@ -52,7 +58,9 @@ __getattr__ = _loader(
         "AttentionReport": "hipserve.lab.speed.report",
         "Calibration": "hipserve.lab.calibration.measure",
         "Clock": "hipserve.lab.speed.timing",
+        "DepthReport": "hipserve.lab.quality.depth",
         "Document": "hipserve.lab.text",
+        "DriftReport": "hipserve.lab.drift.measure",
         "FidelityReport": "hipserve.lab.quality.fidelity",
         "LayerShape": "hipserve.lab.speed.inputs",
         "Limits": "hipserve.lab.speed.timing",
@@ -63,6 +71,8 @@ __getattr__ = _loader(
         "TASKS": "hipserve.lab.quality.tasks",
         "bench_attention": "hipserve.lab.speed.attention",
         "calibrate": "hipserve.lab.calibration.measure",
+        "evaluate_depths": "hipserve.lab.quality.depth",
+        "evaluate_drift": "hipserve.lab.drift.measure",
         "evaluate_fidelity": "hipserve.lab.quality.fidelity",
         "evaluate_perplexity": "hipserve.lab.quality.perplexity",
         "evaluate_retrieval": "hipserve.lab.quality.retrieval",

@@ -48,12 +48,22 @@ class Estimate:
     units: int
     effective: float
 
+    @property
+    def freedom(self) -> int:
+        return max(round(self.effective) - 1, 1)
+
     def interval(self, level: float = 0.95) -> Interval | None:
         """Student's interval; None without an error."""
         if self.error is None:
             return None
-        half = student((1 + level) / 2, max(round(self.effective) - 1, 1)) * self.error
+        half = student((1 + level) / 2, self.freedom) * self.error
         return self.value - half, self.value + half
+
+    def beyond(self, limit: float) -> float:
+        """How likely so great a value is if the truth is `limit`: the p-value of "above it"."""
+        if not self.error:
+            return 0.0 if self.error == 0 and self.value > limit else 1.0
+        return student_above((self.value - limit) / self.error, self.freedom)
 
 
 def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
@@ -134,6 +144,14 @@ def student(probability: float, freedom: int) -> float:
         below = (1 + _student_center(angle, freedom)) / 2 < probability
         low, high = (angle, high) if below else (low, angle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def student_above(value: float, freedom: int) -> float:
+    """P(T > value)."""
+    if freedom > 1000:
+        return 1 - statistics.NormalDist().cdf(value)
+    tail = (1 - _student_center(math.atan(abs(value) / math.sqrt(freedom)), freedom)) / 2
+    return tail if value >= 0 else 1 - tail
 
 
 def _student_center(angle: float, freedom: int) -> float:

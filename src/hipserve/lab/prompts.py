@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, READ, pass_key
+from hipserve.lab.quality.puzzle import READ
+from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
 from hipserve.lab.text import language_reference
 
 KEY = "83724"

@@ -1,7 +1,8 @@
 """Is the difference smaller than a margin that was chosen before? Same, different, or too few data.
 
 Two one-sided tests at 5 % each (TOST): `same` where the 90 % interval lies inside of the margin,
-`different` where it lies outside, `undecided` otherwise.
+`different` where it lies outside, `undecided` otherwise. Where several are judged at once, Holm's
+correction keeps the chance of any wrong verdict of a kind to those 5 %.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hipserve.errors import ArgumentError, did_you_mean
@@ -26,7 +27,7 @@ MARGINS = {"likelihood": 0.005, "kl": 0.05, "answers": 0.02}
 """Differences that count as none, unless others are given: of likelihood, half a percent; of KL, in
 nats, somewhat more than weights in 4 bits cost (0.043, ggml-org/llama.cpp#12557); of right answers,
 two in a hundred."""
-MEASURES = ("likelihood", "kl", "top1", "answers")
+MEASURES = ("likelihood", "kl", "top1", "far", "answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,48 @@ def check_margins(margins: Mapping[str, float]) -> None:
 
 def judge(measured: Estimate, margin: float) -> Verdict:
     """The verdict on a difference that should be zero."""
-    interval = measured.interval(LEVEL)
-    if interval is not None and -margin < interval[0] and interval[1] < margin:
-        return Verdict("same", margin, None)
-    if interval is not None and (interval[0] > margin or interval[1] < -margin):
-        return Verdict("different", margin, None)
-    return Verdict("undecided", margin, _more(measured, margin))
+    return judge_all([measured], margin)[0]
+
+
+def judge_all(measured: Sequence[Estimate], margin: float) -> list[Verdict]:
+    """Verdicts on differences that are judged at once, with Holm's correction for their number."""
+    same = _holm([_p_same(one, margin) for one in measured])
+    different = _holm([_p_different(one, margin) for one in measured])
+    return [
+        Verdict("same", margin, None)
+        if is_same
+        else Verdict("different", margin, None)
+        if is_different
+        else Verdict("undecided", margin, _more(one, margin))
+        for one, is_same, is_different in zip(measured, same, different, strict=True)
+    ]
+
+
+def _p_same(measured: Estimate, margin: float) -> float:
+    """Of the worse of two one-sided tests: below the margin, and above minus it."""
+    below = _mirror(measured).beyond(-margin)
+    return max(below, measured.beyond(-margin))
+
+
+def _p_different(measured: Estimate, margin: float) -> float:
+    """Of the better of two: above the margin, or below minus it."""
+    return min(measured.beyond(margin), _mirror(measured).beyond(margin))
+
+
+def _mirror(measured: Estimate) -> Estimate:
+    return replace(measured, value=-measured.value)
+
+
+def _holm(p_values: Sequence[float]) -> list[bool]:
+    """Which are rejected: the smallest at 5 % over their number, the next at 5 % over one less …,
+    up to the first that is not."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] >= (1 - LEVEL) / 2 / (len(order) - rank):
+            break
+        rejected[i] = True
+    return rejected
 
 
 def _more(measured: Estimate, margin: float) -> int | None:

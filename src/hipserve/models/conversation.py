@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from transformers import Cache, TextStreamer
 
+from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers import HiPCache
+from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.loading import LoadedModel, Turn
 from hipserve.models.passes import make_cache, read, shorten
 
@@ -56,12 +58,31 @@ class Conversation:
     'The pass key is 83724.'
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, *, system: str = "", pin_system: bool = False) -> None:
+        """Begins a conversation.
+
+        Args:
+            system: the system prompt; none if empty.
+            pin_system: every row reads the system prompt, however long the conversation: the sinks
+                of the model's attention cover it from now on, in other conversations as well.
+
+        Raises:
+            ArgumentError: there is no system prompt to pin.
+        """
         self.loaded = loaded
-        self.turns: list[Turn] = []
+        self.turns: list[Turn] = [{"role": "system", "content": system}] if system else []
+        if pin_system:
+            self._pin(system)
         self.statistics: Statistics | None = None
         self._ids = torch.empty(1, 0, dtype=torch.long, device=loaded.device)
         self._cache = make_cache(self.loaded)
+
+    def _pin(self, system: str) -> None:
+        if not system:
+            raise ArgumentError("pin_system", "a system prompt", "none", "give one as system")
+        settings = self.loaded.model.config
+        if settings._attn_implementation == "hip":
+            self.loaded.use(config_of(settings).pin(self.loaded.system_tokens(system)))
 
     def say(self, content: str) -> None:
         """Adds a user's turn that needs no answer yet, such as the document."""

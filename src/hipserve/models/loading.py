@@ -96,6 +96,13 @@ class LoadedModel:
                 ids += self.tokenizer(control or part, **options)["input_ids"]
         return torch.tensor([ids], device=self.device)
 
+    def system_tokens(self, system: str) -> int:
+        """Tokens that every conversation with this system prompt begins with."""
+        turns = [{"role": "system", "content": system}]
+        one, other = (self.encode([*turns, {"role": "user", "content": x}])[0] for x in ("a", "Z"))
+        size = min(len(one), len(other))
+        return int((one[:size] == other[:size]).int().cumprod(0).sum())
+
     def _render(self, turns: list[Turn]) -> str:
         """The text of a conversation, as a server renders it; where the template refuses turns of
         one role in a row, which a server does too, they are joined."""

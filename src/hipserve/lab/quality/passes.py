@@ -36,7 +36,7 @@ def skip(
 ) -> None:
     """Reads the chunks of `ids` `[1, tokens]` that end before position `first`."""
     step = rows or _logit_rows(loaded, beside)
-    _last(loaded, ids[:, : first - first % step], cache, rows)
+    last_logits(loaded, ids[:, : first - first % step], cache, rows)
 
 
 def prefill(
@@ -155,11 +155,11 @@ def read_answers(
     """
     cache, found = make_cache(loaded), list[Answer]()
     shared = _common_prefix(prompts) if len(prompts) > 1 else 0
-    _last(loaded, prompts[0][:, :shared], cache)
+    last_logits(loaded, prompts[0][:, :shared], cache)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         branch = cache if i == len(prompts) else _branch(cache)
-        rows = [_last(loaded, prompt[:, shared:], branch)]
-        rows += [_last(loaded, token.view(1, 1), branch) for token in answer]
+        rows = [last_logits(loaded, prompt[:, shared:], branch)]
+        rows += [last_logits(loaded, token.view(1, 1), branch) for token in answer]
         found.append(_answer(torch.cat(rows[:-1], dim=1)[0], answer))
         if branch is cache and i < len(prompts):
             shorten(cache, shared)
@@ -186,7 +186,7 @@ def _branch(cache: Cache) -> Cache:
     return copy.deepcopy(cache) if windowed else cache
 
 
-def _last(loaded: LoadedModel, ids: Tensor, cache: Cache, rows: int | None = None) -> Tensor:
+def last_logits(loaded: LoadedModel, ids: Tensor, cache: Cache, rows: int | None = None) -> Tensor:
     """Reads `ids` `[1, tokens]`; the logits behind the last of them, `[1, 1, words]`."""
     logits = torch.empty(0)
     for step in read(loaded, ids, cache, rows=rows):

@@ -33,6 +33,7 @@ def evaluate_perplexity(
         first=first,
         margins={},
         controls=False,
+        far=False,
         progress=progress,
     )
 

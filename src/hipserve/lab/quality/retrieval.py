@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.lab.intervals import (
+    Estimate,
     Interval,
     design_effect,
     estimate_clusters,
@@ -18,10 +19,11 @@ from hipserve.lab.intervals import (
     mean,
     wilson,
 )
-from hipserve.lab.quality.controls import BLIND, not_caught, with_controls
+from hipserve.lab.quality.controls import BLIND, FLOOR, not_caught, with_controls
 from hipserve.lab.quality.passes import check_length, read_answers
-from hipserve.lab.quality.tasks import Question, Sample, check_task, make_sample
-from hipserve.lab.verdicts import MARGINS, Verdict, judge
+from hipserve.lab.quality.puzzle import Question
+from hipserve.lab.quality.tasks import Sample, check_task, make_sample
+from hipserve.lab.verdicts import MARGINS, Verdict, judge, judge_all
 from hipserve.models import LoadedModel
 
 Form = Literal["chat", "continuation"]
@@ -100,6 +102,7 @@ def evaluate_retrieval(
     seed: int = 0,
     margin: float = MARGINS["answers"],
     controls: bool = False,
+    depth: float | None = None,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> RetrievalReport:
     """Scores the same seeded samples under every configuration.
@@ -116,6 +119,7 @@ def evaluate_retrieval(
             which a base model can, too; by whether the model has a template if None.
         margin: difference of mean scores that counts as none.
         controls: measure two rows more, as `evaluate_fidelity` does.
+        depth: of what the first question asks for; see `make_sample`.
         progress: receives task, configuration and documents done.
 
     Raises:
@@ -127,18 +131,23 @@ def evaluate_retrieval(
     form = form or default_form(loaded)
     configs = with_controls(configs, length) if controls else configs
     results: list[TaskResult] = []
+    changes: list[dict[str, Estimate]] = []
     for task in tasks:
         rounds: dict[str, list[list[Scored]]] = {name: [] for name in configs}
         exact = True
         for i in range(samples):
             count = functools.partial(_count, loaded, form)
-            sample = make_sample(task, text, length, count, seed + i, questions)
+            sample = make_sample(
+                task, text, length, count, seed + i, questions=questions, depth=depth
+            )
             exact = sample.exact
             for name, config in configs.items():
                 rounds[name].append(score(loaded, config, sample, form))
                 if progress:
                     progress(task, name, i + 1)
-        results.append(_result(task, rounds, exact, margin))
+        changes.append(_changes(rounds, exact))
+        results.append(_result(task, rounds, exact, changes[-1], margin))
+    results = _corrected(results, changes, margin)
     return RetrievalReport(
         model=loaded.name,
         form=form,
@@ -215,16 +224,43 @@ def _count(loaded: LoadedModel, form: Form, sample: Sample) -> int:
     return prompt.shape[1] + len(answer)
 
 
-def _result(
-    task: str, rounds: dict[str, list[list[Scored]]], exact: bool, margin: float
-) -> TaskResult:
+def _changes(rounds: dict[str, list[list[Scored]]], exact: bool) -> dict[str, Estimate]:
+    """Of the mean score, under every attention but the first."""
     names = list(rounds)
-    base = rounds[names[0]]
+    return {name: _change(rounds[names[0]], rounds[name], exact) for name in names[1:]}
+
+
+def _result(
+    task: str,
+    rounds: dict[str, list[list[Scored]]],
+    exact: bool,
+    changes: dict[str, Estimate],
+    margin: float,
+) -> TaskResult:
+    base = rounds[next(iter(rounds))]
     scores = {name: _score(documents, exact) for name, documents in rounds.items()}
-    compared = {name: _compare(base, rounds[name], exact, margin) for name in names[1:]}
-    difference = {name: difference for name, (difference, _) in compared.items()}
-    flips = {name: flips for name, (_, flips) in compared.items()}
+    difference = {
+        name: Score(scores[name].mean - next(iter(scores.values())).mean, change.interval())
+        for name, change in changes.items()
+    }
+    flips = {
+        name: _flips(base, rounds[name], judge(change, margin)) for name, change in changes.items()
+    }
     return TaskResult(task, sum(map(len, base)), scores, difference, flips)
+
+
+def _corrected(
+    results: list[TaskResult], changes: list[dict[str, Estimate]], margin: float
+) -> list[TaskResult]:
+    """Verdicts of all tasks and configurations but the controls, which are given at once."""
+    given = [
+        (i, name) for i, own in enumerate(changes) for name in own if name not in (FLOOR, BLIND)
+    ]
+    verdicts = judge_all([changes[i][name] for i, name in given], margin)
+    found = [dict(result.flips) for result in results]
+    for (i, name), verdict in zip(given, verdicts, strict=True):
+        found[i][name] = replace(found[i][name], verdict=verdict)
+    return [replace(result, flips=own) for result, own in zip(results, found, strict=True)]
 
 
 def _score(documents: list[list[Scored]], exact: bool) -> Score:
@@ -236,24 +272,31 @@ def _score(documents: list[list[Scored]], exact: bool) -> Score:
     return Score(measured.value, wilson(measured.value * count / effect, count / effect))
 
 
-def _compare(
-    base: list[list[Scored]], other: list[list[Scored]], exact: bool, margin: float
-) -> tuple[Score, Flips]:
-    pairs = [list(zip(a, b, strict=True)) for a, b in zip(base, other, strict=True)]
-    changes = [[b.score - a.score for a, b in document] for document in pairs]
-    signs = [[(change > 0) - (change < 0) for change in document] for document in changes]
-    nats = estimate_clusters([[b.nats - a.nats for a, b in document] for document in pairs])
-    measured = estimate_clusters(changes)
-    judged = estimate_flips(signs) if exact else measured
-    flat = [sign for document in signs for sign in document]
-    flips = Flips(
-        lost=flat.count(-1),
-        gained=flat.count(1),
-        nats=nats.value,
-        nats_interval=nats.interval(),
-        verdict=judge(judged, margin),
+def _change(base: list[list[Scored]], other: list[list[Scored]], exact: bool) -> Estimate:
+    """Of the mean score; of exact answers with the interval of lost and gained ones."""
+    changes = [
+        [b.score - a.score for a, b in zip(before, after, strict=True)]
+        for before, after in zip(base, other, strict=True)
+    ]
+    return estimate_flips(_signs(base, other)) if exact else estimate_clusters(changes)
+
+
+def _signs(base: list[list[Scored]], other: list[list[Scored]]) -> list[list[int]]:
+    return [
+        [(b.score > a.score) - (b.score < a.score) for a, b in zip(before, after, strict=True)]
+        for before, after in zip(base, other, strict=True)
+    ]
+
+
+def _flips(base: list[list[Scored]], other: list[list[Scored]], verdict: Verdict) -> Flips:
+    nats = estimate_clusters(
+        [
+            [b.nats - a.nats for a, b in zip(before, after, strict=True)]
+            for before, after in zip(base, other, strict=True)
+        ]
     )
-    return Score(measured.value, judged.interval()), flips
+    flat = [sign for signs in _signs(base, other) for sign in signs]
+    return Flips(flat.count(-1), flat.count(1), nats.value, nats.interval(), verdict)
 
 
 def _warnings(results: list[TaskResult], reference: str) -> list[str]:

@@ -14,133 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hipserve.errors import ArgumentError, FitError, did_you_mean
+from hipserve.lab.quality.long_range import chains, frequent, multikey, multiquery, multivalue
+from hipserve.lab.quality.puzzle import (
+    MAGIC_QUESTION,
+    MEMORIZE,
+    READ,
+    Puzzle,
+    Question,
+    digits,
+    magic_number,
+    one_first,
+    variable_names,
+)
+from hipserve.lab.quality.words import WORDS
 
-WORDS = [
-    "anchor",
-    "apron",
-    "badger",
-    "barley",
-    "basket",
-    "beacon",
-    "bishop",
-    "blanket",
-    "bonnet",
-    "bridge",
-    "bronze",
-    "bucket",
-    "candle",
-    "canyon",
-    "carpet",
-    "castle",
-    "cedar",
-    "cellar",
-    "cherry",
-    "chimney",
-    "cobble",
-    "comet",
-    "copper",
-    "coral",
-    "cradle",
-    "cricket",
-    "dagger",
-    "dragon",
-    "ember",
-    "falcon",
-    "feather",
-    "fiddle",
-    "flint",
-    "forest",
-    "garden",
-    "garnet",
-    "ginger",
-    "goblet",
-    "hammer",
-    "harbor",
-    "hazel",
-    "helmet",
-    "heron",
-    "hollow",
-    "island",
-    "ivory",
-    "jacket",
-    "jasper",
-    "kettle",
-    "ladder",
-    "lantern",
-    "lemon",
-    "linen",
-    "lizard",
-    "magnet",
-    "maple",
-    "marble",
-    "meadow",
-    "mirror",
-    "mitten",
-    "monkey",
-    "mortar",
-    "needle",
-    "nutmeg",
-    "oasis",
-    "olive",
-    "orchid",
-    "otter",
-    "paddle",
-    "parrot",
-    "pebble",
-    "pepper",
-    "pickle",
-    "pigeon",
-    "pillow",
-    "pocket",
-    "poplar",
-    "quarry",
-    "quiver",
-    "rabbit",
-    "raven",
-    "ribbon",
-    "river",
-    "rocket",
-    "saddle",
-    "salmon",
-    "shovel",
-    "silver",
-    "spider",
-    "spruce",
-    "sugar",
-    "temple",
-    "thimble",
-    "timber",
-    "trumpet",
-    "tulip",
-    "turnip",
-    "velvet",
-    "violin",
-    "walnut",
-    "weasel",
-    "willow",
-    "window",
-    "yarrow",
-]
-
-READ = "Read the text."
-MEMORIZE = "Some special values are hidden in the following text. Memorize them."
 PASS_KEY_QUESTION = "What is the pass key?"
-MAGIC_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked, and what the model should say; or what it is given to complete, and how.
-
-    Attributes:
-        question, answer: of a conversation.
-        cue, completion: of a running text, for models that know no conversation.
-    """
-
-    question: str
-    answer: str
-    cue: str
-    completion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,39 +46,25 @@ class Sample:
     exact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Puzzle:
-    """What a task hides in its text, in this order, and what can be asked about it."""
-
-    opening: str
-    facts: list[str]
-    questions: list[Question]
-    exact: bool = True
-
-
 def pass_key(value: str) -> str:
     """The sentence that hides a pass key."""
     return f"The pass key is {value}. Remember it. {value} is the pass key."
 
 
-def magic_number(key: str, value: str) -> str:
-    """The sentence that hides the magic number of a word."""
-    return f"One of the special magic numbers for {key} is: {value}."
-
-
 def passkey(rng: random.Random) -> Puzzle:
-    value = _digits(rng, 5)
+    value = digits(rng, 5)
     is_key = "The pass key is"
     asked = Question(PASS_KEY_QUESTION, f"{is_key} {value}", is_key, f" {value}")
-    return Puzzle(READ, [pass_key(value)], [asked])
+    return Puzzle(READ, [pass_key(value)], [asked], asked=0)
 
 
 def niah(rng: random.Random) -> Puzzle:
     """Eight needles."""
     keys = rng.sample(WORDS, 8)
-    values = {key: _digits(rng, 7) for key in keys}
+    values = {key: digits(rng, 7) for key in keys}
     facts = [magic_number(key, value) for key, value in values.items()]
     form = "The special magic number for {} mentioned in the provided text is {}"
+    order = one_first(rng, keys)
     questions = [
         Question(
             MAGIC_QUESTION.format(key),
@@ -198,15 +72,17 @@ def niah(rng: random.Random) -> Puzzle:
             f"One of the special magic numbers for {key} is:",
             f" {values[key]}",
         )
-        for key in _one_first(rng, keys)
+        for key in order
     ]
-    return Puzzle(MEMORIZE, facts, questions)
+    return Puzzle(MEMORIZE, facts, questions, asked=keys.index(order[0]))
 
 
 def kv(rng: random.Random) -> Puzzle:
     """32 pairs of hexadecimal keys and values."""
     pairs = {_hex(rng): _hex(rng) for _ in range(32)}
     facts = [f'"{key}": "{value}",' for key, value in pairs.items()]
+    keys = list(pairs)
+    order = one_first(rng, keys)
     questions = [
         Question(
             f'Which value is stored under the key "{key}"?',
@@ -214,21 +90,15 @@ def kv(rng: random.Random) -> Puzzle:
             f'"{key}":',
             f' "{pairs[key]}',
         )
-        for key in _one_first(rng, list(pairs))
+        for key in order
     ]
-    return Puzzle(READ, facts, questions)
-
-
-def _one_first(rng: random.Random, keys: list[str]) -> list[str]:
-    """A random one, then the others in order."""
-    first = rng.choice(keys)
-    return [first, *(key for key in keys if key != first)]
+    return Puzzle(READ, facts, questions, asked=keys.index(order[0]))
 
 
 def variables(rng: random.Random) -> Puzzle:
     """A chain of four assignments; the answer names every variable in it."""
-    names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(5)]
-    value = _digits(rng, 5)
+    names = variable_names(rng, 5)
+    value = digits(rng, 5)
     facts = [f"VAR {names[0]} = {value}"]
     facts += [f"VAR {name} = VAR {source}" for source, name in itertools.pairwise(names)]
     question = f"Find all variables that are assigned the value {value} in the text above."
@@ -242,6 +112,11 @@ PUZZLES: dict[str, Callable[[random.Random], Puzzle]] = {
     "niah": niah,
     "kv": kv,
     "variables": variables,
+    "multikey": multikey,
+    "multivalue": multivalue,
+    "multiquery": multiquery,
+    "chains": chains,
+    "frequent": frequent,
 }
 TASKS = (*PUZZLES, "quote")
 GIVEN, ASKED = 16, 32
@@ -255,6 +130,7 @@ def make_sample(
     count: Callable[[Sample], int],
     seed: int,
     questions: int = 1,
+    depth: float | None = None,
 ) -> Sample:
     """A sample whose prompt and answer take 97 to 100 % of `length` tokens.
 
@@ -265,12 +141,15 @@ def make_sample(
         count: tokens of the whole sample under the model's tokenizer and chat template.
         seed: the same seed, text and tokenizer give the same sample.
         questions: about the document, as far as the task has so many.
+        depth: of what the first question asks for, from 0 (the beginning) to 1; random if None.
 
     Raises:
-        ArgumentError: unknown task.
+        ArgumentError: unknown task, or one whose answer is not in one place, with a `depth`.
         FitError: the text is too short for `length`.
     """
     check_task(task)
+    if depth is not None:
+        check_depth(task, depth)
     size, most = length * 3, None
     for _ in range(24):
         if size > len(text):
@@ -279,7 +158,7 @@ def make_sample(
                 f"and {size:,} are needed",
                 "give more text",
             )
-        sample = _hide(task, text, size, random.Random(f"{task} {seed}"), questions)
+        sample = _hide(task, text, size, random.Random(f"{task} {seed}"), questions, depth)
         tokens = count(sample)
         if 0.97 * length <= tokens <= length:
             return sample
@@ -296,15 +175,32 @@ def check_task(task: str) -> None:
         )
 
 
-def _hide(task: str, text: str, size: int, rng: random.Random, questions: int) -> Sample:
+def check_depth(task: str, depth: float) -> None:
+    """Raises ArgumentError for no depth, or a task whose first answer is not in one place."""
+    check_task(task)
+    if not 0 <= depth <= 1:
+        raise ArgumentError("depth", "a share from 0 to 1", str(depth))
+    if task != "quote" and PUZZLES[task](random.Random(0)).asked is None:
+        expected = "a task whose answer is in one place: passkey, niah, kv, multikey or quote"
+        raise ArgumentError("task", expected, repr(task))
+
+
+def _hide(
+    task: str, text: str, size: int, rng: random.Random, questions: int, depth: float | None
+) -> Sample:
     place = rng.random()
     start = int(place * (len(text) - size))
     stretch = text[start : start + size]
     if task == "quote":
-        return _quote(stretch, rng)
+        return _quote(stretch, rng, depth)
     puzzle = PUZZLES[task](rng)
     depths = sorted(rng.random() for _ in puzzle.facts)
-    document = f"{puzzle.opening}\n\n{plant(stretch, puzzle.facts, depths)}"
+    facts = puzzle.facts
+    if depth is not None and puzzle.asked is not None:
+        depths[puzzle.asked] = depth
+        facts = [fact for _, fact in sorted(zip(depths, facts, strict=True), key=lambda x: x[0])]
+        depths.sort()
+    document = f"{puzzle.opening}\n\n{plant(stretch, facts, depths)}"
     return Sample(document, tuple(puzzle.questions[:questions]), puzzle.exact)
 
 
@@ -322,19 +218,16 @@ def plant(text: str, facts: Sequence[str], depths: Sequence[float]) -> str:
     return "".join([*parts, text[done:]])
 
 
-def _quote(stretch: str, rng: random.Random) -> Sample:
+def _quote(stretch: str, rng: random.Random, depth: float | None) -> Sample:
     words = list(re.finditer(r"\S+", stretch))
-    first = rng.randrange(len(words) // 20, len(words) * 9 // 10 - GIVEN - ASKED)
+    low, high = len(words) // 20, len(words) * 9 // 10 - GIVEN - ASKED
+    first = rng.randrange(low, high) if depth is None else low + int(depth * (high - low - 1))
     begin, middle = words[first].start(), words[first + GIVEN].start()
     end = words[first + GIVEN + ASKED - 1].end()
     given = stretch[begin:middle].rstrip()
     rest = stretch[middle:end]
     asked = Question(f"Continue the passage: {given}", rest, given, f" {rest}")
     return Sample(f"{READ}\n\n{stretch}", (asked,), False)
-
-
-def _digits(rng: random.Random, count: int) -> str:
-    return str(rng.randrange(10 ** (count - 1), 10**count))
 
 
 def _hex(rng: random.Random) -> str:

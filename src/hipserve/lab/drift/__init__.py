@@ -1,0 +1,1 @@
+"""What becomes of instructions and answers behind a long text, under pruned attention."""

@@ -1,0 +1,214 @@
+"""First tokens, contrasts and answers under dense and pruned attention, context by context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hipserve.config import HiPConfig
+from hipserve.errors import ArgumentError
+from hipserve.lab.drift.contexts import BARE, PLACES, Contexts
+from hipserve.lab.drift.prompts import Prompt
+from hipserve.lab.drift.summary import Record, Summary, summarize
+from hipserve.lab.drift.summary import warnings as _warnings
+from hipserve.lab.quality.controls import BLIND, blind
+from hipserve.lab.quality.passes import check_length, last_logits, may_prune
+from hipserve.lab.text import Document
+from hipserve.models import LoadedModel
+from hipserve.models.passes import make_cache
+
+HIP, PINNED = "hip", "hip, system prompt pinned"
+ANSWER = 24
+"""Tokens of an answer that is checked."""
+LARGE = 1_000_000_000
+"""Parameters below which a model hardly refuses anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReport:
+    """What was measured.
+
+    Attributes:
+        scope: what this model can and cannot show; read it first.
+        bare: every record of prompts without filler, under `HIP`: a control.
+        rows: by attention, over all places and lengths, and by length.
+        records: one for each prompt, place, length and attention.
+    """
+
+    model: str
+    scope: str
+    lengths: list[int]
+    prompts: int
+    config: dict[str, Any]
+    bare: Summary
+    rows: dict[str, Summary]
+    by_length: dict[str, dict[int, Summary]]
+    by_place: dict[str, dict[str, Summary]]
+    by_label: dict[str, dict[str, Summary]]
+    warnings: list[str]
+    records: list[Record]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_drift(
+    loaded: LoadedModel,
+    config: HiPConfig,
+    prompts: Sequence[Prompt],
+    filler: Sequence[Document],
+    *,
+    lengths: Sequence[int],
+    places: Sequence[str] = PLACES,
+    progress: Callable[[str, str], None] | None = None,
+) -> DriftReport:
+    """Every prompt alone, and behind, inside and before filler of every length.
+
+    Args:
+        config: what is compared with dense attention, as it is and with the sinks over the system
+            prompt (`HiPConfig.pin`).
+        filler: texts, joined.
+        lengths: tokens of whole contexts.
+        places: of `PLACES`.
+        progress: receives prompt and attention before each pass.
+
+    Raises:
+        ArgumentError: no prompts, lengths or places.
+        FitError: a length exceeds the model's context or the filler.
+    """
+    if not (prompts and lengths and places):
+        raise ArgumentError("prompts", "prompts, lengths and places", "none")
+    for length in lengths:
+        check_length(loaded, length)
+    contexts = Contexts(loaded, "\n\n".join(document.text for document in filler))
+    records: list[Record] = []
+    for i, prompt in enumerate(prompts):
+        attentions = _attentions(config, contexts.system_tokens(prompt))
+        for place, length, ids in _places(contexts, prompt, i, places, lengths):
+            chosen = {HIP: config} if place == BARE else attentions
+            say = progress or _say_nothing
+            records += _compare(loaded, chosen, prompt, ids, (i, place, length), say)
+    names = [HIP, *([PINNED] if any(p.system for p in prompts) else []), BLIND]
+    bare = [record for record in records if record.place == BARE]
+    far = [record for record in records if record.place != BARE]
+    own = {name: [record for record in far if record.attention == name] for name in names}
+    longest = max(contexts.bare(prompt).shape[1] for prompt in prompts)
+    rows = {name: summarize(own[name]) for name in names}
+    found = _warnings(summarize(bare), rows, pruned_bare=may_prune(loaded, config, longest))
+    return DriftReport(
+        model=loaded.name,
+        scope=_scope(loaded),
+        lengths=list(lengths),
+        prompts=len(prompts),
+        config=config.to_dict(),
+        bare=summarize(bare),
+        rows=rows,
+        by_length={n: _by(own[n], "length") for n in names},
+        by_place={n: _by(own[n], "place") for n in names},
+        by_label={n: _by(own[n], "label") for n in names},
+        warnings=found,
+        records=records,
+    )
+
+
+def _say_nothing(prompt: str, name: str) -> None: ...
+
+
+def _attentions(config: HiPConfig, system_tokens: int) -> dict[str, HiPConfig]:
+    pinned = {PINNED: config.pin(system_tokens)} if system_tokens else {}
+    return {HIP: config, **pinned, BLIND: blind(config)}
+
+
+def _places(
+    contexts: Contexts, prompt: Prompt, offset: int, places: Sequence[str], lengths: Sequence[int]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Place, length and tokens `[1, tokens]`, the bare prompt first."""
+    ids = contexts.bare(prompt)
+    yield BARE, ids.shape[1], ids
+    for length in lengths:
+        for place in places:
+            yield place, length, contexts.make(prompt, place, length, offset)
+
+
+def _by(records: Sequence[Record], field: str) -> dict[Any, Summary]:
+    values = dict.fromkeys(getattr(record, field) for record in records)
+    return {v: summarize([r for r in records if getattr(r, field) == v]) for v in values}
+
+
+@torch.no_grad()
+def _compare(
+    loaded: LoadedModel,
+    configs: dict[str, HiPConfig],
+    prompt: Prompt,
+    ids: Tensor,
+    key: tuple[int, str, int],
+    say: Callable[[str, str], None],
+) -> Iterator[Record]:
+    """One context `[1, tokens]` under dense attention and every other one."""
+    sides = [_first_tokens(loaded, words) for words in prompt.contrast]
+    say(f"prompt {key[0] + 1}", "dense")
+    loaded.use(None)
+    base, told = _answer(loaded, ids, prompt)
+    for name, config in configs.items():
+        say(f"prompt {key[0] + 1}", name)
+        loaded.use(config)
+        own, answer = _answer(loaded, ids, prompt)
+        odds = (_log_odds(base, sides), _log_odds(own, sides)) if all(sides) else None
+        yield Record(
+            prompt=key[0],
+            label=prompt.label,
+            place=key[1],
+            length=key[2],
+            attention=name,
+            kl=float((base.exp() * (base - own)).sum()),
+            flipped=bool(base.argmax() != own.argmax()),
+            log_odds=odds,
+            followed=(_follows(prompt, told), _follows(prompt, answer)) if prompt.expect else None,
+        )
+
+
+def _answer(loaded: LoadedModel, ids: Tensor, prompt: Prompt) -> tuple[Tensor, str]:
+    """Log-probabilities of the first token, `[words]` float32, and a greedy answer if one is
+    checked."""
+    cache = make_cache(loaded)
+    logits = last_logits(loaded, ids, cache)[0, -1]
+    first, found = logits.float().log_softmax(-1), list[int]()
+    ends = loaded.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    while prompt.expect and len(found) < ANSWER and (token := int(logits.argmax())) not in ends:
+        found.append(token)
+        logits = last_logits(loaded, ids.new_tensor([[token]]), cache)[0, -1]
+    return first, loaded.tokenizer.decode(found, skip_special_tokens=True)
+
+
+def _follows(prompt: Prompt, answer: str) -> bool:
+    return re.search(prompt.expect, answer) is not None
+
+
+def _first_tokens(loaded: LoadedModel, words: Sequence[str]) -> list[int]:
+    encoded = [loaded.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    return sorted({ids[0] for ids in encoded if ids})
+
+
+def _log_odds(log_p: Tensor, sides: Sequence[list[int]]) -> float:
+    """Of the first list of tokens against the second, under `[words]` log-probabilities."""
+    one, other = (log_p[side].logsumexp(0) for side in sides)
+    return float(one - other)
+
+
+def _scope(loaded: LoadedModel) -> str:
+    count = sum(weights.numel() for weights in loaded.model.parameters())
+    if count >= LARGE:
+        return (
+            "first tokens, given contrasts and checked answers only: refusals and style are what "
+            "your own prompts test"
+        )
+    return (
+        f"a model of {count / 1e6:,.0f} million parameters refuses nothing: this shows divergence, "
+        "instructions lost and what pinning mends, nothing about the safety of a large model"
+    )

@@ -1,0 +1,218 @@
+"""Pinned sinks cover the system prompt; drift is measured where it is, and blindness is caught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hipserve import ArgumentError, FitError, HiPConfig
+from hipserve.cli.main import app
+from hipserve.lab import evaluate_drift
+from hipserve.lab.drift.contexts import BARE, PLACES, Contexts
+from hipserve.lab.drift.measure import HIP, PINNED
+from hipserve.lab.drift.prompts import DEFAULT_PROMPTS, Prompt, read_prompts
+from hipserve.lab.drift.summary import Record, summarize, warnings
+from hipserve.lab.quality.controls import BLIND
+from hipserve.lab.text import read_documents
+from hipserve.models import Conversation, LoadedModel, load
+
+SMALL = HiPConfig(
+    budget=16,
+    num_sink_tokens=16,
+    sliding_window=64,
+    query_block_size=16,
+    dense_below=0,
+    decode_dense_below=0,
+)
+SYSTEM = "The pass key is 83724. Remember it. 83724 is the pass key."
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load(device="cpu")
+
+
+def test_sinks_cover_what_is_pinned() -> None:
+    config = HiPConfig()
+    assert config.pin(64) is config
+    assert config.pin(65).num_sink_tokens == 80
+    assert config.pin(1000).num_sink_tokens == 1008
+    assert HiPConfig(selector="tree", key_block_size=2).pin(65).num_sink_tokens == 66
+
+
+def test_system_tokens_are_a_common_prefix(loaded: LoadedModel) -> None:
+    count = loaded.system_tokens(SYSTEM)
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "What is it?"}]
+    ids = loaded.encode(turns)[0]
+    text = loaded.tokenizer.decode(ids[:count])
+    assert SYSTEM in text
+    assert "What" not in text
+
+
+def test_a_conversation_pins_its_system_prompt() -> None:
+    loaded = load(device="cpu", config=SMALL)
+    Conversation(loaded, system=SYSTEM)
+    assert loaded.model.config.hip["num_sink_tokens"] == 16
+    talk = Conversation(loaded, system=SYSTEM, pin_system=True)
+    assert talk.turns == [{"role": "system", "content": SYSTEM}]
+    sinks = loaded.model.config.hip["num_sink_tokens"]
+    assert loaded.system_tokens(SYSTEM) <= sinks < loaded.system_tokens(SYSTEM) + 16
+    with pytest.raises(ArgumentError, match="pin_system: expected a system prompt"):
+        Conversation(loaded, pin_system=True)
+    loaded.use(None)
+    Conversation(loaded, system=SYSTEM, pin_system=True)
+    assert loaded.model.config.hip is None, "dense attention reads it anyway"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_contexts_have_the_length_and_the_place(loaded: LoadedModel, place: str) -> None:
+    contexts = Contexts(loaded, read_documents()[0].text)
+    prompt = Prompt("What is the pass key?", SYSTEM)
+    ids = contexts.make(prompt, place, 600, offset=3)
+    assert 600 - 24 <= ids.shape[1] <= 600
+    text = loaded.tokenizer.decode(ids[0])
+    found = text.index(prompt.prompt) / len(text)
+    low, high = {"behind": (0.9, 1), "inside": (0.35, 0.65), "before": (0, 0.2)}[place]
+    assert low < found < high
+    assert text.index(SYSTEM) < 100
+    assert not torch.equal(ids, contexts.make(prompt, place, 600, offset=4))
+
+
+def test_contexts_that_do_not_fit(loaded: LoadedModel) -> None:
+    contexts = Contexts(loaded, "too short " * 20)
+    with pytest.raises(FitError, match="does not fit 20 tokens"):
+        contexts.make(Prompt("What is it?", SYSTEM), "behind", 20)
+    with pytest.raises(FitError, match="the filler is too short"):
+        contexts.make(Prompt("What is it?"), "behind", 2000)
+
+
+def record(prompt: int, kl: float, **values: Any) -> Record:
+    fields = {"label": "a", "place": "behind", "length": 1, "attention": HIP, "flipped": False}
+    fields |= {"log_odds": None, "followed": None}
+    return Record(prompt=prompt, kl=kl, **{**fields, **values})
+
+
+def test_rows_count_both_ways() -> None:
+    records = [
+        record(0, 1.0, flipped=True, log_odds=(1.0, -1.0), followed=(True, False)),
+        record(1, 3.0, log_odds=(-1.0, 2.0), followed=(True, True)),
+        record(2, 2.0, log_odds=(2.0, 1.0), followed=(False, True)),
+        record(2, 2.0),
+    ]
+    row = summarize(records)
+    assert (row.contexts, row.kl, row.flips) == (4, 2.0, 0.25)
+    assert row.shift == pytest.approx((-2 + 3 - 1) / 3)
+    assert row.decisions == (1, 1)
+    assert row.followed == pytest.approx((2 / 3, 2 / 3))
+    assert (row.lost, row.gained) == (1, 1)
+    assert summarize([]).decision is None
+
+
+def test_a_planted_drift_is_found_and_a_planted_gain_is_doubted() -> None:
+    still = [record(i, 0.001 + 0.0001 * i) for i in range(12)]
+    moved = [record(i, 0.5 + 0.05 * i, followed=(False, True)) for i in range(12)]
+    assert summarize(still).decision == "same"
+    assert summarize(moved).decision == "different"
+    rows = {HIP: summarize(moved), BLIND: summarize(still)}
+    found = " / ".join(warnings(summarize(still), rows, pruned_bare=False))
+    assert "more instructions than dense attention" in found
+    assert "sinks + window was not caught" in found
+    assert "follows 0%" in found
+    assert "do not trust" in warnings(summarize(moved), {}, pruned_bare=False)[0]
+    assert "no control" in warnings(summarize(still), {}, pruned_bare=True)[0]
+
+
+def test_the_command_shows_what_pinning_mends(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A key in the system prompt, behind 300 tokens: lost, and found where the sinks cover it."""
+    monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
+    prompts, settings = tmp_path / "prompts.jsonl", tmp_path / "small.toml"
+    lines = [
+        {
+            "prompt": "What is the pass key?",
+            "system": SYSTEM.replace("83724", key),
+            "expect": key,
+            "contrast": [["The"], ["No"]],
+        }
+        for key in ("83724",)
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    settings.write_text(SMALL.replace(budget=16, num_sink_tokens=0).dumps())
+    words = ["lab", "drift", "--prompts", str(prompts), "--lengths", "300"]
+    words += ["--config", str(settings), "--json"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.stderr
+    report = json.loads(shown.stdout)
+    assert list(report["rows"]) == [HIP, PINNED, BLIND]
+    assert report["scope"].startswith("a model of 23 million parameters refuses nothing")
+    hip, pinned, blinded = report["rows"].values()
+    assert hip["contexts"] == pinned["contexts"] == len(PLACES)
+    assert pinned["kl"] < hip["kl"]
+    assert blinded["kl"] > 0.05
+    assert pinned["followed"][1] >= hip["followed"][1]
+    assert {r["place"] for r in report["records"]} == {BARE, *PLACES}
+
+
+def test_the_command_prints_a_table(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Hello", "contrast": [["Yes"], ["No"]]}))
+    shown = CliRunner().invoke(app, ["lab", "drift", "--prompts", str(prompts), "--lengths", "300"])
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.startswith("a model of 23 million parameters")
+    assert "│ bare" in shown.stdout
+    assert "pinned" not in shown.stdout, "there is no system prompt"
+    assert "nothing was pruned in 300 tokens" in shown.stderr
+
+
+def test_bare_prompts_are_those_of_dense_attention(loaded: LoadedModel) -> None:
+    report = evaluate_drift(
+        loaded, HiPConfig(), DEFAULT_PROMPTS[:1], read_documents(), lengths=[200], places=["behind"]
+    )
+    assert report.bare.flips == 0
+    assert report.bare.kl < 0.02
+    assert not any("bare" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("[]", 'one JSON object with a "prompt"'),
+        ('{"promt": "a"}', 'one JSON object with a "prompt"'),
+        ('{"prompt": "a", "sytem": "b"}', "got 'sytem'"),
+        ('{"prompt": "a", "system": 5}', "texts as system and expect"),
+        ('{"prompt": "a", "expect": "("}', "a regular expression"),
+        ('{"prompt": "a", "contrast": ["Yes"]}', "two lists"),
+        ('{"prompt": "a", "contrast": [["Yes"], []]}', "words in both lists"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, line: str, part: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(ArgumentError, match="line 1") as refused:
+        read_prompts(path)
+    assert part in str(refused.value)
+
+
+def test_run_and_chat_take_a_system_prompt(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
+    doc = tmp_path / "doc.txt"
+    doc.write_text("A short text about nothing.")
+    loaded.use(SMALL)
+    words = ["run", "What is the pass key?", "--doc", str(doc), "--system", SYSTEM, "--pin-system"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.stderr
+    assert "83724" in shown.stdout
+    assert loaded.model.config.hip["num_sink_tokens"] >= loaded.system_tokens(SYSTEM)
+    refused = CliRunner().invoke(app, ["chat", "--pin-system"])
+    assert isinstance(refused.exception, ArgumentError)
