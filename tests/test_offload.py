@@ -17,12 +17,13 @@ from torch import Tensor
 from hipserve import ArgumentError, ConfigError, FitError, HiPCache, HiPConfig, Offload
 from hipserve.attention import AttentionLayer, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.cache import OffloadedLayers, PagedLayer, host
+from hipserve.cache import OffloadedLayers, PagedLayer
 from hipserve.cache.host import MappedFile, PinnedMemory
 from hipserve.cache.mapped import MappedPages
-from hipserve.cache.staging import StagedPages
+from hipserve.cache.staging import StagedPages, runs_of
 from hipserve.cache.tiles import TiledPages, row_tiles
 from hipserve.config import IndexForm
+from hipserve.host import HostMemory
 from hipserve.offload import format_bytes, parse_bytes, slot_bytes
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
@@ -75,15 +76,16 @@ def mapped(path: Path, nbytes: int | str = "64MiB", config: HiPConfig = CONFIG) 
     return PagedLayer(PAGE, *config.index_form, layers.make_store)
 
 
-def keys(batch: int, new: int) -> tuple[Tensor, Tensor]:
-    k, v = torch.randn(2, batch, new, HEADS, DIM)
+def keys(batch: int, new: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    k, v = torch.randn(2, batch, new, HEADS, DIM).to(device)
     return k, v
 
 
 def indexed(pages: PagedLayer, seq: int) -> list[Tensor]:
     """What the index says about the keys of a sequence, and of their runs that are whole."""
     length, table = pages.lengths[seq], pages.layout([1] * len(pages.lengths)).block_table[seq]
-    positions, runs = torch.arange(length), torch.arange(length // 16)
+    positions = torch.arange(length, device=table.device)
+    runs = positions[: length // 16]
     at = table[positions // PAGE].long(), positions % PAGE
     of_run = table[runs * 16 // PAGE].long(), runs % (PAGE // 16)
     index = pages.index
@@ -94,7 +96,7 @@ def indexed(pages: PagedLayer, seq: int) -> list[Tensor]:
 class OffloadedEqualsResident(RuleBasedStateMachine):
     """Any history of a batch: what offloaded layers hold and return is what resident ones do."""
 
-    backend = "auto"
+    backend, device = "auto", "cpu"
 
     def make(self) -> PagedLayer:
         raise NotImplementedError
@@ -110,8 +112,8 @@ class OffloadedEqualsResident(RuleBasedStateMachine):
 
     @rule(new=st.sampled_from([1, 1, 1, 17, 150]))
     def append(self, new: int) -> None:
-        k, v = keys(self.batch, new)
-        q = torch.randn(self.batch * new, HEADS * GROUP, DIM)
+        k, v = keys(self.batch, new, self.device)
+        q = torch.randn(self.batch * new, HEADS * GROUP, DIM).to(self.device)
         answers: list[tuple[Tensor, ...]] = []
         for pages, reuse in zip(self.layers, self.reuse, strict=True):
             pages.append(k, v)
@@ -130,11 +132,13 @@ class OffloadedEqualsResident(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.resident.lengths))
     @rule(data=st.data(), batch=st.integers(1, 4))
     def branch(self, data: Any, batch: int) -> None:
-        order = [data.draw(st.integers(0, self.batch - 1)) for _ in range(batch)]
+        self.reorder([data.draw(st.integers(0, self.batch - 1)) for _ in range(batch)])
+
+    def reorder(self, order: list[int]) -> None:
         for pages, reuse in zip(self.layers, self.reuse, strict=True):
             pages.reorder(torch.tensor(order))
-            reuse.reorder(torch.tensor(order))
-        self.batch = batch
+            reuse.reorder(torch.tensor(order, device=self.device))
+        self.batch = len(order)
 
     @precondition(lambda self: bool(self.resident.lengths))
     @rule(count=st.integers(1, 90))
@@ -165,7 +169,7 @@ def tiled(slots: int, backend: str) -> PagedLayer:
     """Everything that a GPU does, in the memory of a CPU, poisoned."""
 
     def make_store(page_size: int, form: IndexForm, k: Tensor) -> TiledPages:
-        memory, staged = PinnedMemory(2**23, pinned=False), StagedPages(page_size, k)
+        memory, staged = PinnedMemory(2**23, pinned=k.is_cuda), StagedPages(page_size, k)
         memory.tensor().view(torch.float32).fill_(torch.nan)
         store = TiledPages(
             page_size,
@@ -246,11 +250,25 @@ def test_arenas_that_are_too_small_say_what_is_needed() -> None:
 def test_more_memory_than_there_is_is_refused_before_it_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host, "available_memory", lambda: 2**30)
-    with pytest.raises(FitError, match="host_memory asks for 2 GiB, and 1 GiB are available"):
-        OffloadedLayers(Offload("2GiB"), 1, CONFIG)
-    monkeypatch.undo()
-    assert 2**20 < host.available_memory() < 2**50
+    for container, said in ((None, "1 GiB are available"), (2**32, "available, 4 GiB at most")):
+        memory = HostMemory(total=2**34, available=2**30, container=container)
+        monkeypatch.setattr(HostMemory, "read", lambda memory=memory: memory)
+        with pytest.raises(FitError, match=f"host_memory asks for 2 GiB, and .*{said}"):
+            OffloadedLayers(Offload("2GiB"), 1, CONFIG)
+
+
+def test_copies_stay_in_what_was_pinned_together() -> None:
+    pairs = [(4, 0), (5, 1), (6, 2), (7, 3), (9, 4), (10, 5), (3, 6)]
+    assert list(runs_of(pairs)) == [(4, 0, 4), (9, 4, 2), (3, 6, 1)]
+    assert list(runs_of(pairs, [0, 6, 10])) == [
+        *[(4, 0, 2), (6, 2, 2), (9, 4, 1)],
+        *[(10, 5, 1), (3, 6, 1)],
+    ]
+    memory = PinnedMemory(2**20, pinned=False)
+    for nbytes in (5000, 7000, 7000, 2**20):
+        memory.reserve(nbytes)
+    start = memory.tensor().data_ptr()
+    assert memory.pieces == [start, start + 5000, start + 7000]
 
 
 def test_a_driver_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +278,7 @@ def test_a_driver_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     with pytest.raises(FitError, match=r"refuses to pin 2 MiB \(error 801\)"):
-        PinnedMemory(2**22).reserve(5)
+        PinnedMemory(2**22).reserve(2**21)
 
 
 @pytest.mark.parametrize("option", [{}, {"num_beams": 3}, {"prefill_chunk_size": 48}])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hipserve.errors import FitError
+from hipserve.host import HostMemory
 from hipserve.offload import format_bytes
 
 OS_PAGE = mmap.PAGESIZE
@@ -24,14 +25,6 @@ PIECE = 8 * 2**30
 """Bytes that are pinned at a time, at most: drivers refuse half a terabyte in one piece."""
 MAPPED = 3
 """cudaHostRegisterPortable | cudaHostRegisterMapped."""
-LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
-"""What a control group may take, and what it does, in both of their versions."""
 
 
 class MappedFile:
@@ -138,7 +131,8 @@ class PinnedMemory:
 
     Attributes:
         nbytes: addresses; memory is taken as it is reserved.
-        reserved: bytes from the start that are there.
+        pieces: where the pieces begin that were pinned one by one, as addresses. A single copy must
+            not cross from one to another.
 
     Args:
         nbytes: see above.
@@ -146,11 +140,12 @@ class PinnedMemory:
     """
 
     def __init__(self, nbytes: int, *, pinned: bool = True) -> None:
-        self.nbytes, self.reserved, self._pinned = nbytes, 0, pinned
+        self.nbytes, self._reserved, self._pinned = nbytes, 0, pinned
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._map = mmap.mmap(-1, nbytes, flags=flags)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._pieces: list[int] = []
+        self._bytes = torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+        self.pieces: list[int] = []
+        if pinned:
+            weakref.finalize(self, _unregister, self.pieces)
 
     def tensor(self) -> Tensor:
         """All bytes `[nbytes]` uint8, reserved or not."""
@@ -160,21 +155,21 @@ class PinnedMemory:
         """Takes memory for the first `nbytes` bytes, and makes a GPU see it.
 
         Raises:
-            FitError: the system refuses; what was reserved before stays.
+            FitError: the driver refuses; what was reserved before stays.
         """
-        end = min(-(-nbytes // GRANULARITY) * GRANULARITY, self.nbytes)
-        while self.reserved < end:
-            size = min(end - self.reserved, PIECE)
-            piece = self._bytes[self.reserved : self.reserved + size]
-            piece[::OS_PAGE] = 0  # registering what was never touched takes twenty times as long
+        while self._reserved < nbytes:
+            end = min(nbytes, self._reserved + PIECE)
+            piece = self._bytes[self._reserved : end]
+            piece[::OS_PAGE] = 0  # pinning what was never touched takes twenty times as long
             if self._pinned:
                 register(piece)
-                self._pieces.append(piece.data_ptr())
-            self.reserved += size
+            self.pieces.append(piece.data_ptr())
+            self._reserved = end
 
-    def __del__(self) -> None:
-        for pointer in getattr(self, "_pieces", ()):
-            _cudart().cudaHostUnregister(pointer)
+
+def _unregister(pieces: list[int]) -> None:
+    for pointer in pieces:
+        _cudart().cudaHostUnregister(pointer)
 
 
 def _cudart() -> Any:
@@ -194,28 +189,10 @@ def register(piece: Tensor) -> None:
         raise FitError(f"host_memory: {reason}", hint)
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
-    text = _read(Path("/proc/meminfo"))
-    found = re.search(r"MemAvailable:\s+(\d+)", text)
-    free = int(found[1]) * 1024 if found else 2**62
-    for limit, used in LIMITS:
-        most = _read(Path(limit)).strip()
-        if most.isdigit():
-            free = min(free, int(most) - int(_read(Path(used)).strip() or 0))
-    return free
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("ascii")
-    except OSError:
-        return ""
-
-
 def check_memory(nbytes: int) -> None:
-    """Raises FitError where the host has less than `nbytes` bytes available."""
-    free = available_memory()
-    if nbytes > free:
-        asked, found = format_bytes(nbytes), format_bytes(free)
-        raise FitError(f"host_memory asks for {asked}, and {found} are available", "lower it")
+    """Raises FitError where the machine, or its container, has less than that available."""
+    memory = HostMemory.read()
+    if memory is not None and nbytes > memory.available:
+        asked, found = format_bytes(nbytes), format_bytes(memory.available)
+        limit = "" if memory.container is None else f", {format_bytes(memory.container)} at most"
+        raise FitError(f"host_memory asks for {asked}, and {found} are available{limit}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +20,33 @@ def pool_of(pages: Tensor, places: Tensor | None = None) -> KeyPool:
     return KeyPool(pages[:, :, 0].transpose(1, 2), pages[:, :, 1].transpose(1, 2), places)
 
 
-def runs_of(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Stretches in which both numbers of the pairs count up: where each begins, and its length."""
-    grouped = itertools.groupby(enumerate(pairs), lambda x: (x[1][0] - x[0], x[1][1] - x[0]))
-    for _, group in grouped:
+def runs_of(
+    pairs: Sequence[tuple[int, int]], cuts: Sequence[int] = ()
+) -> Iterator[tuple[int, int, int]]:
+    """Stretches in which both numbers of the pairs count up: where each begins, and its length.
+
+    cuts: ascending; none of the first numbers is in a stretch with one before a cut.
+    """
+
+    def stretch(numbered: tuple[int, tuple[int, int]]) -> tuple[int, int, int]:
+        i, (first, second) = numbered
+        return first - i, second - i, bisect.bisect(cuts, first)
+
+    for _, group in itertools.groupby(enumerate(pairs), stretch):
         run = [pair for _, pair in group]
         yield *run[0], len(run)
+
+
+class HostPages(NamedTuple):
+    """Pages in memory of the host.
+
+    Attributes:
+        pages: `[num_pages, num_kv_heads, 2, page_size, head_dim]`.
+        cuts: ascending page numbers; a single copy must not go past one.
+    """
+
+    pages: Tensor
+    cuts: Sequence[int] = ()
 
 
 class StagedPages:
@@ -52,35 +75,34 @@ class StagedPages:
     def nbytes(self) -> int:
         return self.pages.nbytes + self.places.nbytes
 
-    def hold(self, wanted: Sequence[int], host: Tensor, written: Collection[int]) -> None:
-        """Makes the pages `wanted` present; those that are not, and were `written`, are copied.
-
-        host: `[num_pages, num_kv_heads, 2, page_size, head_dim]`.
-        """
-        if host.shape[0] > self.places.shape[0] or any(p not in self.held for p in wanted):
+    def hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+        """Makes the pages `wanted` present; those that are not, and were `written`, are copied."""
+        enough = host.pages.shape[0] <= self.places.shape[0]
+        if not enough or any(p not in self.held for p in wanted):
             self._hold(wanted, host, written)
 
     @ordinary_tensors
-    def _hold(self, wanted: Sequence[int], host: Tensor, written: Collection[int]) -> None:
-        self._make_room(len(wanted), host)
+    def _hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+        self._make_room(len(wanted), host.pages.shape[0])
         keep = {p: place for p in wanted if (place := self.held.get(p)) is not None}
         free = iter(sorted({*range(self.pages.shape[0])} - {*keep.values()}))
         new = {p: next(free) for p in wanted if p not in keep}
         taken = {*new.values()}
         self.held = {p: at for p, at in self.held.items() if at not in taken} | new
-        for page, place, count in runs_of([(p, at) for p, at in new.items() if p in written]):
-            source = host[page : page + count]
+        copied = [(p, at) for p, at in new.items() if p in written]
+        for page, place, count in runs_of(copied, host.cuts):
+            source = host.pages[page : page + count]
             self.pages[place : place + count].copy_(source, non_blocking=True)
         ints = torch.tensor([[*new], [*new.values()]], device=self.places.device)
         self.places[ints[0]] = ints[1].int()
 
-    def _make_room(self, count: int, host: Tensor) -> None:
-        """For `count` pages at a time, of those in `host`; what is held is forgotten."""
+    def _make_room(self, count: int, num_pages: int) -> None:
+        """For `count` pages at a time, of so many; larger memory forgets what it held."""
         if count > self.pages.shape[0]:
             self.pages = self.pages.new_empty((count, *self.pages.shape[1:]))
             self.held = {}
-        if host.shape[0] > self.places.shape[0]:
-            self.places = self.places.new_zeros(host.shape[0])
+        if num_pages > self.places.shape[0]:
+            self.places = self.places.new_zeros(num_pages)
             self.held = {}
         self.pool = pool_of(self.pages, self.places)
 
@@ -89,8 +111,8 @@ class StagedPages:
         for page in pages:
             self.held.pop(page, None)
 
-    def store(self, changed: Sequence[int], host: Tensor) -> None:
-        """Copies pages back to host `[num_pages, num_kv_heads, 2, page_size, head_dim]`."""
-        for page, place, count in runs_of([(p, self.held[p]) for p in changed]):
+    def store(self, changed: Sequence[int], host: HostPages) -> None:
+        """Copies pages back to the host."""
+        for page, place, count in runs_of([(p, self.held[p]) for p in changed], host.cuts):
             source = self.pages[place : place + count]
-            host[page : page + count].copy_(source, non_blocking=True)
+            host.pages[page : page + count].copy_(source, non_blocking=True)

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hipserve.cache.host import PIECE
 from hipserve.cache.mapped import check_room, host_pages
-from hipserve.cache.staging import StagedPages, pool_of
+from hipserve.cache.staging import HostPages, StagedPages, pool_of
 from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
@@ -31,7 +32,8 @@ class Memory(Protocol):
         ...
 
     def reserve(self, nbytes: int) -> None:
-        """Makes the first `nbytes` bytes usable."""
+        """Makes the first `nbytes` bytes usable, those that were not before for copies of their
+        own."""
         ...
 
 
@@ -71,7 +73,7 @@ class TiledPages:
         self._memory, self._host = memory, host_pages(memory.tensor(), page_size, k)
         self.pool = pool_of(self._host)
         self.index = empty_index(0, page_size, form, self.pool.k_cache, k.device)
-        self._held = 0
+        self._held, self._cuts = 0, list[int]()
         slot = slot_bytes(k.shape[-2], k.shape[-1], k.element_size())
         slots = device_bytes // slot
         if slots < floor:
@@ -103,7 +105,7 @@ class TiledPages:
         """
         check_room(wanted, self._host.shape[0], self.page_size)
         count = min(grown(held, wanted, self.page_size), self._host.shape[0])
-        self._memory.reserve(count * self._host[0].nbytes)
+        self._reserve(count)
         before, where = self.index.tensors(), self.arena.where
         keys = self.pool.k_cache
         self.index = empty_index(count, self.page_size, self.form, keys, k.device)
@@ -114,6 +116,14 @@ class TiledPages:
         self.arena = replace(self.arena, where=table)
         self._held = count
         return count
+
+    def _reserve(self, count: int) -> None:
+        """Whole pages at a time: a copy of pages is within what was reserved together."""
+        page_bytes = self._host[0].nbytes
+        most = max(PIECE // page_bytes, 1)
+        for begin in range(self._held, count, most):
+            self._memory.reserve(min(begin + most, count) * page_bytes)
+            self._cuts.append(begin)
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, writes: Sequence[Write]) -> None:
         """As `PageStore.write`; k, v `[num_tokens, num_kv_heads, head_dim]`, slots
@@ -128,11 +138,11 @@ class TiledPages:
                 changed += table[first:last]
                 few = few and last - first <= TAIL_PAGES
             written.update(table[: -(-begin // size)])
-        host = self._host[: self._held]
+        host = self._pages
         if few:
             self._tail.hold(changed, host, written)
             write_kv(k, v, self._tail.pool, self.index, slots, backend=self.backend, check=False)
-            store_rows(k, v, self.arena, host, slots, backend=self.backend)
+            store_rows(k, v, self.arena, host.pages, slots, backend=self.backend)
             self._staged.forget(changed)
             return
         self._forget(changed)
@@ -140,11 +150,15 @@ class TiledPages:
         write_kv(k, v, self._staged.pool, self.index, slots, backend=self.backend, check=False)
         self._staged.store(changed, host)
 
+    @property
+    def _pages(self) -> HostPages:
+        return HostPages(self._host[: self._held], self._cuts)
+
     def _stage(self, written: set[int]) -> None:
         """All pages of the sequences; those without rows from before are not copied."""
         every = [p for table, _, end in self._writes for p in table[: -(-end // self.page_size)]]
         self._staged.take(self)
-        self._staged.hold([*dict.fromkeys(every)], self._host[: self._held], written)
+        self._staged.hold([*dict.fromkeys(every)], self._pages, written)
 
     def _forget(self, pages: list[int]) -> None:
         """Tiles and copies of these pages are out of date."""
@@ -180,7 +194,7 @@ class TiledPages:
             return self._staged.pool
         return load_tiles(
             self.arena,
-            self._host[: self._held],
+            self._pages.pages,
             layout,
             selection,
             config=config,
