@@ -17,11 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hipserve import ArgumentError, HiPConfig
 from hipserve.capacity.advice import HIT_RATIOS, Machine, Plan
 from hipserve.capacity.cards import CARDS, find_card, recognise
-from hipserve.capacity.memory import BLOCK, TILE, Room, Service
+from hipserve.capacity.memory import BLOCK, Room, Service
 from hipserve.capacity.shape import FAMILIES, ModelShape
 from hipserve.capacity.speed import keys_read, step_bytes, tokens_per_second
 from hipserve.config import IndexForm
 from hipserve.models.config_file import read_config
+from hipserve.offload import TILE_SIZE
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import pruning_rule
 from hipserve.plan.parts import aligned, index_bytes
@@ -218,14 +219,19 @@ def test_offload_moves_keys_and_leaves_the_index() -> None:
     before, after = resident.parts(), there.parts()
     assert (after.pool, after.keys_values) == (before.keys_values, 0)
     assert (after.index, after.weights) == (before.index, before.weights)
-    assert after.arena == there.step_tiles * TILE * 131072
-    assert after.table == 4 * 32 * 8 * there.tokens // TILE
+    assert after.arena == there.step_tiles * TILE_SIZE * 131072
+    assert after.table == 4 * 32 * 8 * there.tokens // TILE_SIZE
     assert after.staging == 2 * 131072 * 2 * 8 * 128 * 2
     rule = pruning_rule(config.replace(decode_dense_below=0), "cuda")
     read = []
     for position in range(60_000, 60_064):
-        first = rule.window_start(position, 1) // TILE
-        read.append(config.num_sink_tokens // TILE + config.max_selected + position // TILE - first)
+        first = rule.window_start(position, 1) // TILE_SIZE
+        read.append(
+            config.num_sink_tokens // TILE_SIZE
+            + config.max_selected
+            + position // TILE_SIZE
+            - first
+        )
     assert max(read) + 1 == there.step_tiles
     many = replace(there, sequences=3)
     assert many.arena_floor == 3 * there.arena_floor

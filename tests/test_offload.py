@@ -17,7 +17,7 @@ from torch import Tensor
 from hipserve import ArgumentError, ConfigError, FitError, HiPCache, HiPConfig, Offload
 from hipserve.attention import AttentionLayer, SelectionReuse
 from hipserve.attention.crossover import rule_of
-from hipserve.cache import OffloadedLayers, PagedLayer
+from hipserve.cache import OffloadedLayers, PagedLayer, offload
 from hipserve.cache.host import MappedFile, PinnedMemory
 from hipserve.cache.mapped import MappedPages
 from hipserve.cache.staging import StagedPages, runs_of
@@ -211,6 +211,37 @@ def test_tiles_are_as_good_as_pages(room: float) -> None:
     machine: Any = Machine.TestCase
     machine.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
     machine("runTest").runTest()
+
+
+@pytest.mark.parametrize("kind", ["tiles", "file"])
+def test_pages_made_in_inference_mode_can_be_written_later(kind: str, tmp_path: Path) -> None:
+    pages = tiled(40, "reference") if kind == "tiles" else mapped(tmp_path / "kv")
+    resident = PagedLayer(PAGE, *CONFIG.index_form)
+    rows = [keys(1, new) for new in (150, 1, 150)]
+    for i, (k, v) in enumerate(rows):
+        for layer in (pages, resident):
+            with torch.inference_mode(i == 0):
+                layer.append(k, v)
+    pages.reorder(torch.tensor([0, 0]))
+    pages.append(*keys(2, 1))
+    resident.reorder(torch.tensor([0, 0]))
+    resident.append(*keys(2, 1))
+    for expected, got in zip(indexed(resident, 1)[:2], indexed(pages, 1)[:2], strict=True):
+        assert torch.equal(expected[:301], got[:301])
+
+
+def test_layers_that_are_alike_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PinnedMemory", lambda n: PinnedMemory(n, pinned=False))
+    layers = OffloadedLayers(Offload("24MiB", "12MiB"), 3, CONFIG)
+    wide = torch.empty(1, HEADS, 2 * DIM)
+    stores = [layers._tiled(PAGE, CONFIG.index_form, k) for k in (wide, keys(1, 1)[0], wide)]
+    staged = [store._staged for store in stores]  # type: ignore[attr-defined]
+    assert staged[0] is staged[2] is not staged[1]
+    assert [store.arena.num_slots for store in stores] == [  # type: ignore[attr-defined]
+        2**22 // slot_bytes(HEADS, dim, 4) for dim in (2 * DIM, DIM, 2 * DIM)
+    ]
+    with pytest.raises(ArgumentError, match="page_size in steps of 16, the keys of a tile"):
+        layers._tiled(PAGE + 8, CONFIG.index_form, wide)
 
 
 def test_loads_are_counted_and_memory_is_split() -> None:

@@ -38,7 +38,8 @@ class OffloadedLayers:
             expected = f"host_memory of {num_layers * GRANULARITY} bytes or more"
             raise ArgumentError("offload", expected, f"{offload.host_bytes} bytes")
         self._config, self._device_share = config, offload.device_bytes // max(num_layers, 1)
-        self._file, self._staged = None, None
+        self._file: MappedFile | None = None
+        self._staged: dict[object, StagedPages] = {}  # of layers whose pages are alike
         if offload.file is None:
             check_memory(offload.host_bytes)
         else:
@@ -74,14 +75,15 @@ class OffloadedLayers:
             if value % TILE_SIZE:
                 expected = f"{name} in steps of {TILE_SIZE}, the keys of a tile"
                 raise ArgumentError("offload", expected, str(value), f"change {name}")
-        if self._staged is None:
-            self._staged = StagedPages(page_size, k)
+        kind = (page_size, k.shape[-2:], k.dtype, k.device)
+        if kind not in self._staged:
+            self._staged[kind] = StagedPages(page_size, k)
         return TiledPages(
             page_size,
             form,
             k,
             memory=PinnedMemory(self._share),
             device_bytes=self._device_share,
-            staged=self._staged,
+            staged=self._staged[kind],
             floor=row_tiles(config),
         )

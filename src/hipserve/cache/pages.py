@@ -214,6 +214,7 @@ class PagedLayer:
         self.store.copy(source, target)
         return target
 
+    @ordinary_tensors
     def _grow(self, k: Tensor, missing: int) -> range:
         """Makes room for more pages; returns the new ones."""
         held = len(self._owners)

@@ -9,13 +9,11 @@ from dataclasses import dataclass, fields, replace
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.capacity.shape import ModelShape
 from hipserve.config import DEFAULT, HiPConfig
+from hipserve.offload import TILE_SIZE, tiles_of_rows
 from hipserve.plan.parts import index_bytes
 
 BLOCK = 256
 """Tokens of a KV block, as `hipserve serve` sets it."""
-
-TILE = 16
-"""Keys, with their values, that travel together between host and device."""
 
 RESERVE = 2**30
 """For CUDA's context and graphs, or the processes of a server on a CPU."""
@@ -113,14 +111,18 @@ class Service:
     def step_tiles(self) -> int:
         """Tiles that a row of a decode step reads of one head: sinks, choice and window."""
         config = self.config or DEFAULT
-        ends = config.granularity + config.refresh_interval - 2  # it starts at a block, and grows
-        window = (config.sliding_window + ends) // TILE + 1
-        return -(-config.num_sink_tokens // TILE) - (-config.budget // TILE) + window
+        return tiles_of_rows(
+            config.num_sink_tokens,
+            config.budget,
+            config.sliding_window,
+            config.granularity,
+            config.refresh_interval,
+        )
 
     @property
     def arena_floor(self) -> int:
         """Bytes of the tiles that one step of all sequences reads."""
-        return self.sequences * self.step_tiles * TILE * self.kv_token_bytes
+        return self.sequences * self.step_tiles * TILE_SIZE * self.kv_token_bytes
 
     def parts(self) -> Parts:
         """What it takes."""
@@ -140,7 +142,7 @@ class Service:
         heads = model.full_layers * model.num_kv_heads
         return replace(
             parts,
-            table=4 * heads * self.tokens // TILE,
+            table=4 * heads * self.tokens // TILE_SIZE,
             staging=2 * self.rows * model.row_bytes,
             arena=min(self.arena_floor, kv),
         )
