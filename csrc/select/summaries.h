@@ -1,5 +1,5 @@
-// Runs ranked by their summaries: [mean, deviation] of a run's keys in every channel, which
-// run_summary.h computes. How they lie and what queries meet them as is a class `Summaries`:
+// Runs ranked by their summaries: [center, radius] of a run in every channel, which run_summary.h
+// computes. How they lie and what queries meet them as is a class `Summaries`:
 // StoredSummaries, or CodedSummaries in coded.h.
 #pragma once
 #include "runs.h"
@@ -8,9 +8,8 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-// A run scores q . mean + reach |q| . deviation: what a key would score that lies `reach`
-// deviations from the mean in every channel, towards q. out[0 .. 2n) is what meets [mean,
-// deviation].
+// A run scores q . center + reach |q| . radius: what a key would score that lies `reach` radii
+// from the center in every channel, towards q. out[0 .. 2n) is what meets [center, radius].
 template <class Q> static inline void reach_out(const Q* q, int64_t n, float reach, Q* out) {
   for (int64_t c = 0; c < n; ++c) {
     out[c] = q[c];

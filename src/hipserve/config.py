@@ -46,15 +46,15 @@ class HiPConfig:
         budget: keys that a query block reads between the sinks and its window.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends through
-            summaries of runs of keys: their mean and standard deviation, channel by channel.
+            summaries of runs of keys: a center and a radius, channel by channel.
         representative: block of a range that stands for it in the tree.
         query_block_size: query rows that share one selection.
         key_block_size: keys that are chosen together.
         query_stride: every how many rows of a query block take part in the search, counted back
             from its last row.
         bound_block_size: keys in the finest run that has a summary.
-        bound_reach: a run is scored so many standard deviations from its mean, in every channel
-            towards the query; 0 is the mean, in which a single peak is lost.
+        bound_reach: a run is scored so many radii from its center, in every channel towards the
+            query; 0 is the center, in which a single peak is lost.
         rerank: the bound selector keeps this many times its budget and orders it by exact scores;
             0 uses the summaries only.
         code_bits: bits of a channel of the keys' codes, which the search reads: 4 or 8, with
@@ -87,7 +87,7 @@ class HiPConfig:
     key_block_size: int = 16
     query_stride: int = 4
     bound_block_size: int = 16
-    bound_reach: float = 0.75
+    bound_reach: float = 1.0
     rerank: int = 4
     code_bits: int = 16
     relative_scores: bool = True
@@ -263,7 +263,7 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(HiPConfig) if f.init)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"rerank": 2, "bound_reach": 0.5},
+    "fast": {"rerank": 2},
     "paper": {
         "budget": 512,
         "selector": "tree",

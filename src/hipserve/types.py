@@ -129,8 +129,8 @@ class KeyIndex:
             the candidates of a search. With 16 bits the key itself: the pool's `k_cache`; with 4 or
             8 bits int8, and head_dim * code_bits / 8 bytes instead of head_dim numbers
             (`hipserve.ops.codes`).
-        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`: mean and standard
-            deviation of each run of keys (`bound_offsets` gives the places of the levels), or None
+        summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`: center and radius
+            of each run of keys (`bound_offsets` gives the places of the levels), or None
             for a search that reads none. In the dtype of the keys; int8 codes beside short codes.
         run_size: keys of the finest run.
         code_bits: bits of a channel of a key: 4, 8 or 16.

@@ -19,6 +19,14 @@ from hipserve.types import KeyIndex, KeyPool
 SEEDS = st.integers(0, 2**31 - 1)
 
 
+def center_and_radius(keys: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of `keys` `[n, ...]` on the finest level, else of their box."""
+    if level == 0:
+        return keys.mean(0), keys.std(0, unbiased=False)
+    low, high = keys.aminmax(dim=0)
+    return (low + high) / 2, (high - low) / 2
+
+
 def assert_indexed(kv: Pages, page: int, keys: torch.Tensor, size: int) -> None:
     """`keys` `[n, heads, head_dim]` is what the page holds from its start."""
     index = kv.index
@@ -28,15 +36,14 @@ def assert_indexed(kv: Pages, page: int, keys: torch.Tensor, size: int) -> None:
     for level, length in enumerate(bound_levels(*sizes)):
         for run, inside in enumerate(keys.split(length)):
             at = (page, offsets[level] + run)
-            exact = inside.double()
-            spread = exact.std(0, unbiased=False)
+            middle, half = center_and_radius(inside.double(), level)
             if index.summary_scales is None:
-                mean, deviation = index.summaries[at].unbind(1)
-                assert torch.equal(mean, exact.mean(0).to(mean.dtype))
-                torch.testing.assert_close(deviation, spread.to(mean.dtype), atol=1e-7, rtol=1e-6)
+                center, radius = index.summaries[at].unbind(1)
+                assert torch.equal(center, middle.to(center.dtype))
+                torch.testing.assert_close(radius, half.to(center.dtype), atol=1e-7, rtol=1e-6)
             else:
-                moments = torch.stack([exact.mean(0), spread], dim=1)
-                near(index.summaries[at], index.summary_scales[at], moments, 1 / 127)
+                sides = torch.stack([middle, half], dim=1)
+                near(index.summaries[at], index.summary_scales[at], sides, 1 / 127)
     if index.code_scales is not None:
         numbers = unpack(index.codes[page, : len(keys)], index.code_bits)
         limit = 2 ** (index.code_bits - 1) - 1

@@ -13,7 +13,7 @@ class Bound(Selector):
     """Coarse runs first, then the fine ones inside, then the keys of those that are kept.
 
     Attributes:
-        bound_reach: a run is scored so many standard deviations from its mean.
+        bound_reach: a run is scored so many radii from its center.
         rerank: this many times the budget is kept and ordered by exact scores; 0 trusts the
             summaries alone.
     """

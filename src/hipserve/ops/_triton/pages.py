@@ -17,7 +17,7 @@ class CacheStrides(NamedTuple):
 
 
 class SummaryStrides(NamedTuple):
-    """Strides of `summaries`, in elements; a side is the mean or the deviation."""
+    """Strides of `summaries`, in elements; a side is the center or the radius."""
 
     page: Any
     run: Any

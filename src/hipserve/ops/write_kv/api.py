@@ -78,7 +78,8 @@ def build_index(
 ) -> KeyIndex:
     """The index of pages that are full, or of whole sequences taken as one page each.
 
-    A run's summary is the mean of its keys and their standard deviation, channel by channel.
+    A run's summary is a center and a radius, channel by channel: mean and standard deviation of
+    its keys in the finest runs, middle and half the width of their box in longer ones.
 
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`; with codes of 16 bits the index refers

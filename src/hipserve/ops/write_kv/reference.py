@@ -35,7 +35,7 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
             page_end = int(slot[page == of_page].max()) + 1
             place_of = of_page if pool.places is None else int(pool.places[of_page])
             keys = pool.k_cache[place_of, i * length : min((i + 1) * length, page_end)]
-            put_summary(index, of_page, offsets[level] + i, moments(keys, dim=0))
+            put_summary(index, of_page, offsets[level] + i, summary(keys, level))
 
 
 def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
@@ -45,7 +45,13 @@ def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     if run_size is None:
         return index
     levels = bound_levels(k.shape[1], run_size)
-    runs = torch.cat([moments_of_runs(k, length) for length in levels], dim=1)
+    runs = torch.cat(
+        [
+            torch.stack([summary(run, level, dim=1) for run in k.split(length, dim=1)], dim=1)
+            for level, length in enumerate(levels)
+        ],
+        dim=1,
+    )  # [pages, runs, heads, 2, head_dim]
     if code_scales is None:
         return KeyIndex(codes, runs.to(k.dtype), run_size)
     numbers, scales = encode(runs, SUMMARY_BITS)
@@ -60,7 +66,7 @@ def key_codes(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def put_summary(index: KeyIndex, page: int, run: int, of_run: Tensor) -> None:
-    """Writes the moments `of_run` `[num_kv_heads, 2, head_dim]` of a run."""
+    """Writes the summary `of_run` `[num_kv_heads, 2, head_dim]`."""
     assert index.summaries is not None
     if index.summary_scales is None:
         index.summaries[page, run] = of_run.to(index.summaries.dtype)
@@ -68,14 +74,17 @@ def put_summary(index: KeyIndex, page: int, run: int, of_run: Tensor) -> None:
         index.summaries[page, run], index.summary_scales[page, run] = encode(of_run, SUMMARY_BITS)
 
 
-def moments_of_runs(k: Tensor, length: int) -> Tensor:
-    """`[pages, runs, heads, 2, head_dim]` of every run of `length` keys of k `[pages, keys, heads,
-    head_dim]`, the last one partial."""
-    return torch.stack([moments(run, dim=1) for run in k.split(length, dim=1)], dim=1)
+def summary(keys: Tensor, level: int, dim: int = 0) -> Tensor:
+    """`[..., heads, 2, head_dim]`: center and radius of the keys along axis `dim`.
+
+    Runs of the finest level (0) by mean and deviation, which rank them best on average. Longer
+    runs by their box: among 256 keys a deviation no longer shows a single key that stands out.
+    """
+    return moments(keys, dim) if level == 0 else box(keys, dim)
 
 
 def moments(keys: Tensor, dim: int) -> Tensor:
-    """`[..., heads, 2, head_dim]`: mean and standard deviation of the keys along axis `dim`.
+    """`[..., heads, 2, head_dim]`: mean and standard deviation.
 
     Sums of 16-bit numbers are exact in float64, whatever their order, so all backends agree to the
     bit.
@@ -84,3 +93,10 @@ def moments(keys: Tensor, dim: int) -> Tensor:
     total, squares = x.sum(dim), x.square().sum(dim)
     deviation = (n * squares - total.square()).clamp(min=0).sqrt() / n
     return torch.stack([total / n, deviation], dim=-2)
+
+
+def box(keys: Tensor, dim: int) -> Tensor:
+    """`[..., heads, 2, head_dim]`: middle of minimum and maximum, and half their distance."""
+    x = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    low, high = x.amin(dim), x.amax(dim)
+    return torch.stack([(low + high) / 2, (high - low) / 2], dim=-2).double()

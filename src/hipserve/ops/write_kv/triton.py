@@ -47,15 +47,15 @@ class CodeRows(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What an index holds of a run, `[DIM]` float64 each."""
+    """What an index holds of a run, `[DIM]` each: float64 or float32."""
 
-    mean: Any
-    deviation: Any
+    center: Any
+    radius: Any
 
 
 @triton.jit
-def summarize_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """The `Summary` of the keys in slots [first, end), channel by channel.
+def moments_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The `Summary` of a run of the finest level, the keys in slots [first, end).
 
     mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, with the sums S1 of the keys and S2 of
     their squares: exact in float64 for keys of 16 bits, in any order.
@@ -75,11 +75,42 @@ def summarize_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.cons
 
 
 @triton.jit
-def store_moment(at, scale_at, moment, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def box_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The `Summary` of a longer run: middle of minimum and maximum, and half their distance."""
+    low = tl.full([16, DIM], float("inf"), tl.float32)
+    high = tl.full([16, DIM], -float("inf"), tl.float32)
+    for start in range(first, end, 16):
+        slot = tl.minimum(start + tl.arange(0, 16), end - 1)  # the last one again, behind the end
+        at = keys + slot.to(tl.int64) * stride
+        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float32)  # [16, DIM]
+        low, high = tl.minimum(low, tile), tl.maximum(high, tile)
+    minimum, maximum = tl.min(low, axis=0), tl.max(high, axis=0)
+    return Summary((minimum + maximum) / 2, (maximum - minimum) / 2)
+
+
+@triton.jit
+def summarize_run(
+    keys,
+    stride,
+    first,
+    end,
+    FINEST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """The `Summary` of the keys in slots [first, end)."""
+    if FINEST:
+        return moments_of_run(keys, stride, first, end, HEAD_DIM, DIM)
+    else:
+        return box_of_run(keys, stride, first, end, HEAD_DIM, DIM)
+
+
+@triton.jit
+def store_side(at, scale_at, side, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Writes one `[DIM]` side of a summary to the pointer `at`: itself, or its code."""
-    DIM: tl.constexpr = moment.shape[0]
+    DIM: tl.constexpr = side.shape[0]
     d = tl.arange(0, DIM)
-    row = moment.to(tl.float32)
+    row = side.to(tl.float32)
     if scale_at is None:
         tl.store(at + d, row.to(at.dtype.element_ty), mask=d < HEAD_DIM)
     else:
@@ -99,8 +130,8 @@ def store_summary(to, run, page, head, summary, BITS: tl.constexpr, HEAD_DIM: tl
         scale_at = to.scales + page * scale_strides.page + run * scale_strides.run
         scale_at += head * scale_strides.head
         next_scale = scale_at + scale_strides.side
-    store_moment(at, scale_at, summary.mean, BITS, HEAD_DIM)
-    store_moment(at + strides.side, next_scale, summary.deviation, BITS, HEAD_DIM)
+    store_side(at, scale_at, summary.center, BITS, HEAD_DIM)
+    store_side(at + strides.side, next_scale, summary.radius, BITS, HEAD_DIM)
 
 
 @triton.jit
@@ -262,7 +293,9 @@ def summaries_kernel(
         if tl.load(last_slots + page * RUNS + index) == offset + 1:
             first = run * LENGTHS[level]
             end = tl.minimum((run + 1) * LENGTHS[level], page_end)
-            summary = summarize_run(keys, k_strides.slot, first, end, HEAD_DIM, DIM)
+            summary = summarize_run(
+                keys, k_strides.slot, first, end, level == 0, HEAD_DIM, DIM
+            )
             store_summary(to, index.to(tl.int64), page, head, summary, BITS, HEAD_DIM)
 
 
@@ -277,6 +310,7 @@ def whole_summaries_kernel(
     page_size,
     first_index,
     length,
+    FINEST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
@@ -292,7 +326,7 @@ def whole_summaries_kernel(
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head
     end = tl.minimum((run + 1) * length, page_size)
-    summary = summarize_run(keys, k_strides.slot, run * length, end, HEAD_DIM, DIM)
+    summary = summarize_run(keys, k_strides.slot, run * length, end, FINEST, HEAD_DIM, DIM)
     to = SummaryRows(summaries, strides, scales, scale_strides)
     store_summary(to, (first_index + run).to(tl.int64), page, head, summary, BITS, HEAD_DIM)
 
@@ -391,6 +425,7 @@ def summarize_pages(k: Tensor, index: KeyIndex) -> None:
             page_size=page_size,
             first_index=offsets[level],
             length=length,
+            FINEST=level == 0,
             HEAD_DIM=head_dim,
             DIM=power_of_2(head_dim),
             BITS=SUMMARY_BITS,

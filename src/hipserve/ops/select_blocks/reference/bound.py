@@ -1,4 +1,4 @@
-"""The descent through summaries of runs of keys, their mean and deviation, coarse levels first."""
+"""The descent through summaries of runs of keys, their center and radius, coarse levels first."""
 
 from __future__ import annotations
 

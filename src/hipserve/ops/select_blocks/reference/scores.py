@@ -49,14 +49,14 @@ class Scores:
     def of_runs(self, page: Tensor, run: Tensor, reach: float) -> Tensor:
         """`[heads, rows, count]`: a score of each run from its summary; page, run `[heads, count]`.
 
-        q.mean + reach * |q|.deviation: what a key scores that lies so many deviations from the mean
-        in every channel, on the side that is good for q. The rows are weighted in their own dtype.
+        q.center + reach * |q|.radius: what a key scores that lies so many radii from the center in
+        every channel, on the side that is good for q. The rows are weighted in their own dtype.
         """
         assert self.index.summaries is not None
         summaries = self.index.summaries[page, run, self.kv_heads]
-        mean, deviation = summaries.to(self.rows.dtype).unbind(2)
+        center, radius = summaries.to(self.rows.dtype).unbind(2)
         reached = (reach * self.rows.abs()).to(self.dtype).to(self.rows.dtype)
-        return self.rows @ mean.mT + reached @ deviation.mT
+        return self.rows @ center.mT + reached @ radius.mT
 
 
 class CodeScores(Scores):
@@ -84,12 +84,12 @@ class CodeScores(Scores):
         index, at = self.index, (page, run, self.kv_heads)
         assert index.summaries is not None
         assert index.summary_scales is not None
-        mean, deviation = index.summaries[at].float().unbind(2)
+        center, radius = index.summaries[at].float().unbind(2)
         scales = index.summary_scales[at].float()[:, None]
         steps = round(reach * REACH_STEPS)
         reached = torch.floor((steps * self.plain.numbers.abs() + REACH_STEPS // 2) / REACH_STEPS)
-        near = scales[..., 0] * (self.plain.numbers @ mean.mT)
-        far = scales[..., 1] * (reached @ deviation.mT)
+        near = scales[..., 0] * (self.plain.numbers @ center.mT)
+        far = scales[..., 1] * (reached @ radius.mT)
         return self.plain.scales[..., None] * (near + far)
 
 

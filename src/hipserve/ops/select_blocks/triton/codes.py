@@ -23,8 +23,9 @@ from hipserve.ops._triton.pages import CacheStrides, SummaryStrides
 from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, TURNED_BITS
 
 SIDES = tl.constexpr(3)
-"""Codes of a query row: of the rotated row, which meets keys; of the row itself, which meets means;
-of `bound_reach` times its size, which meets deviations."""
+"""Codes of a query row: of the rotated row, which meets keys; of the row itself, which meets
+centers;
+of `bound_reach` times its size, which meets radii."""
 BITS, TURNED = tl.constexpr(QUERY_BITS), tl.constexpr(TURNED_BITS)
 STEPS = tl.constexpr(REACH_STEPS)
 
@@ -189,8 +190,8 @@ def key_code_scores(codes, scales, q, GEOMETRY: tl.constexpr):
 
 @triton.jit
 def run_code_scores(summaries, q):
-    """`[RUNS, ROWS]`: q.scale * (mean_scale * sum of q m + deviation_scale * sum of reached d)."""
-    near = tl.dot(summaries.mean, tl.trans(q.rows)).to(tl.float32)
-    far = tl.dot(summaries.deviation, tl.trans(q.reached)).to(tl.float32)
-    both = summaries.mean_scale[:, None] * near + summaries.deviation_scale[:, None] * far
+    """`[RUNS, ROWS]`: q.scale * (center_scale * sum of q c + radius_scale * sum of reached r)."""
+    near = tl.dot(summaries.center, tl.trans(q.rows)).to(tl.float32)
+    far = tl.dot(summaries.radius, tl.trans(q.reached)).to(tl.float32)
+    both = summaries.center_scale[:, None] * near + summaries.radius_scale[:, None] * far
     return q.scale[None, :] * both

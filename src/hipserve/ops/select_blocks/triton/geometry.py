@@ -71,7 +71,7 @@ class Geometry(Heads):
 
     @property
     def reach(self) -> float:
-        """Standard deviations from its mean at which a run is scored."""
+        """Radii from its center at which a run is scored."""
         return 0.0
 
     @property

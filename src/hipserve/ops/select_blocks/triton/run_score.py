@@ -1,4 +1,4 @@
-"""The score of a run from its summary, the mean and standard deviation of its keys.
+"""The score of a run from its summary: center and radius, channel by channel.
 
 Nothing else knows what a summary is: another one is another version of this file.
 """
@@ -19,15 +19,15 @@ class RunQueries(NamedTuple):
     """A tile of query rows, made ready to score summaries."""
 
     rows: Any
-    """`[ROWS, DIM]`: what multiplies the mean of a run."""
+    """`[ROWS, DIM]`: what multiplies the center of a run."""
     reached: Any
-    """`[ROWS, DIM]`: what multiplies its deviation."""
+    """`[ROWS, DIM]`: what multiplies its radius."""
     baseline: Any
     """`[ROWS]`."""
 
 
 class SummaryRows(NamedTuple):
-    """Pointers `[RUNS]` to the means of some runs; deviations lie a side behind them."""
+    """Pointers `[RUNS]` to the centers of some runs; radii lie a side behind them."""
 
     summaries: Any
     scales: Any
@@ -37,17 +37,17 @@ class SummaryRows(NamedTuple):
 class Summaries(NamedTuple):
     """A tile of summaries."""
 
-    mean: Any
-    deviation: Any
+    center: Any
+    radius: Any
     """`[RUNS, DIM]`, or `[RUNS, WIDTH]` int8."""
-    mean_scale: Any
-    deviation_scale: Any
+    center_scale: Any
+    radius_scale: Any
     """`[RUNS]` float32, of coded summaries."""
 
 
 @triton.jit
 def reach_out(rows, REACH: tl.constexpr):
-    """`[ROWS, DIM]`: REACH * |q|, which multiplies deviations (`bound_reach`)."""
+    """`[ROWS, DIM]`: REACH * |q|, which multiplies radii (`bound_reach`)."""
     return (tl.abs(rows.to(tl.float32)) * REACH).to(rows.dtype)
 
 
@@ -68,35 +68,35 @@ def load_summaries(rows, bounds, there, GEOMETRY: tl.constexpr):
     at, next_at = rows.summaries, rows.summaries + bounds.strides.side
     DIM: tl.constexpr = GEOMETRY.head_dim
     if GEOMETRY.spec.code_bits < 16:
-        mean = load_tile(at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
-        deviation = load_tile(next_at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
-        mean_scale = tl.load(rows.scales, mask=there, other=0.0).to(tl.float32)  # [RUNS]
+        center = load_tile(at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
+        radius = load_tile(next_at, there, DIM, GEOMETRY.summary_width)  # [RUNS, WIDTH]
+        center_scale = tl.load(rows.scales, mask=there, other=0.0).to(tl.float32)  # [RUNS]
         side = rows.scales + bounds.scale_strides.side
-        deviation_scale = tl.load(side, mask=there, other=0.0).to(tl.float32)  # [RUNS]
+        radius_scale = tl.load(side, mask=there, other=0.0).to(tl.float32)  # [RUNS]
     else:
-        mean = load_tile(at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
-        deviation = load_tile(next_at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
-        mean_scale, deviation_scale = there, there
-    return Summaries(mean, deviation, mean_scale, deviation_scale)
+        center = load_tile(at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
+        radius = load_tile(next_at, there, DIM, GEOMETRY.dim)  # [RUNS, DIM]
+        center_scale, radius_scale = there, there
+    return Summaries(center, radius, center_scale, radius_scale)
 
 
 @triton.jit
 def products(summaries, q, GEOMETRY: tl.constexpr):
-    """`[RUNS, ROWS]`: q.mean + reach |q|.deviation."""
+    """`[RUNS, ROWS]`: q.center + reach |q|.radius."""
     if GEOMETRY.spec.code_bits < 16:
         return run_code_scores(summaries, q)
     else:
-        s = tl.dot(summaries.mean, tl.trans(q.rows), input_precision="ieee")
-        return tl.dot(summaries.deviation, tl.trans(q.reached), s, input_precision="ieee")
+        s = tl.dot(summaries.center, tl.trans(q.rows), input_precision="ieee")
+        return tl.dot(summaries.radius, tl.trans(q.reached), s, input_precision="ieee")
 
 
 @triton.jit
 def score_runs(first, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`[RUNS]`: the maximum over rows of q.mean + reach |q|.deviation - baseline.
+    """`[RUNS]`: the maximum over rows of q.center + reach |q|.radius - baseline.
 
     first: the rows of tile 0, ready for summaries; mostly there is no other.
     """
-    best = tl.full([summaries.mean.shape[0]], -float("inf"), tl.float32)
+    best = tl.full([summaries.center.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
         q = first
