@@ -32,8 +32,8 @@ from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.select_blocks.triton import barrier
 from hipserve.ops.select_blocks.triton import launch as selection
 from hipserve.ops.select_blocks.triton import tiling as selection_tiling
-from hipserve.ops.write_kv import triton as writing
 from hipserve.ops.write_kv.layout import IndexLayout
+from hipserve.ops.write_kv.triton import launch as writing
 from hipserve.types import BlockSelection, KeyPool, TileArena
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
