@@ -28,7 +28,7 @@ SANITIZED_PYTEST := $(BIN)/python -c 'import pathlib, sys, pytest; from hipserve
 	platform.library_folders = lambda: [pathlib.Path("build/sanitize")]; \
 	sys.exit(platform.native_library().reason or pytest.main(["--capture=sys", *sys.argv[1:]]))'
 
-.PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval clean
+.PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval lab clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -101,6 +101,14 @@ bench: .venv/installed  ## speed compared with dense attention: about 5 minutes 
 eval: .venv/installed  ## quality compared with dense attention on the bundled model: hours on 2 cores
 	$(BIN)/hipserve eval retrieval
 	$(BIN)/hipserve eval perplexity
+
+.venv/lab: .venv/installed
+	$(BIN)/pip install --quiet $(EDITABLE) -e '.[lab]'
+	touch $@
+
+lab: .venv/lab  ## one page on the bundled model: build/lab/hipserve-lab.html (MODEL=name for your own)
+	mkdir -p build/lab
+	$(BIN)/hipserve lab report $(MODEL) --out build/lab
 
 clean:
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache

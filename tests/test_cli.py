@@ -321,6 +321,7 @@ def test_every_count_takes_a_suffix() -> None:
         "lab cache",
         "lab representative",
         "lab locality",
+        "lab report",
     ],
 )
 def test_h_is_help(words: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_representative
+from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_report, lab_representative
 from hipserve.cli.commands import Commands
 from hipserve.cli.lab_depth import depth
 from hipserve.cli.lab_drift import drift
@@ -20,3 +20,4 @@ app.command()(drift)
 app.command()(lab_cache.cache)
 app.command()(lab_representative.representative)
 app.command()(lab_locality.locality)
+app.command()(lab_report.report)

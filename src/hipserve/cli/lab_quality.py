@@ -23,17 +23,15 @@ from hipserve.cli.comparison import (
     parse_form,
     say_what_is_dense,
     say_what_was_left_out,
-    title_of,
 )
+from hipserve.cli.lab_shared import show_grids
 from hipserve.cli.numbers import format_count
 from hipserve.cli.output import err, result, result_json, say, show
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.lab import Document, FidelityReport, RetrievalReport
-    from hipserve.lab.quality.fidelity import Fidelity
     from hipserve.lab.quality.retrieval import TaskResult
-    from hipserve.lab.verdicts import Verdict
 
 Margin = Annotated[
     list[str] | None,
@@ -130,17 +128,20 @@ def quality(
 
 
 def _show_text(report: FidelityReport) -> None:
-    show(_table(report))
-    for name, row in report.results.items():
-        if row.verdicts:
-            result(f"{name}: {_sentence(row, report.unit)}")
+    from hipserve.lab.quality.shown import grid, sentences
+
+    show_grids([grid(report)])
+    for sentence in sentences(report):
+        result(sentence)
 
 
 def _show_tasks(report: RetrievalReport) -> None:
+    from hipserve.lab.quality.shown import verdict_words
+
     show(_task_table(report))
     for row in report.results:
         for name, flips in row.flips.items():
-            result(f"{row.task}, {name}: answers {_words(flips.verdict, 'questions')}")
+            result(f"{row.task}, {name}: answers {verdict_words(flips.verdict, 'questions')}")
 
 
 def _margins(given: list[str] | None) -> dict[str, float]:
@@ -177,41 +178,6 @@ def _choose(documents: list[Document], which: str | None) -> list[Document]:
     return chosen
 
 
-def _table(report: FidelityReport) -> Table:
-    table = Table(title=title_of(report))
-    for heading in (
-        "attention",
-        "nll",
-        "change",
-        "KL",
-        "KL p99",
-        "same top-1",
-        "far nats",
-        "verdict",
-    ):
-        table.add_column(heading)
-    count = next(iter(report.results.values())).far_tokens
-    table.caption = (
-        f"95 % intervals over {report.unit}; far nats: change of the {count:,} tokens that need "
-        "far context"
-    )
-    for name, row in report.results.items():
-        table.add_row(name, *_cells(row))
-    return table
-
-
-def _cells(row: Fidelity) -> list[str]:
-    return [
-        f"{row.mean:.4f}",
-        _with_error(row.change, row.interval, "+.2%", ".2%"),
-        _with_error(row.kl, row.kl_interval, ".4f", ".4f"),
-        f"{row.kl_p99:.3f}",
-        _with_error(row.same_top, row.same_top_interval, ".1%", ".1%"),
-        "" if row.far is None else _with_error(row.far, row.far_interval, "+.3f", ".3f"),
-        row.decision or "",
-    ]
-
-
 def _task_table(report: RetrievalReport) -> Table:
     size = f"{format_count(report.length)} tokens, by {report.form}"
     table = Table(title=f"{report.model}, {size}")
@@ -243,16 +209,3 @@ def _with_error(value: float, interval: tuple[float, float] | None, form: str, h
     if interval is None:
         return f"{value:{form}}"
     return f"{value:{form}}\n±{(interval[1] - interval[0]) / 2:{half}}"
-
-
-def _sentence(row: Fidelity, unit: str) -> str:
-    return ", ".join(f"{name} {_words(verdict, unit)}" for name, verdict in row.verdicts.items())
-
-
-def _words(verdict: Verdict, unit: str) -> str:
-    within = f"{verdict.decision} (margin {verdict.margin:g}"
-    if verdict.decision != "undecided":
-        return f"{within})"
-    if verdict.more is None:
-        return f"{within}: too near to it)"
-    return f"{within}: {verdict.more:,} {unit} more)"

@@ -55,12 +55,12 @@ class Line:
 
     Attributes:
         label: in the legend.
-        x, y: of each point.
+        x, y: of each point; words stand side by side.
         style: joined, or each point by itself.
     """
 
     label: str
-    x: Sequence[float]
+    x: Sequence[float | str]
     y: Sequence[float]
     style: Literal["line", "dots"] = "line"
 
@@ -97,8 +97,10 @@ def draw_svg(charts: Sequence[Chart]) -> str:
         HipserveError: matplotlib is not installed.
     """
     _matplotlib("matplotlib.backends.backend_svg")
+    # Names inside of the picture are its own, and the same every time.
+    fixed = {"svg.hashsalt": charts[0].title, "svg.fonttype": "none"}
     options = {"figsize": (4.6 * len(charts), 3.4), "layout": "constrained"}
-    with _matplotlib("matplotlib").rc_context({"svg.hashsalt": "hipserve", "svg.fonttype": "none"}):
+    with _matplotlib("matplotlib").rc_context(fixed):
         figure = _matplotlib("matplotlib.figure").Figure(**options)
         for axes, chart in zip(
             figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True
@@ -141,6 +143,7 @@ def with_error(measured: Estimate, form: str = ".3f") -> str:
 
 
 def with_interval(value: float, interval: Interval | None, form: str = ".3f") -> str:
+    """The same for an interval that is known."""
     if interval is None:
         return f"{value:{form}}"
-    return f"{value:{form}} ±{(interval[1] - interval[0]) / 2:{form}}"
+    return f"{value:{form}} ±{(interval[1] - interval[0]) / 2:{form.lstrip('+')}}"

@@ -1,0 +1,74 @@
+"""`hipserve lab report`: one page of what the lab measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hipserve.cli import comparison, options
+from hipserve.cli.lab_shared import Text
+from hipserve.cli.output import err, result, result_json, say
+from hipserve.errors import ArgumentError
+
+NAME = "hipserve-lab"
+
+
+def report(
+    model: options.Model = None,
+    length: comparison.Length = None,
+    text: Text = None,
+    parts: Annotated[
+        str,
+        typer.Option(help="quality, cache, representative, locality, with commas; all if empty."),
+    ] = "",
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=options.parse_path,
+            metavar="FOLDER",
+            help="Folder for hipserve-lab.html and hipserve-lab.md.",
+        ),
+    ] = Path(),
+    seed: options.Seed = 0,
+    budget: options.Budget = None,
+    selector: options.Selector = None,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.DType = "auto",
+    json: options.Json = False,
+) -> None:
+    """Quality, caches, representatives and locality on one page, as HTML and Markdown.
+
+    Both have the same numbers; --json prints every measurement as well.
+    """
+    base = options.make_config(config, preset, budget, selector)
+    if not out.is_dir():
+        raise ArgumentError("out", "a folder that exists", str(out))
+    from hipserve.lab.report.report import make_report
+    from hipserve.lab.samples import CHARACTERS, domain_documents
+    from hipserve.lab.shown import check_drawing
+    from hipserve.lab.text import read_documents
+
+    check_drawing()
+    loaded = options.load_model(model, base, device, dtype)
+    length = comparison.choose_length(loaded, length)
+    documents = read_documents(text) if text else domain_documents(CHARACTERS * length, seed)
+    with err.status("measuring …") as status:
+        made = make_report(
+            loaded,
+            base,
+            documents,
+            length=length,
+            parts=[part.strip() for part in parts.split(",") if part.strip()],
+            progress=status.update,
+        )
+    page = made.to_page()
+    for suffix, content in ((".html", page.to_html()), (".md", page.to_markdown())):
+        path = out / f"{NAME}{suffix}"
+        path.write_text(content, "utf-8")
+        (say if json else result)(f"written: {path}")
+    if json:
+        result_json(made.to_dict())

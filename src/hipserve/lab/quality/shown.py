@@ -1,0 +1,74 @@
+"""Fidelity as a table, sentences and charts."""
+
+from __future__ import annotations
+
+from hipserve.lab.quality.controls import BLIND, FLOOR
+from hipserve.lab.quality.fidelity import Fidelity, FidelityReport
+from hipserve.lab.shown import Chart, Grid, Line, with_interval
+from hipserve.lab.verdicts import Verdict
+
+
+def grid(report: FidelityReport) -> Grid:
+    """A row for each attention."""
+    title = (
+        f"{report.model}, positions {report.first:,} to {report.length:,}, "
+        f"{len(report.documents)} documents"
+    )
+    headings = ["attention", "nll", "change", "KL", "KL p99", "same top-1", "far nats", "verdict"]
+    rows = [[name, *_cells(row)] for name, row in report.results.items()]
+    count = next(iter(report.results.values())).far_tokens
+    caption = (
+        f"95 % intervals over {report.unit}; far nats: change of the {count:,} tokens that need "
+        "far context"
+    )
+    return Grid(title, headings, rows, caption)
+
+
+def _cells(row: Fidelity) -> list[str]:
+    return [
+        f"{row.mean:.4f}",
+        with_interval(row.change, row.interval, "+.2%"),
+        with_interval(row.kl, row.kl_interval, ".4f"),
+        f"{row.kl_p99:.3f}",
+        with_interval(row.same_top, row.same_top_interval, ".1%"),
+        "" if row.far is None else with_interval(row.far, row.far_interval, "+.3f"),
+        row.decision or "",
+    ]
+
+
+def sentences(report: FidelityReport) -> list[str]:
+    """The verdicts on each attention that was judged."""
+    return [
+        f"{name}: {_verdicts(row, report.unit)}"
+        for name, row in report.results.items()
+        if row.verdicts
+    ]
+
+
+def _verdicts(row: Fidelity, unit: str) -> str:
+    return ", ".join(
+        f"{name} {verdict_words(verdict, unit)}" for name, verdict in row.verdicts.items()
+    )
+
+
+def verdict_words(verdict: Verdict, unit: str) -> str:
+    """The decision, its margin, and how many more units would settle it."""
+    within = f"{verdict.decision} (margin {verdict.margin:g}"
+    if verdict.decision != "undecided":
+        return f"{within})"
+    if verdict.more is None:
+        return f"{within}: too near to it)"
+    return f"{within}: {verdict.more:,} {unit} more)"
+
+
+def charts(report: FidelityReport) -> list[Chart]:
+    """Loss of each domain, for what is neither the reference nor a control."""
+    (_, dense), *others = report.results.items()
+    base = dense.by_domain
+    domains = list(base)
+    lines = [
+        Line(name, domains, [100 * (row.by_domain[d] / own - 1) for d, own in base.items()], "dots")
+        for name, row in others
+        if name not in (FLOOR, BLIND)
+    ]
+    return [Chart("change of the negative log-likelihood", "domain", "%", lines)]

@@ -1,0 +1,1 @@
+"""One page from what the commands of the lab measure."""

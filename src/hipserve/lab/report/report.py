@@ -1,0 +1,181 @@
+"""What a report measures, at a scale that a small machine can afford."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hipserve.config import DEFAULT, HiPConfig
+from hipserve.errors import ArgumentError, did_you_mean
+from hipserve.lab.cache import shown as cache_shown
+from hipserve.lab.cache.report import CacheReport, measure_cache
+from hipserve.lab.locality import shown as locality_shown
+from hipserve.lab.locality.report import LocalityReport, measure_locality
+from hipserve.lab.provenance import provenance
+from hipserve.lab.quality import shown as quality_shown
+from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
+from hipserve.lab.report.page import Page, Section
+from hipserve.lab.representative import shown as representative_shown
+from hipserve.lab.representative.report import RepresentativeReport, measure_representatives
+from hipserve.lab.samples import Sample, cut_samples
+from hipserve.lab.text import Document
+from hipserve.models import LoadedModel
+
+QUALITY_DOCUMENTS = 4
+"""Read four times each at the full length; as many as an interval over documents takes."""
+HEADS_LENGTH = 8192
+"""Tokens of the texts on which splits are judged: correlations are those of longer texts."""
+LOSS_LENGTH, LOSS_BUDGET = 4096, 256
+"""Tokens of the text that is read once for every head, and what it may read of them."""
+
+Result = FidelityReport | CacheReport | RepresentativeReport | LocalityReport
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LabReport:
+    """The results of all parts, by name; tables, charts and pages are made of them.
+
+    Attributes:
+        facts: machine, versions, commit and date.
+        results: by part.
+    """
+
+    model: str
+    facts: dict[str, Any]
+    results: dict[str, Result]
+
+    def to_dict(self) -> dict[str, Any]:
+        results = {part: result.to_dict() for part, result in self.results.items()}
+        return {"model": self.model, "facts": self.facts, "results": results}
+
+    def to_page(self) -> Page:
+        sections = [_section(result) for result in self.results.values()]
+        facts = {name: str(value) for name, value in self.facts.items() if value}
+        return Page(f"{self.model}: what pruned attention keeps", facts, sections)
+
+
+def _section(result: Result) -> Section:
+    config = result.configs["hip"] if isinstance(result, FidelityReport) else result.config
+    budget = f" --budget {config['budget']}" if config["budget"] != DEFAULT.budget else ""
+    size = f"--length {result.length}{budget}"
+    match result:
+        case FidelityReport():
+            return Section(
+                "Compared with dense attention",
+                f"hipserve lab quality {result.model} {size}",
+                [*quality_shown.sentences(result), *result.warnings],
+                [quality_shown.grid(result)],
+                quality_shown.charts(result),
+            )
+        case CacheReport():
+            return Section(
+                "Caches of blocks",
+                f"hipserve lab cache {result.model} {size} --steps {result.steps}",
+                [],
+                cache_shown.grids(result),
+                cache_shown.charts(result),
+            )
+        case RepresentativeReport():
+            return Section(
+                "Which key may stand for a range",
+                f"hipserve lab representative {result.model} {size} --rows {result.rows}",
+                [],
+                representative_shown.grids(result),
+                representative_shown.charts(result),
+            )
+        case LocalityReport():
+            return Section(
+                "Locality",
+                f"hipserve lab locality {result.model} {size} --rows {result.rows}",
+                [],
+                locality_shown.grids(result),
+                locality_shown.charts(result),
+            )
+
+
+def make_report(
+    loaded: LoadedModel,
+    config: HiPConfig,
+    documents: Sequence[Document],
+    *,
+    length: int,
+    parts: Sequence[str] = (),
+    progress: Say | None = None,
+) -> LabReport:
+    """Measures every part, or those that are named.
+
+    Quality and caches are measured at `length`; heads on shorter texts, as far as `length` allows.
+
+    Raises:
+        ArgumentError: there is no such part.
+        FitError: no document has `length` tokens, or nothing is pruned in so few.
+    """
+    chosen = tuple(parts) or tuple(PARTS)
+    for part in chosen:
+        if part not in PARTS:
+            expected = f"one of {', '.join(PARTS)}"
+            raise ArgumentError("parts", expected, repr(part), did_you_mean(part, PARTS))
+    results: dict[str, Result] = {}
+    for i, part in enumerate(chosen, start=1):
+        say = _named(progress, f"{part}, {i} of {len(chosen)}")
+        say("texts")
+        results[part] = PARTS[part](_Inputs(loaded, config, documents, length), say)
+    facts = {**provenance("wall").to_dict(), "configuration": _described(config)}
+    return LabReport(loaded.name, facts, results)
+
+
+def _described(config: HiPConfig) -> str:
+    """What differs from the defaults."""
+    defaults = DEFAULT.to_dict()
+    own = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    return ", ".join(f"{name} = {value}" for name, value in own.items()) or "default"
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    loaded: LoadedModel
+    config: HiPConfig
+    documents: Sequence[Document]
+    length: int
+
+    def samples(self, length: int) -> list[Sample]:
+        return cut_samples(self.loaded, self.documents, min(length, self.length), 1)
+
+
+def _quality(given: _Inputs, say: Say) -> FidelityReport:
+    return evaluate_fidelity(
+        given.loaded,
+        {"dense": None, "hip": given.config},
+        given.documents[:QUALITY_DOCUMENTS],
+        length=given.length,
+        progress=lambda document, name: say(f"{document}, {name}"),
+    )
+
+
+def _cache(given: _Inputs, say: Say) -> CacheReport:
+    samples = given.samples(given.length)
+    return measure_cache(given.loaded, given.config, samples, progress=say)
+
+
+def _representative(given: _Inputs, say: Say) -> RepresentativeReport:
+    samples = given.samples(HEADS_LENGTH)
+    return measure_representatives(given.loaded, given.config, samples, progress=say)
+
+
+def _locality(given: _Inputs, say: Say) -> LocalityReport:
+    config = given.config.replace(budget=min(LOSS_BUDGET, given.config.budget))
+    return measure_locality(given.loaded, config, given.samples(LOSS_LENGTH), progress=say)
+
+
+PARTS: dict[str, Callable[[_Inputs, Say], Result]] = {
+    "quality": _quality,
+    "cache": _cache,
+    "representative": _representative,
+    "locality": _locality,
+}
+
+
+def _named(progress: Say | None, part: str) -> Say:
+    return lambda what: progress(f"{part}: {what}") if progress else None

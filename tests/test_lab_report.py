@@ -1,0 +1,102 @@
+"""`lab report`: one page whose tables, HTML and JSON say the same."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from typer.testing import CliRunner
+
+from hipserve import ArgumentError, HiPConfig
+from hipserve.cli.main import app
+from hipserve.lab.report.report import PARTS, LabReport, make_report
+from hipserve.lab.samples import domain_documents
+from hipserve.models import LoadedModel, bundled_path
+
+SMALL = HiPConfig(
+    budget=64, num_sink_tokens=16, sliding_window=64, query_block_size=16, dense_below=0
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
+    config = LlamaConfig(**sizes, **heads, initializer_range=0.5)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return LoadedModel(model, AutoTokenizer.from_pretrained(bundled_path()), "tiny", 4096)
+
+
+@pytest.fixture(scope="module")
+def report(loaded: LoadedModel) -> LabReport:
+    said: list[str] = []
+    documents = domain_documents(6000)[:2]
+    made = make_report(loaded, SMALL, documents, length=640, progress=said.append)
+    assert said[0] == "quality, 1 of 4: texts"
+    assert "locality, 4 of 4: documentation (dense)" in said
+    return made
+
+
+def test_every_part_is_there(report: LabReport) -> None:
+    assert list(report.results) == list(PARTS)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["facts"]["torch"] == torch.__version__
+    assert values["results"]["quality"]["results"]["hip"]["kl"] > 0
+    assert len(values["results"]["cache"]["points"]) == 2 * 2 * 4 * 4 * 2
+    assert "budget = 64, " in values["facts"]["configuration"]
+    commands = [section.command for section in report.to_page().sections]
+    assert commands[3] == "hipserve lab locality tiny --length 640 --budget 64 --rows 16"
+
+
+def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:
+    pytest.importorskip("matplotlib")
+    page = report.to_page()
+    markdown, text = page.to_markdown(), page.to_html()
+    cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", text)]
+    in_markdown = [
+        cell
+        for line in markdown.splitlines()
+        if line.startswith("| ")
+        for cell in line.removeprefix("| ").removesuffix(" |").split(" | ")
+    ]
+    headings = [html.unescape(cell) for cell in re.findall(r"<th>(.*?)</th>", text)]
+    rules = [cell for cell in in_markdown if cell != "---"]
+    assert sorted(cells + headings) == sorted(rules)
+    assert len(cells) > 100
+    kl = report.results["quality"].to_dict()["results"]["hip"]["kl"]
+    assert f"| {kl:.4f}" in markdown
+
+
+def test_the_page_needs_nothing_else(report: LabReport) -> None:
+    pytest.importorskip("matplotlib")
+    text = report.to_page().to_html()
+    assert text.count("<svg ") == 4
+    assert text.count("<!doctype html>") == 1
+    assert not re.search(r"<script|<link|<img|@import|src=", text)
+    assert not re.search(r'href="(?!#)', text)
+
+
+def test_unknown_parts_are_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ArgumentError, match="did you mean cache"):
+        make_report(loaded, SMALL, domain_documents(4000)[:1], length=300, parts=["cash"])
+
+
+def test_the_command_writes_both_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text(domain_documents(9000)[0].text[:9000])
+    words = ["lab", "report", "--length", "1200", "--budget", "64", "--parts", "representative"]
+    done = CliRunner().invoke(
+        app, [*words, "--device", "cpu", "--json", "--text", str(text), "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)["results"]["representative"]["points"]
+    assert len(values) == 24
+    assert "<svg" in (tmp_path / "hipserve-lab.html").read_text("utf-8")
+    assert "| 11.1 |" in (tmp_path / "hipserve-lab.md").read_text("utf-8")
