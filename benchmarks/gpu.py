@@ -4,6 +4,7 @@
     python benchmarks/gpu.py tune             # tiles of the search, timed
     python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
     python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
+    python benchmarks/gpu.py speed --only prefill --csv docs/data/attention-hopper.csv
 
 `speed` runs `check` first and times nothing if it fails. One layer, 32/8 heads, head_dim 128,
 bfloat16, the default configuration; selection is part of every HiP number. Dense is the fastest of
@@ -37,7 +38,7 @@ from hipserve.cache.pages import empty_pages
 from hipserve.ops import block_sparse_attention, build_index, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
-from hipserve.testing.cases import make_case, random_config, random_shape
+from hipserve.testing.cases import Shape, make_case, random_config, random_shape
 from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
@@ -54,11 +55,33 @@ def say(text: str) -> None:
 # Correctness.
 
 
+def in_tiles(rng: random.Random, shape: Shape, config: HiPConfig) -> tuple[Shape, HiPConfig]:
+    """A similar configuration that the attention kernel for Hopper takes."""
+    longest = max(shape.seq_lens)
+    rows = [n if n == longest else q for n, q in zip(shape.seq_lens, shape.query_lens, strict=True)]
+    group_size, head_dim = rng.choice([2, 3, 4, 7]), rng.choice([64, 128])
+    shape = dataclasses.replace(
+        shape, query_lens=tuple(rows), group_size=group_size, head_dim=head_dim, softcap=0.0
+    )
+    return shape, config.replace(query_block_size=64, key_block_size=16, share_group=True)
+
+
+def later_windows(selection: BlockSelection, layout: BatchLayout, shift: int) -> BlockSelection:
+    """The same blocks, with windows that start up to `shift` keys later, anywhere in a page."""
+    position = layout.query_blocks(64)[:, 3]
+    start = selection.window_start
+    return BlockSelection(
+        selection.indices, torch.minimum(start + shift, torch.maximum(position, start))
+    )
+
+
 def check_one(seed: int) -> None:
     """Raises AssertionError where a random configuration differs from the definition."""
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.bfloat16, torch.float16))
     config = random_config(rng, shape.page_size)
+    if seed % 2:
+        shape, config = in_tiles(rng, shape, config)
     if shape.kind == "normal":
         shape = dataclasses.replace(shape, kind="grid")
     case = make_case(shape, config.index_form)
@@ -71,7 +94,12 @@ def check_one(seed: int) -> None:
         )
         assert torch.equal(host.indices, expected.indices), "selection differs"
         assert torch.equal(host.window_start, expected.window_start)
-    for choice, mask in ((chosen, host), (None, None)):
+    choices: list[Any] = [(chosen, host), (None, None)]
+    if seed % 2:
+        shift = rng.randint(1, 15)
+        later = later_windows(chosen, gpu.layout, shift)
+        choices.append((later, BlockSelection(later.indices.cpu(), later.window_start.cpu())))
+    for choice, mask in choices:
         out, lse = block_sparse_attention(
             gpu.q, gpu.pool, gpu.layout, choice, config=config, softcap=shape.softcap
         )
@@ -379,25 +407,25 @@ TILES = [(128, 64, 32, 2), (128, 64, 64, 1), (128, 32, 32, 2), (64, 64, 32, 2), 
 LONE_TILES = [(128, 64, 128, 1), (128, 32, 128, 1), (64, 64, 64, 1), (256, 64, 128, 1)]
 
 
-def jobs(config: HiPConfig, layers: int = 8) -> list[Callable[[], dict[str, Any]]]:
+def jobs(config: HiPConfig, layers: int = 8) -> list[functools.partial[dict[str, Any]]]:
     """The table of `speed`, the most wanted rows first."""
     few = min(layers, 4)
     return [
-        lambda: prefill(131072, config),
-        lambda: decode(131072, 1, config, layers),
-        lambda: decode(131072, 8, config, few),
-        lambda: prefill(32768, config),
-        lambda: prefill(8192, config),
-        lambda: prefill(65536, config),
-        lambda: decode(2**20, 1, config, few),
-        lambda: prefill(16384, config),
-        lambda: prefill(4096, config),
-        lambda: decode(32768, 1, config, layers),
-        lambda: decode(8192, 1, config, layers),
-        lambda: decode(8192, 1, config, layers, room=131072),
-        lambda: decode(24576, 1, config, layers),
-        lambda: decode(8192, 8, config, few),
-        lambda: decode(32768, 8, config, few),
+        functools.partial(prefill, 131072, config),
+        functools.partial(decode, 131072, 1, config, layers),
+        functools.partial(decode, 131072, 8, config, few),
+        functools.partial(prefill, 32768, config),
+        functools.partial(prefill, 8192, config),
+        functools.partial(prefill, 65536, config),
+        functools.partial(decode, 2**20, 1, config, few),
+        functools.partial(prefill, 16384, config),
+        functools.partial(prefill, 4096, config),
+        functools.partial(decode, 32768, 1, config, layers),
+        functools.partial(decode, 8192, 1, config, layers),
+        functools.partial(decode, 8192, 1, config, layers, room=131072),
+        functools.partial(decode, 24576, 1, config, layers),
+        functools.partial(decode, 8192, 8, config, few),
+        functools.partial(decode, 32768, 8, config, few),
     ]
 
 
@@ -405,9 +433,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def speed(path: str | None, deadline: float, config: HiPConfig) -> None:
+def speed(path: str | None, deadline: float, config: HiPConfig, only: str) -> None:
     rows: Rows = []
     for job in jobs(config):
+        if only not in ("", job.func.__name__):
+            continue
         if time.time() > deadline:
             say("out of time; the rest is unmeasured")
             break
@@ -446,6 +476,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--csv")
+    parser.add_argument("--only", choices=["", "prefill", "decode"], default="", help="of speed")
     parser.add_argument("--config", default="{}", help="changes of the default, as JSON")
     options = parser.parse_args()
     began = time.time()
@@ -461,7 +492,7 @@ def main() -> None:
             sys.exit(1)
         if options.what == "speed":
             config = HiPConfig().replace(**json.loads(options.config))
-            speed(options.csv, began + options.seconds, config)
+            speed(options.csv, began + options.seconds, config, options.only)
     say(f"{time.time() - began:.0f} s")
 
 

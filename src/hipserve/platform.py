@@ -29,6 +29,7 @@ NATIVE_CALLS = 6
 """Version of the native kernels' calls, as `csrc/binding.cpp` counts it."""
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""
+GLUON_VERSIONS = ("3.6.",)
 WIDE_FLOAT32_BYTES = 4 * 16 * 512 * 4
 """Shared memory of the search with head_dim above 256: summaries and the rows that read them."""
 
@@ -192,6 +193,19 @@ def chains_launches(device: torch.device) -> bool:
     """The GPU starts a kernel while the one before it ends (Hopper and later)."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def specialises_warps(device: torch.device) -> bool:
+    """The GPU is a Hopper, and Triton has the language that gives warps roles.
+
+    That language is young: only versions that the kernels were compiled with count.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or triton_library():
+        return False
+    version = importlib.metadata.version("triton")
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and version.startswith(GLUON_VERSIONS)
 
 
 def default_device() -> str:

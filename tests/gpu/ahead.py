@@ -25,6 +25,7 @@ from hipserve import HiPConfig
 from hipserve.config import IndexForm
 from hipserve.ops.block_sparse_attention.triton import launch as attention
 from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
+from hipserve.ops.block_sparse_attention.triton.hopper import launch as hopper
 from hipserve.ops.load_tiles.reading import Reading
 from hipserve.ops.load_tiles.triton import launch as loading
 from hipserve.ops.select_blocks.operator import search_inputs
@@ -104,7 +105,7 @@ def attend(
     batch: int = 1,
     tiled: bool = False,
 ) -> None:
-    for name in ("attention", "merge"):
+    for name in ("attention", "merge", "hopper"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(64, 16 if tiled else 256, 8, head_dim, dtype=torch.bfloat16)
@@ -206,7 +207,9 @@ def main() -> None:
     barrier.gpu_processors = lambda device: 132
     found: dict[str, dict[str, int]] = {}
     recorders: dict[str, Recorder] = {}
-    for module in (attention, selection, writing, loading):
+    attention.specialises_warps = lambda device: False
+    hopper.gpu_processors = lambda device: 132
+    for module in (attention, hopper, selection, writing, loading):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(name, getattr(module, name), found)
             setattr(module, name, recorders[name])
@@ -239,6 +242,10 @@ def main() -> None:
             select(recorders, f"prefill, {bits} bits", 4096, coded)
             select(recorders, f"decode, {bits} bits", 1, coded)
         write(recorders, 128)
+        attention.specialises_warps = lambda device: True
+        attend(recorders, "prefill", 4096, True, 128)
+        attend(recorders, "prefill, dense", 4096, False, 128)
+        attend(recorders, "prefill, head_dim 64", 4096, True, 64)
     sys.stdout.write(json.dumps(found))
 
 

@@ -23,6 +23,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}
 KERNELS = {
     "attention_kernel",
     "merge_kernel",
+    "hopper_kernel",
     "baseline_kernel",
     "search_kernel",
     "write_kernel",
@@ -33,6 +34,9 @@ KERNELS = {
 }
 LITTLE = 64
 """Bytes a thread: what the largest attention tiles cost, which are nevertheless the fastest."""
+
+OUTSIDE = 32
+"""The same for the kernel for Hopper, which spills nothing inside its loops over tiles."""
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -48,7 +52,7 @@ def test_kernels_compile_ahead(capability: int, tmp_path: Path) -> None:
         assert {name.split()[0] for name in found} >= KERNELS
     for name, needs in found.items():
         assert needs["shared_bytes"] <= SHARED[capability], name
-        allowed = LITTLE if name.startswith("attention_kernel") else 0
+        allowed = {"attention_kernel": LITTLE, "hopper_kernel": OUTSIDE}.get(name.split()[0], 0)
         assert needs["spilled_bytes"] <= allowed, f"{name}: {needs}"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.block_sparse_attention.triton.hopper.shape import can_copy, make_shape
 from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
 from hipserve.ops.block_sparse_attention.triton.tiling import Call, Geometry, Tiling, plan
+from hipserve.platform import specialises_warps
 
 
 def block_sparse_attention(
@@ -35,9 +39,9 @@ def block_sparse_attention(
         lse: `[num_tokens, num_q_heads]` float32.
     """
     tokens, num_q_heads, _ = q.shape
+    blocks = query_blocks.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, num_q_heads), dtype=torch.float32, device=q.device)
-    blocks = query_blocks.shape[0]
     if not blocks:
         return out, lse
     k_strides, v_strides = k_cache.stride(), v_cache.stride()
@@ -57,6 +61,11 @@ def block_sparse_attention(
         element_size=q.element_size(),
         device=q.device,
     )
+    if specialises_warps(q.device) and (shape := make_shape(call)):
+        if can_copy(q, k_cache, v_cache) and sm_scale > 0:
+            inputs = q, k_cache, v_cache, block_table, query_blocks, indices, window_start
+            hopper_attention()(*inputs, out, lse, sm_scale=sm_scale, shape=shape)
+            return out, lse
     geometry, tiling = plan(call)
     parts, part_lse = (out, lse) if tiling.splits == 1 else make_parts(q, tiling.splits)
     inputs = (  # in the kernel's order; by name they would cost half a microsecond each
@@ -79,6 +88,13 @@ def block_sparse_attention(
     if tiling.splits > 1:
         merge(parts, part_lse, out, lse, geometry, tiling)
     return out, lse
+
+
+def hopper_attention() -> Callable[..., None]:
+    """The kernel for Hopper; its language is only there where the kernel can run."""
+    from hipserve.ops.block_sparse_attention.triton.hopper.launch import attend
+
+    return attend
 
 
 def make_parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
