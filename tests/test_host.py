@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipserve import host
+from hipserve.cli import doctor
 from hipserve.host import HostMemory, Link, gpu_links, installed_gpu, locked_memory, numa_nodes
 
 GIB = 2**30
@@ -145,3 +146,24 @@ def test_this_machine_can_be_read() -> None:
     assert 0 < found.available < found.total
     assert numa_nodes() >= 1
     assert isinstance(host.gpu_links(), list)
+
+
+def test_doctor_shows_memory_limits_and_links(tmp_path: Path) -> None:
+    write(tmp_path, proc__meminfo=MEMINFO)
+    write(tmp_path, proc__self__limits="Max locked memory  65536  65536  bytes\n")
+    found = {check.name: check.found for check in doctor.memory(tmp_path, on_gpu=False)}
+    assert found == {
+        "host memory": "this machine: 48.00 GiB available of 64.00 GiB, no container limit",
+        "memory that may be locked": "0 MiB (ulimit -l)",
+        "NUMA nodes": "1",
+    }
+    unknown = {check.name: check.found for check in doctor.memory(tmp_path / "no", on_gpu=True)}
+    assert unknown["host memory"] == "cannot be read: no /proc/meminfo"
+    assert unknown["memory that may be locked"] == "no limit"
+    assert unknown["links of GPUs"].startswith("cannot be read: /sys/bus/pci shows no NVIDIA GPU")
+    gpu = {"class": "0x030200\n", "vendor": "0x10de\n", "numa_node": "1\n"}
+    device(
+        tmp_path, "0000:19:00.0", **gpu, max_link_speed="32.0 GT/s PCIe\n", max_link_width="16\n"
+    )
+    links = doctor.memory(tmp_path, on_gpu=True)[-1].found
+    assert links == "0000:19:00.0: PCIe 5 x16 (64 GB/s each way), NUMA node 1"

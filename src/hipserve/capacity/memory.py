@@ -165,6 +165,14 @@ class Service:
         return rows + logits + scratch_bytes(self.chunk, *shape, self.config)
 
 
+def index_per_token(config: HiPConfig, shape: ModelShape) -> str:
+    """Bytes of the index of a token, and their share of its keys and values."""
+    service = Service(shape, config, BLOCK)
+    share = service.index_token_bytes / service.kv_token_bytes
+    codes = "" if config.code_bits == 16 else f" with codes of {config.code_bits} bits"
+    return f"{service.index_token_bytes:,.0f} bytes a token, {share:.1%} of keys and values{codes}"
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Memory that a server may take.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import typer
 from rich.table import Table
 
 from hipserve.cli import options
+from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err, result_json, show
+from hipserve.cli.plan import describe_host
 from hipserve.config import HiPConfig
+from hipserve.host import ROOT, HostMemory, gpu_links, locked_memory, numa_nodes
+from hipserve.serving.environment import on_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ def doctor(json: options.Json = False) -> None:
     """Checks the installation; exit code 1 if something is wrong."""
     with err.status("checking …"):
         parts = [_native(), _crossover(), _operation("cpu"), _transformers(), _bundled_model()]
-        checks = [*parts, *_gpu()]
+        checks = [*parts, _index(), *memory(on_gpu=not on_cpu()), *_gpu()]
     if json:
         result_json([asdict(check) for check in checks])
     else:
@@ -37,6 +42,45 @@ def doctor(json: options.Json = False) -> None:
         show(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def memory(root: Path = ROOT, *, on_gpu: bool) -> list[Check]:
+    """What this machine has for keys and values, its limits, and the way to its GPUs.
+
+    root: where /proc and /sys are.
+    """
+    host, pinned = HostMemory.read(root), locked_memory(root)
+    found = describe_host(host) if host else "cannot be read: no /proc/meminfo"
+    limit = "no limit" if pinned is None else f"{format_bytes(pinned)} (ulimit -l)"
+    nodes = numa_nodes(root)
+    checks = [
+        Check("host memory", True, found),
+        Check("memory that may be locked", True, limit),
+        Check("NUMA nodes", True, str(nodes)),
+    ]
+    return [*checks, Check("links of GPUs", True, _links(root))] if on_gpu else checks
+
+
+def _links(root: Path) -> str:
+    links = [
+        f"{link.address}: PCIe {link.generation} x{link.width} ({link.bandwidth / 1e9:.0f} GB/s "
+        f"each way)" + ("" if link.node is None else f", NUMA node {link.node}")
+        for link in gpu_links(root)
+    ]
+    return "; ".join(links) or "cannot be read: /sys/bus/pci shows no NVIDIA GPU and its link"
+
+
+def _index() -> Check:
+    """What an index takes of the 8B shape, by bits of its codes."""
+    from hipserve.plan.parts import index_bytes
+
+    token = 2 * 8 * 128 * 2 * 256
+    sizes = (
+        f"{index_bytes(256, 8, 128, key_bytes=2, form=config.index_form) / token:.1%} with "
+        f"code_bits={config.code_bits}"
+        for config in (HiPConfig(code_bits=bits) for bits in (16, 8, 4))
+    )
+    return Check("index of head_dim 128", True, f"of keys and values: {', '.join(sizes)}")
 
 
 def _native() -> Check:

@@ -39,7 +39,12 @@ ConfigFile = Annotated[
     typer.Option("--config", parser=parse_path, metavar="FILE", help="HiPConfig as TOML or JSON."),
 ]
 CodeBits = Annotated[
-    int | None, typer.Option(help="Bits of a channel of the codes that a search reads: 4, 8, 16.")
+    int | None,
+    typer.Option(
+        parser=parse_count,
+        metavar="BITS",
+        help="Bits of a channel of the codes that a search reads: 4, 8 or 16.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="Type of weights: auto, bfloat16, float16, float32.")]

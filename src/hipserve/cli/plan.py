@@ -12,7 +12,7 @@ import typer
 
 from hipserve.capacity.advice import OFFLOAD_CODE_BITS, Machine, Plan, readable
 from hipserve.capacity.cards import CARDS, find_card, recognise
-from hipserve.capacity.memory import RESERVE, Parts, Service
+from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
 from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
@@ -214,8 +214,8 @@ def describe_machine(machine: Machine) -> str:
 
 def _memory_lines(made: Plan, parts: Parts) -> Iterator[str]:
     service, machine, room = made.service, made.machine, made.room
-    share = service.index_token_bytes / service.kv_token_bytes if service.kv_token_bytes else 0
-    index = f"{service.index_token_bytes:,.0f} bytes a token, {share:.1%} of keys and values"
+    config, model = service.config, service.model
+    index = index_per_token(config, model) if config and model.full_layers else ""
     tiles = f"{service.step_tiles * service.sequences:,} tiles a head are its floor"
     rows = {
         "weights": (parts.weights, ""),

@@ -7,6 +7,8 @@ import time
 
 from rich.status import Status
 
+from hipserve.capacity.memory import index_per_token
+from hipserve.capacity.shape import ModelShape
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
@@ -55,7 +57,7 @@ class Teller:
             err.print(text, highlight=False)
 
 
-def card(server: Server, facts: Facts, seconds: float) -> str:
+def card(server: Server, facts: Facts, seconds: float, shape: ModelShape | None = None) -> str:
     """What a user wants to know about a server that is ready."""
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.api_key else ""
     question = {"role": "user", "content": "The pass key is 83724. What is the pass key?"}
@@ -67,11 +69,19 @@ def card(server: Server, facts: Facts, seconds: float) -> str:
         "context": f"{facts.max_context:,} tokens, prompt and answer together",
         "attention": describe(server.config, facts.max_context),
         "KV cache": f"{facts.kv_tokens:,} tokens",
-        "index": f"{format_bytes(facts.bound_bytes)}, inside the KV cache",
+        "index": describe_index(server.config, facts, shape),
         "metrics": f"{server.url}/metrics",
         "try": f"{curl} -d '{body}'",
     }
     return "".join(f"{name:<13}{value}\n" for name, value in lines.items())
+
+
+def describe_index(config: HiPConfig | None, facts: Facts, shape: ModelShape | None) -> str:
+    """Its memory, and what a token takes of it, compared with its keys and values."""
+    if config is None:
+        return "none"
+    text = f"{format_bytes(facts.bound_bytes)}, inside the KV cache"
+    return f"{text}: {index_per_token(config, shape)}" if shape and shape.full_layers else text
 
 
 def describe(config: HiPConfig | None, max_context: int) -> str:

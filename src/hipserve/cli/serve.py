@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from hipserve.capacity.shape import ModelShape
 from hipserve.cli import options
 from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
+from hipserve.host import HostMemory
 from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
+from hipserve.models.config_file import read_config
 from hipserve.models.gguf_files import find_gguf
 from hipserve.serving.address import check_access, check_port
 from hipserve.serving.child import Child
@@ -20,6 +23,7 @@ from hipserve.serving.client import Client
 from hipserve.serving.command_line import Server, quick_start
 from hipserve.serving.engine_file import is_engine_file, read_engine_file
 from hipserve.serving.environment import on_cpu
+from hipserve.serving.fit import check_fit
 from hipserve.serving.log_words import complaint, refusal, stage_of
 from hipserve.serving.refusals import check_flags, check_known, check_model
 
@@ -69,7 +73,25 @@ def serve(
     server = Server(
         path, model, settings, host, port, api_key=api_key, flags=flags, file_flags=held
     )
+    shape = shape_of(server)
+    memory = HostMemory.read()
+    if shape is not None and memory is not None and on_cpu():
+        check_fit(server, shape, memory)
     run(server, verbose)
+
+
+def shape_of(server: Server) -> ModelShape | None:
+    """The shape of the model that is served; None where its config.json is not here, or describes
+    none that is known: vLLM has to say what it makes of it."""
+    try:
+        table = read_config(server.model)
+        own = ModelShape.of(table)
+    except ArgumentError:
+        return None
+    dtype = server.option("--dtype") or "auto"
+    if dtype == "auto":  # what vLLM makes of checkpoints in float32
+        dtype = "bfloat16" if own.dtype == "float32" else own.dtype
+    return ModelShape.of(table, {"float": "float32", "half": "float16"}.get(dtype, dtype))
 
 
 def check(model: str, flags: tuple[str, ...]) -> None:
@@ -116,7 +138,7 @@ def _wait_until_ready(server: Server, child: Child, verbose: bool) -> None:
     with teller:
         child.wait_until(client.healthy, tell)
     if child.ready:
-        result(card(server, client.facts(), teller.seconds))
+        result(card(server, client.facts(), teller.seconds, shape_of(server)))
     elif not child.stopping:
         lines = child.log.last_words()
         raise refusal(complaint(lines), lines, on_cpu())

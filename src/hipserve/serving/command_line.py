@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hipserve.config import HiPConfig
+from hipserve.host import HostMemory
 from hipserve.integrations.vllm import OPTIONS_KEY
-from hipserve.serving.environment import make_environment, on_cpu, quarter_of_memory
+from hipserve.serving.environment import kv_memory, make_environment, on_cpu
 
 COMMAND = "hipserve.integrations.vllm.command"
 DRAIN_SECONDS = 30
@@ -46,9 +47,8 @@ class Server:
         words += ["--host", self.host, "--port", str(self.port)]
         words += self._defaults({"--served-model-name": self.name})
         words += self._defaults({"--shutdown-timeout": str(DRAIN_SECONDS)})
-        if not {"--gpu-memory-utilization", "--num-gpu-blocks-override"} & self._given():
-            memory = str(quarter_of_memory())
-            words += self._defaults({"--kv-cache-memory-bytes": memory}) if on_cpu() else []
+        memory = kv_memory(self.option, HostMemory.read()) if on_cpu() else None
+        words += self._defaults({"--kv-cache-memory-bytes": str(memory)}) if memory else []
         if self.config is not None:
             options = json.dumps({OPTIONS_KEY: self.config.to_dict()})
             words += ["--attention-backend", "CUSTOM", "--additional-config", options]
@@ -88,12 +88,16 @@ class Server:
             word for flag, value in flags.items() if flag not in given for word in (flag, value)
         ]
 
-    def _number(self, *names: str, otherwise: int = 1) -> int:
+    def option(self, *names: str) -> str | None:
+        """The value of the first of these flags that is given; None for none."""
         for flag, value in itertools.pairwise((*self.flags, *self.file_flags, "")):
             if normal(flag) in names:
-                text = flag.partition("=")[2] or value
-                return int(text) if text.isdigit() else otherwise
-        return otherwise
+                return flag.partition("=")[2] or value
+        return None
+
+    def _number(self, *names: str, otherwise: int = 1) -> int:
+        text = self.option(*names) or ""
+        return int(text) if text.isdigit() else otherwise
 
 
 def normal(flag: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from hipserve.host import HostMemory
 
 SPIN_COUNT = 20_000
 """Turns, some tenths of a millisecond, that an idle OpenMP thread waits before it gives its core
@@ -42,8 +43,19 @@ def on_cpu() -> bool:
     return not Path("/proc/driver/nvidia").exists()
 
 
-def quarter_of_memory() -> int:
-    """Bytes: a quarter of what this machine has available."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    found = re.search(r"MemAvailable:\s+(\d+)", text)
-    return int(found[1]) * 1024 // 4 if found else 2**30
+UNSAID = 4 << 30
+"""Bytes that count as available where the kernel does not say."""
+
+
+def kv_memory(option: Callable[..., str | None], host: HostMemory | None) -> int | None:
+    """Bytes of the KV cache on a CPU machine: what the flags say, or a quarter of what is
+    available; None where they say it in blocks or as a share.
+
+    option: the value of the first of some flags that is given; None for none.
+    """
+    given = option("--kv-cache-memory-bytes")
+    if given is not None:
+        return int(given) if given.isdigit() else None
+    if option("--gpu-memory-utilization", "--num-gpu-blocks-override") is not None:
+        return None
+    return (host.available if host else UNSAID) // 4

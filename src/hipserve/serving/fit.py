@@ -1,0 +1,84 @@
+"""Refuses, before a server starts, what the memory of a CPU machine cannot hold."""
+
+from __future__ import annotations
+
+import re
+
+from hipserve.capacity.advice import readable
+from hipserve.capacity.memory import BLOCK, Parts, Room, Service
+from hipserve.capacity.shape import ModelShape
+from hipserve.errors import FitError
+from hipserve.host import HostMemory
+from hipserve.serving.command_line import Server
+from hipserve.serving.environment import kv_memory
+
+OTHER_SHAPES = ("--hf-overrides", "--quantization", "-q", "--speculative-config", "--config-format")
+"""Flags with which a server keeps something else than config.json says."""
+
+CHUNK = 2048
+"""vLLM's `--max-num-batched-tokens` on CPUs."""
+
+FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+"""Suffixes of vLLM's numbers."""
+
+
+def check_fit(server: Server, shape: ModelShape, host: HostMemory) -> None:
+    """Refuses a model whose weights and KV cache exceed what the machine has available, and a KV
+    cache that cannot hold one sequence of the context: vLLM would say so after loading.
+
+    Raises:
+        FitError: with the numbers and the nearest flags that fit.
+    """
+    if server.num_workers > 1 or any(server.option(flag) is not None for flag in OTHER_SHAPES):
+        return
+    parts = wanted(server, shape).parts()
+    cache = parts.keys_values + parts.index + parts.windows
+    rest, given = parts.device - cache, kv_memory(server.option, host)
+    if rest + (given or 0) > host.available:
+        raise FitError(
+            f"{server.name} does not fit this machine: {_sum(parts, rest, given)}, and "
+            f"{_available(host)}",
+            f"--kv-cache-memory-bytes {host.available - rest}" if rest < host.available else "",
+        )
+    if given is not None and cache > given:
+        raise _too_long(server, shape, host, given)
+
+
+def wanted(server: Server, shape: ModelShape) -> Service:
+    """One sequence of the context that a server is to have."""
+    context = number(server.option("--max-model-len")) or shape.positions or BLOCK
+    chunk = number(server.option("--max-num-batched-tokens")) or CHUNK
+    return Service(shape, server.config, context, chunk=chunk, on_gpu=False)
+
+
+def number(text: str | None) -> int | None:
+    """A whole number as vLLM takes it: 32k is 32,000 and 32K is 32,768; None for other words."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text or "")
+    return int(float(found[1]) * FACTORS[found[2]]) if found else None
+
+
+def _too_long(server: Server, shape: ModelShape, host: HostMemory, given: int) -> FitError:
+    service = wanted(server, shape)
+    parts = service.parts()
+    cache = parts.keys_values + parts.index + parts.windows
+    room = Room(parts.device - cache + given, 0)
+    longest, rest = room.longest_context(service), parts.device - cache
+    hints = [f"--max-model-len {longest}"] if longest else []
+    hints += [f"--kv-cache-memory-bytes {cache}"] if rest + cache <= host.available else []
+    return FitError(
+        f"a sequence of {service.context:,} tokens needs {readable(cache)} of KV cache, and it "
+        f"has {readable(given)}",
+        " or ".join(hints),
+    )
+
+
+def _sum(parts: Parts, rest: int, given: int | None) -> str:
+    other = rest - parts.weights
+    cache = f" + KV cache {readable(given)}" if given else ""
+    total = readable(rest + (given or 0))
+    return f"weights {readable(parts.weights)} + processes {readable(other)}{cache} = {total}"
+
+
+def _available(host: HostMemory) -> str:
+    limit = f" in a container of {readable(host.container)}" if host.container else ""
+    return f"{readable(host.available)} are available{limit}"

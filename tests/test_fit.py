@@ -1,0 +1,132 @@
+"""`hipserve serve` on CPU machines: what does not fit is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from hipserve import FitError, HiPConfig
+from hipserve.capacity.memory import BLOCK, Service
+from hipserve.capacity.shape import ModelShape
+from hipserve.cli.ready import describe_index
+from hipserve.cli.serve import shape_of
+from hipserve.host import HostMemory
+from hipserve.models import bundled_path
+from hipserve.models.config_file import read_config
+from hipserve.serving import command_line, environment
+from hipserve.serving.client import Facts
+from hipserve.serving.command_line import Server
+from hipserve.serving.fit import check_fit, number
+
+GIB = 2**30
+SHAPE = ModelShape.of(read_config("acorn"))
+"""12 layers, 2 KV heads of 64: 6,144 bytes of keys and values a token, and 408 of index."""
+
+
+def server(*flags: str, config: HiPConfig | None = HiPConfig()) -> Server:  # noqa: B008
+    return Server(str(bundled_path()), "acorn", config, flags=flags)
+
+
+def refusal(*flags: str, available: int, config: HiPConfig | None = HiPConfig()) -> FitError:  # noqa: B008
+    with pytest.raises(FitError) as caught:
+        check_fit(server(*flags, config=config), SHAPE, HostMemory(64 * GIB, available))
+    return caught.value
+
+
+def test_what_fits_starts() -> None:
+    check_fit(server(), SHAPE, HostMemory(64 * GIB, 8 * GIB))
+    check_fit(server("--max-model-len", "8k"), SHAPE, HostMemory(64 * GIB, 2 * GIB))
+    check_fit(server("--num-gpu-blocks-override", "4"), SHAPE, HostMemory(64 * GIB, 2 * GIB))
+
+
+def test_weights_that_exceed_the_memory_are_refused() -> None:
+    error = refusal(available=GIB)
+    assert re.search(r"acorn does not fit this machine: weights 44.3 MiB \+ processes", str(error))
+    assert "and 1.00 GiB are available" in str(error)
+    assert error.hint == ""
+    limited = HostMemory(64 * GIB, GIB, container=GIB)
+    with pytest.raises(FitError, match=r"are available in a container of 1\.00 GiB"):
+        check_fit(server("--num-gpu-blocks-override", "9"), SHAPE, limited)
+
+
+def test_a_cache_that_exceeds_the_memory_names_one_that_fits() -> None:
+    flags = ("--max-model-len", "8K", "--kv-cache-memory-bytes")
+    error = refusal(*flags, str(9 * GIB), available=8 * GIB)
+    assert "+ KV cache 9.00 GiB = 10." in str(error)
+    name, value = error.hint.split()
+    assert name == "--kv-cache-memory-bytes"
+    check_fit(server(*flags, value), SHAPE, HostMemory(64 * GIB, 8 * GIB))
+    refusal(*flags, str(int(value) + 1), available=8 * GIB)
+
+
+def test_a_context_that_exceeds_the_cache_names_both_ways_out() -> None:
+    """131,072 tokens of 6,552 bytes, and the block that vLLM keeps empty, in a quarter of 2 GiB."""
+    error = refusal(available=2 * GIB)
+    assert "a sequence of 131,072 tokens needs 0.80 GiB of KV cache, and it has 0.50" in str(error)
+    (context, memory) = re.findall(r"\d+", error.hint)
+    machine = HostMemory(64 * GIB, 2 * GIB)
+    check_fit(server("--max-model-len", context), SHAPE, machine)
+    refusal("--max-model-len", str(int(context) + 1), available=2 * GIB)
+    check_fit(server("--kv-cache-memory-bytes", memory), SHAPE, machine)
+    assert int(memory) == (131072 + BLOCK) * (6144 + 408)
+    refusal("--kv-cache-memory-bytes", str(int(memory) - 1), available=2 * GIB)
+    dense = refusal(available=2 * GIB, config=None)
+    assert int(dense.hint.split()[-1]) == (131072 + BLOCK) * 6144
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-tp", "2"),
+        ("--quantization=fp8",),
+        ("--hf-overrides", "{}"),
+        ("--speculative-config", "{}"),
+    ],
+)
+def test_servers_that_keep_something_else_are_left_to_vllm(flags: tuple[str, ...]) -> None:
+    check_fit(server(*flags), SHAPE, HostMemory(64 * GIB, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8192", 8192), ("8k", 8000), ("8K", 8192), ("1.5M", 1572864), ("auto", None), (None, None)],
+)
+def test_numbers_as_vllm_takes_them(text: str | None, value: int | None) -> None:
+    assert number(text) == value
+
+
+def test_the_default_cache_heeds_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = classmethod(lambda cls: HostMemory(64 * GIB, 4 * GIB, container=5 * GIB))
+    monkeypatch.setattr(HostMemory, "read", limited)
+    monkeypatch.setattr(command_line, "on_cpu", lambda: True)
+    words = server().command()
+    assert words[words.index("--kv-cache-memory-bytes") + 1] == str(GIB)
+    for flags in (("--gpu-memory-utilization", "0.5"), ("--kv-cache-memory-bytes=7",)):
+        assert "--kv-cache-memory-bytes" not in server(*flags).command()
+    assert environment.kv_memory(server().option, None) == environment.UNSAID // 4
+
+
+def test_the_shape_is_what_vllm_loads() -> None:
+    assert shape_of(server()) == SHAPE
+    wide = shape_of(server("--dtype", "float32"))
+    assert wide is not None
+    assert wide.weights.nbytes == 2 * SHAPE.weights.nbytes
+    half = shape_of(server("--dtype=half"))
+    assert half is not None
+    assert half.dtype == "float16"
+    assert shape_of(replace(server(), model="nobody/has-this-model")) is None
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(16, ""), (4, " with codes of 4 bits")])
+def test_the_ready_card_counts_the_index_as_the_plan_does(bits: int, codes: str) -> None:
+    config, facts = HiPConfig(code_bits=bits), Facts("acorn", 8192, 10_000, 4_080_000)
+    service = Service(SHAPE, config, BLOCK)
+    token, share = service.index_token_bytes, service.index_token_bytes / 6144
+    assert describe_index(config, facts, SHAPE) == (
+        f"4 MiB, inside the KV cache: {token:,.0f} bytes a token, {share:.1%} of keys and values"
+        + codes
+    )
+    assert describe_index(config, facts, None) == "4 MiB, inside the KV cache"
+    assert describe_index(None, facts, SHAPE) == "none"
