@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from hipserve import FitError, HiPConfig
+from hipserve import ArgumentError, FitError, HiPConfig, Offload
 from hipserve.capacity.memory import BLOCK, Service
 from hipserve.capacity.shape import ModelShape
+from hipserve.cli import serve
 from hipserve.cli.ready import describe_index
-from hipserve.cli.serve import shape_of
+from hipserve.cli.serve import make_offload, shape_of, with_offload
 from hipserve.host import HostMemory
 from hipserve.models import bundled_path
 from hipserve.models.config_file import read_config
@@ -117,6 +120,62 @@ def test_the_shape_is_what_vllm_loads() -> None:
     assert half is not None
     assert half.dtype == "float16"
     assert shape_of(replace(server(), model="nobody/has-this-model")) is None
+
+
+def hosted(memory: int | str, *flags: str) -> Server:
+    offload = Offload(host_memory=memory, file="/nvme/kv")
+    return with_offload(server(*flags, config=HiPConfig(code_bits=4)), offload, SHAPE)
+
+
+def test_blocks_in_a_file_are_counted_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 256 tokens of the bundled model is 1,572,864 bytes."""
+    monkeypatch.setattr(command_line, "on_cpu", lambda: True)
+    found = hosted(100 * 1_572_864 + 5)
+    assert found.hosted is not None
+    words = found.command()
+    assert words[words.index("--num-gpu-blocks-override") + 1] == "100"
+    assert words[words.index("--kv-cache-memory-bytes") + 1] == str(found.hosted.index_bytes)
+    table = json.loads(words[words.index("--additional-config") + 1])["hip"]
+    assert table["offload"] == {"host_memory": 100 * 1_572_864 + 5, "file": "/nvme/kv"}
+    other = hosted("1 GiB", "--block-size", "128").hosted
+    assert other is not None
+    assert other.number == 2**30 // 786_432
+    assert "offload" not in json.loads(server().command()[-1])["hip"]
+
+
+def test_a_file_has_to_hold_one_sequence_and_memory_its_index() -> None:
+    machine = HostMemory(64 * GIB, 2 * GIB)
+    found = hosted("1GiB", "--max-model-len", "32K")
+    check_fit(found, SHAPE, machine)
+    with pytest.raises(FitError, match=r"a sequence of 131,072 tokens needs 0\.75 GiB") as caught:
+        check_fit(hosted("512MiB"), SHAPE, machine)
+    context, memory = re.findall(r"\d+", caught.value.hint)
+    check_fit(hosted("512MiB", "--max-model-len", context), SHAPE, machine)
+    check_fit(hosted(int(memory)), SHAPE, machine)
+    with pytest.raises(FitError, match="131,072"):
+        check_fit(hosted(int(memory) - 1), SHAPE, machine)
+    with pytest.raises(FitError, match=r"\+ index 1\.34 GiB = "):
+        check_fit(hosted("8GiB"), SHAPE, machine)
+
+
+def test_options_of_a_file_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "on_cpu", lambda: True)
+    assert make_offload(None, None, False) is None
+    found = make_offload(Path("kv"), GIB, False)
+    assert found == Offload(GIB, file=Path.cwd() / "kv")
+    for file, memory in ((Path("kv"), None), (None, GIB)):
+        with pytest.raises(ArgumentError, match="--kv-file and --host-kv-memory together"):
+            make_offload(file, memory, False)
+    with pytest.raises(ArgumentError, match="dense"):
+        make_offload(Path("kv"), GIB, True)
+    monkeypatch.setattr(serve, "on_cpu", lambda: False)
+    with pytest.raises(ArgumentError, match="a GPU, where it has not been run yet"):
+        make_offload(Path("kv"), GIB, False)
+    with pytest.raises(ArgumentError, match="is on this machine"):
+        with_offload(server(), found, None)
+    windowed = replace(SHAPE, windows=(64, *SHAPE.windows[1:]))
+    with pytest.raises(ArgumentError, match="some with a window"):
+        with_offload(server(), found, windowed)
 
 
 @pytest.mark.parametrize(("bits", "codes"), [(16, ""), (4, " with codes of 4 bits")])

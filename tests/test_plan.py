@@ -126,7 +126,7 @@ def test_offload_is_proposed_where_it_helps_and_refused_where_it_does_not() -> N
     assert "buys little" not in much.stdout
     short = invoke(SHAPE, *little, "--host-kv-memory", "8GiB")
     assert short.exit_code == 1
-    assert "the host pool needs 56.03 GiB and may take 8.00 GiB" in short.stdout
+    assert "the pool needs 56.03 GiB and may take 8.00 GiB" in short.stdout
 
 
 def test_a_pool_is_held_against_the_limit_of_the_container(
@@ -137,7 +137,7 @@ def test_a_pool_is_held_against_the_limit_of_the_container(
     done = invoke(SHAPE, "--gpu", "h100-80g", "--kv-offload")
     assert done.exit_code == 1
     assert "6.00 GiB available of 64.00 GiB, limit of the container 8.00 GiB" in done.stdout
-    assert "the host pool needs 16.03 GiB and may take 3.00 GiB" in done.stdout
+    assert "the pool needs 16.03 GiB and may take 3.00 GiB" in done.stdout
 
 
 def test_a_cpu_machine_shares_its_memory() -> None:
@@ -148,6 +148,23 @@ def test_a_cpu_machine_shares_its_memory() -> None:
     assert done["command"][-2:] == ["--kv-cache-memory-bytes", memory]
     assert done["tokens_per_second_at_most"] == {}
     assert "this CPU machine: 48.00 GiB available" in invoke().stdout
+
+
+def test_a_cpu_machine_keeps_them_in_a_file() -> None:
+    resident, there = planned(SHAPE), planned(SHAPE, "--kv-offload")
+    assert there["parts"]["pool"] == resident["parts"]["keys_values"]
+    assert there["command"][-6:-2] == [
+        "--kv-file",
+        "kv",
+        "--host-kv-memory",
+        str(there["parts"]["pool"]),
+    ]
+    assert there["longest_context"] > 3 * resident["longest_context"]
+    long = (SHAPE, "--max-model-len", "512k")
+    assert "with --kv-offload it fits: 64.03 GiB in a file\n" in invoke(*long).stdout
+    shown = invoke(*long, "--kv-offload").stdout
+    assert "  file                     64.03 GiB\n" in shown
+    assert invoke(*long, "--kv-offload", "--host-kv-memory", "64GiB").exit_code == 1
 
 
 def test_the_installed_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +208,6 @@ def test_names_resolve_on_this_machine_only(
     ("words", "sentence"),
     [
         (["--gpu", "h101"], "hint: did you mean"),
-        (["--kv-offload"], "kv_offload: expected a GPU, got this CPU machine"),
         (["--gpu", "h100", "--kv-offload", "--code-bits", "16"], "code_bits: expected 4 or 8"),
         (["--gpu", "h100", "--code-bits", "5"], "code_bits: expected 4, 8 or 16, got 5"),
         (["--dtype", "int8"], "dtype: expected one of auto, bfloat16"),

@@ -81,6 +81,12 @@ class Offload:
             return self.host_bytes // 8
         return parse_bytes("device_memory", self.device_memory)
 
+    def to_dict(self) -> dict[str, str | int]:
+        """Plain values, as JSON holds them."""
+        given = {"host_memory": self.host_memory, "device_memory": self.device_memory}
+        given["file"] = None if self.file is None else str(self.file)
+        return {name: value for name, value in given.items() if value is not None}
+
 
 TILE_SIZE = 16
 """Keys of one KV head that travel together, with their values."""

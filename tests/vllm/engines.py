@@ -14,6 +14,8 @@ from typing import Any
 
 CHUNK = 512
 NEW = 16
+BLOCK_BYTES = 12 * 2 * 256 * 2 * 64 * 4
+"""Keys and values of a KV block, all layers of the bundled model in float32."""
 FULL = {"budget": 1 << 15}
 PRUNED = {
     "budget": 128,
@@ -195,6 +197,31 @@ def pruned(report: dict[str, Any]) -> None:
     report["transformers"] = with_transformers(ids)
 
 
+def offloaded(report: dict[str, Any]) -> None:
+    """The pruned prompts with keys and values in a file: together, again, and short of blocks."""
+    ids = prompts()
+    file = str(Path(sys.argv[2]).with_name("kv"))
+    hip = {**PRUNED, "offload": {"host_memory": 48 * BLOCK_BYTES, "file": file}}
+    llm = engine("CUSTOM", hip, num_gpu_blocks_override=48)
+    report["together"] = answers(llm, ids)
+    report["prefix hits"] = answers(llm, ids)
+    layers = runner(llm).compilation_config.static_forward_context.values()
+    report["block bytes"] = sum(x.kv_cache[0].nbytes for x in layers)
+    report["file left"] = Path(file).exists()
+    end(llm)
+    llm = engine("CUSTOM", hip, num_gpu_blocks_override=10, max_model_len=2048)
+    seen = preemptions(llm)
+    report["preempted"] = answers(llm, ids)
+    report["preemptions"] = len(seen)
+    end(llm)
+    for name, blocks in (("unsaid", None), ("too many", 49)):
+        try:
+            engine("CUSTOM", hip, num_gpu_blocks_override=blocks)
+            report[name] = "accepted"
+        except Exception as error:
+            report[name] = str(error)
+
+
 def counts(llm: Any) -> dict[str, float]:
     from hipserve.integrations.vllm import metrics
 
@@ -212,6 +239,9 @@ def refused(report: dict[str, Any]) -> None:
         "block size": {"hip": {"bound_block_size": 32}, "block_size": 48},
         "kv dtype": {"hip": {}, "kv_cache_dtype": "fp8"},
         "other kv dtype": {"hip": {}, "kv_cache_dtype": "bfloat16"},
+        "offload without a file": {"hip": {**PRUNED, "offload": {"host_memory": 9}}},
+        "offload of keys": {"hip": {"offload": {"host_memory": 9, "file": "kv"}}},
+        "no offload": {"hip": {**PRUNED, "offload": {"file": "kv"}}},
     }
     for name, case in cases.items():
         hip = case.pop("hip")
@@ -262,7 +292,7 @@ def reduced(report: dict[str, Any]) -> None:
 
 
 SCENARIOS: dict[str, Callable[[dict[str, Any]], None]] = {
-    f.__name__: f for f in (full, pruned, refused, parallel, compiled, reduced)
+    f.__name__: f for f in (full, pruned, offloaded, refused, parallel, compiled, reduced)
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import NEW, PRUNED, prompts
+from engines import BLOCK_BYTES, NEW, PRUNED, prompts
 from processes import get, post, scenario, serving
 
 from hipserve.serving.address import free_port
@@ -57,6 +57,29 @@ def test_pruned_tokens_equal_transformers(pruned: dict[str, Any]) -> None:
     assert pruned["counts"]["hipserve_keys_read"] < pruned["counts"]["hipserve_keys_visible"]
 
 
+@pytest.fixture(scope="module")
+def offloaded(folder: Path) -> dict[str, Any]:
+    return scenario("offloaded", folder)
+
+
+def test_keys_in_a_file_give_the_tokens_of_keys_in_memory(
+    offloaded: dict[str, Any], pruned: dict[str, Any]
+) -> None:
+    """In batches, after prefix hits, and after preemptions; a block holds the index only."""
+    assert offloaded["together"] == pruned["together"]
+    assert offloaded["prefix hits"] == pruned["together"]
+    assert offloaded["preempted"] == pruned["together"]
+    assert offloaded["preemptions"] > 0
+    assert not offloaded["file left"]
+    assert 0.05 < offloaded["block bytes"] / BLOCK_BYTES < 0.1
+
+
+def test_the_number_of_blocks_is_what_host_memory_holds(offloaded: dict[str, Any]) -> None:
+    for name, given in (("unsaid", "None"), ("too many", "49")):
+        assert "num_gpu_blocks_override: expected as many KV blocks as" in offloaded[name]
+        assert f"hold 48 blocks), got {given}; --num-gpu-blocks-override 48" in offloaded[name]
+
+
 def test_dense_layers_stay_dense(pruned: dict[str, Any]) -> None:
     """Two of twelve; transformers keeps the same two, and the tokens are equal (above)."""
     counts = pruned["counts"]
@@ -90,6 +113,9 @@ def test_what_cannot_be_meant_is_refused_at_start(folder: Path) -> None:
     assert "block_size: expected a multiple of 32" in said["block size"]
     assert "kv_cache_dtype: expected float32" in said["kv dtype"]
     assert "kv_cache_dtype: expected float32" in said["other kv dtype"]
+    assert "and no connector, got no file" in said["offload without a file"]
+    assert "got code_bits 16, which reads the keys" in said["offload of keys"]
+    assert "offload: expected a table such as" in said["no offload"]
 
 
 def test_tensor_parallel_gives_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:

@@ -13,6 +13,9 @@ from hipserve.host import HostMemory
 HIT_RATIOS = (0.9, 0.95, 0.99)
 """Shares of the tiles that attention reads which are on the device already."""
 
+ANY_FILE = 2**62
+"""Bytes of a file whose size nobody has limited."""
+
 WORTH = 1.5
 """Offload is worth its price where it holds so many times the tokens."""
 
@@ -45,9 +48,11 @@ class Machine:
     host: HostMemory | None = None
 
     def room(self, host_kv_memory: int | None = None) -> Room:
-        """What a server may take; of the host half of what is available unless said."""
+        """What a server may take; of the host half of what is available unless said. Beside a CPU
+        keys go into a file, which is as large as it has to be."""
         available = self.host.available if self.host else 0
-        return Room(int(self.share * self.memory), host_kv_memory or available // 2)
+        half = available // 2 if self.on_gpu else ANY_FILE
+        return Room(int(self.share * self.memory), host_kv_memory or half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class Plan:
             missing = parts.device - room.device
             yield f"{readable(missing)} too much for {self.machine.title}"
         if parts.pool > room.host:
-            yield f"the host pool needs {readable(parts.pool)} and may take {readable(room.host)}"
+            yield f"the pool needs {readable(parts.pool)} and may take {readable(room.host)}"
         context, sequences = self.longest_context, self.most_sequences
         if context:
             yield f"largest context that fits so: --max-model-len {context}"
@@ -118,12 +123,9 @@ class Plan:
             yield f"one such sequence needs a device of {readable(need)}"
         elsewhere = self._elsewhere()
         if elsewhere is not None and elsewhere.fits:
-            host = (
-                f": {readable(elsewhere.parts.pool)} on the host"
-                if elsewhere.service.offload
-                else ""
-            )
-            yield f"{'with' if elsewhere.service.offload else 'without'} --kv-offload it fits{host}"
+            place = "on the host" if self.machine.on_gpu else "in a file"
+            pool = f": {readable(elsewhere.parts.pool)} {place}" if elsewhere.parts.pool else ""
+            yield f"{'with' if elsewhere.service.offload else 'without'} --kv-offload it fits{pool}"
 
     def notes(self) -> Iterator[str]:
         """What to know besides."""
@@ -160,7 +162,7 @@ class Plan:
     def _elsewhere(self) -> Plan | None:
         """The same with keys and values on the other side of the link of a GPU."""
         config = self.service.config
-        if config is None or not self.machine.on_gpu:
+        if config is None:
             return None
         offload = not self.service.offload
         coded = config.replace(code_bits=OFFLOAD_CODE_BITS if offload else 16)

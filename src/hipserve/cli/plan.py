@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipserve.capacity.advice import OFFLOAD_CODE_BITS, Machine, Plan, readable
+from hipserve.capacity.advice import ANY_FILE, OFFLOAD_CODE_BITS, Machine, Plan, readable
 from hipserve.capacity.cards import CARDS, find_card, recognise
 from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
@@ -60,14 +60,17 @@ def plan(
         typer.Option(parser=parse_size, metavar="SIZE", help="Memory of the card, such as 24G."),
     ] = None,
     kv_offload: Annotated[
-        bool, typer.Option("--kv-offload", help="Keys and values in host memory.")
+        bool,
+        typer.Option(
+            "--kv-offload", help="Keys and values in host memory, or in a file of a CPU machine."
+        ),
     ] = False,
     host_kv_memory: Annotated[
         int | None,
         typer.Option(
             parser=parse_size,
             metavar="SIZE",
-            help="Host memory for them, such as 64GiB; half of what this machine has available.",
+            help="Room for them, such as 64GiB; half of what is available, or any file.",
         ),
     ] = None,
     budget: options.Budget = None,
@@ -85,9 +88,6 @@ def plan(
         raise ArgumentError("dtype", f"one of auto, {', '.join(DTYPE_BYTES)}", repr(dtype))
     shape = ModelShape.of(read_config(name), dtype)
     machine = find_machine(gpu, device_memory)
-    if kv_offload and not machine.on_gpu:
-        hint = "name a card: --gpu h100-80g"
-        raise ArgumentError("kv_offload", "a GPU", f"{machine.title}, where keys are already", hint)
     if code_bits is None and config is None and kv_offload:
         code_bits = OFFLOAD_CODE_BITS
     settings = options.make_config(config, preset, budget, selector, code_bits)
@@ -143,8 +143,10 @@ def _flags(made: Plan, chunk: int | None) -> list[str]:
     service = made.service
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
-    if not made.machine.on_gpu:
-        parts = made.parts
+    parts = made.parts
+    if service.offload:
+        flags += ["--kv-file", "kv", "--host-kv-memory", str(parts.pool)]
+    elif not made.machine.on_gpu:
         flags += ["--kv-cache-memory-bytes", str(parts.keys_values + parts.index + parts.windows)]
     return flags
 
@@ -168,7 +170,7 @@ def lines(made: Plan, name: str, command: list[str]) -> Iterator[str]:
     service, parts = made.service, made.parts
     yield _line("model", describe_model(name, service.model))
     yield _line("machine", describe_machine(made.machine))
-    if service.offload and made.machine.host:
+    if service.offload and made.machine.on_gpu and made.machine.host:
         yield _line("host", describe_host(made.machine.host))
     yield _line("to serve", f"{service.sequences} x {service.context:,} tokens")
     yield ""
@@ -179,10 +181,13 @@ def lines(made: Plan, name: str, command: list[str]) -> Iterator[str]:
         yield _line("longest", f"{made.longest_context:,} tokens of context by memory")
         yield _line("most", f"{made.most_sequences:,} sequences of this context at once")
         yield from _speed_lines(made)
-        if not service.offload:
+        if not service.offload or not made.machine.on_gpu:
             yield _line("command", shlex.join(command))
         else:
-            yield _line("command", "none yet: this version serves keys and values on the card")
+            bits = service.config.code_bits if service.config else 16
+            sizes = f"host_memory={parts.pool}, device_memory={made.arena}"
+            yield _line("command", f"HiPCache(model.config, offload=Offload({sizes}))")
+            yield _line("", f"in transformers, with code_bits={bits}; no server yet")
     else:
         yield from (_line("", text) for text in made.nearest())
     yield from (_line("note", text) for text in made.notes())
@@ -236,7 +241,9 @@ def _memory_lines(made: Plan, parts: Parts) -> Iterator[str]:
     of += f", {machine.share:.0%} of the card" if machine.share != 1 else " available"
     yield f"  {'in all':<22}{readable(taken):>12}  {of}"
     if parts.pool:
-        yield f"  {'pool on the host':<22}{readable(parts.pool):>12}  of {readable(room.host)}"
+        name = "pool on the host" if machine.on_gpu else "file"
+        of = f"  of {readable(room.host)}" if room.host < ANY_FILE else ""
+        yield f"  {name:<22}{readable(parts.pool):>12}{of}"
 
 
 def describe_host(host: HostMemory) -> str:
@@ -280,5 +287,5 @@ def as_table(made: Plan, command: list[str]) -> dict[str, Any]:
         "tokens_per_second_at_most": made.speeds(),
         "nearest": [] if made.fits else list(made.nearest()),
         "notes": list(made.notes()),
-        "command": command if made.fits and not service.offload else None,
+        "command": command if made.fits and not (service.offload and machine.on_gpu) else None,
     }

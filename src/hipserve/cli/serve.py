@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hipserve.capacity.advice import OFFLOAD_CODE_BITS
 from hipserve.capacity.shape import ModelShape
 from hipserve.cli import options
+from hipserve.cli.numbers import parse_size
 from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
@@ -17,13 +21,14 @@ from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.config_file import read_config
 from hipserve.models.gguf_files import find_gguf
+from hipserve.offload import Offload
 from hipserve.serving.address import check_access, check_port
 from hipserve.serving.child import Child
 from hipserve.serving.client import Client
 from hipserve.serving.command_line import Server, quick_start
 from hipserve.serving.engine_file import is_engine_file, read_engine_file
 from hipserve.serving.environment import on_cpu
-from hipserve.serving.fit import check_fit
+from hipserve.serving.fit import check_fit, host_blocks
 from hipserve.serving.log_words import complaint, refusal, stage_of
 from hipserve.serving.refusals import check_flags, check_known, check_model
 
@@ -44,6 +49,18 @@ def serve(
     budget: options.Budget = None,
     selector: options.Selector = None,
     code_bits: options.CodeBits = None,
+    kv_file: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.parse_path,
+            metavar="PATH",
+            help="Keys and values in a file made here; on CPUs.",
+        ),
+    ] = None,
+    host_kv_memory: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Size of that file: 8G, 64GiB."),
+    ] = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     dense: Annotated[
@@ -63,6 +80,9 @@ def serve(
     check(model, (*flags, *held))
     check_access(host, api_key, allow_unauthenticated)
     check_port(host, port)
+    offload = make_offload(kv_file, host_kv_memory, dense)
+    if offload is not None and code_bits is None and config is None:
+        code_bits = OFFLOAD_CODE_BITS
     given = (config, preset, budget, selector, code_bits)
     if dense:
         options.refuse_with_dense(*given)
@@ -74,10 +94,47 @@ def serve(
         path, model, settings, host, port, api_key=api_key, flags=flags, file_flags=held
     )
     shape = shape_of(server)
+    if offload is not None:
+        server = with_offload(server, offload, shape)
     memory = HostMemory.read()
     if shape is not None and memory is not None and on_cpu():
         check_fit(server, shape, memory)
     run(server, verbose)
+
+
+def make_offload(file: Path | None, memory: int | None, dense: bool) -> Offload | None:
+    """Where keys and values live, if not in KV blocks.
+
+    Raises:
+        ArgumentError: one option without the other, with dense attention, or with a GPU.
+    """
+    if file is None and memory is None:
+        return None
+    if file is None or memory is None:
+        got = "--kv-file alone" if memory is None else "--host-kv-memory alone"
+        raise ArgumentError("kv_file", "--kv-file and --host-kv-memory together", got)
+    if dense:
+        raise ArgumentError("dense", "keys in memory, as vLLM has them", "--kv-file")
+    if not on_cpu():
+        got = "a machine with a GPU, where it has not been run yet"
+        raise ArgumentError("kv_file", "a CPU machine", got)
+    return Offload(host_memory=memory, file=file.absolute())
+
+
+def with_offload(server: Server, offload: Offload, shape: ModelShape | None) -> Server:
+    """The server with as many KV blocks as the file holds.
+
+    Raises:
+        ArgumentError: nobody knows the size of a block, or some layers have a window.
+    """
+    if shape is None:
+        expected = "a model whose config.json is on this machine"
+        raise ArgumentError("kv_file", expected, server.model)
+    if shape.full_layers < len(shape.windows):
+        expected = "a model whose layers all read every key"
+        raise ArgumentError("kv_file", expected, f"{shape.family}, some with a window")
+    server = replace(server, offload=offload)
+    return replace(server, hosted=host_blocks(server, shape))
 
 
 def shape_of(server: Server) -> ModelShape | None:

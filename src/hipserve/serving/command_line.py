@@ -7,15 +7,29 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hipserve.config import HiPConfig
 from hipserve.host import HostMemory
 from hipserve.integrations.vllm import OPTIONS_KEY
+from hipserve.offload import Offload
 from hipserve.serving.environment import kv_memory, make_environment, on_cpu
 
 COMMAND = "hipserve.integrations.vllm.command"
 DRAIN_SECONDS = 30
 """Seconds that a server has for running requests once it is asked to stop."""
+
+
+class HostedBlocks(NamedTuple):
+    """KV blocks that hold an index only.
+
+    Attributes:
+        number: of blocks.
+        index_bytes: of all of them.
+    """
+
+    number: int
+    index_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +44,8 @@ class Server:
         api_key: what clients have to send; None accepts all clients.
         flags: vLLM's own flags, passed on as they are.
         file_flags: those that vLLM reads from its own file of flags.
+        offload: where keys and values live, if not in KV blocks.
+        hosted: the KV blocks whose keys and values live there.
     """
 
     model: str
@@ -40,6 +56,8 @@ class Server:
     api_key: str | None = None
     flags: tuple[str, ...] = field(default=())
     file_flags: tuple[str, ...] = field(default=())
+    offload: Offload | None = None
+    hosted: HostedBlocks | None = None
 
     def command(self) -> list[str]:
         """The command line of the child process."""
@@ -48,9 +66,15 @@ class Server:
         words += self._defaults({"--served-model-name": self.name})
         words += self._defaults({"--shutdown-timeout": str(DRAIN_SECONDS)})
         memory = kv_memory(self.option, HostMemory.read()) if on_cpu() else None
+        if self.hosted is not None:
+            words += self._defaults({"--num-gpu-blocks-override": str(self.hosted.number)})
+            memory = memory and self.hosted.index_bytes
         words += self._defaults({"--kv-cache-memory-bytes": str(memory)}) if memory else []
         if self.config is not None:
-            options = json.dumps({OPTIONS_KEY: self.config.to_dict()})
+            table = self.config.to_dict()
+            if self.offload is not None:
+                table["offload"] = self.offload.to_dict()
+            options = json.dumps({OPTIONS_KEY: table})
             words += ["--attention-backend", "CUSTOM", "--additional-config", options]
         return [*words, *self.flags]
 

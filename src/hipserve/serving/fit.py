@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 
 from hipserve.capacity.advice import readable
 from hipserve.capacity.memory import BLOCK, Parts, Room, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.errors import FitError
 from hipserve.host import HostMemory
-from hipserve.serving.command_line import Server
+from hipserve.serving.command_line import HostedBlocks, Server
 from hipserve.serving.environment import kv_memory
 
 OTHER_SHAPES = ("--hf-overrides", "--quantization", "-q", "--speculative-config", "--config-format")
@@ -29,6 +31,9 @@ def check_fit(server: Server, shape: ModelShape, host: HostMemory) -> None:
     Raises:
         FitError: with the numbers and the nearest flags that fit.
     """
+    if server.offload is not None:
+        check_hosted(server, shape, host)
+        return
     if server.num_workers > 1 or any(server.option(flag) is not None for flag in OTHER_SHAPES):
         return
     parts = wanted(server, shape).parts()
@@ -42,6 +47,44 @@ def check_fit(server: Server, shape: ModelShape, host: HostMemory) -> None:
         )
     if given is not None and cache > given:
         raise _too_long(server, shape, host, given)
+
+
+def host_blocks(server: Server, shape: ModelShape) -> HostedBlocks:
+    """KV blocks whose keys and values the host memory of a server's `offload` holds."""
+    assert server.offload is not None
+    size = number(server.option("--block-size")) or BLOCK
+    count = server.offload.host_bytes // (shape.full_layers * shape.row_bytes * size)
+    token = Service(shape, server.config, size).index_token_bytes
+    return HostedBlocks(count, math.ceil(count * size * token))
+
+
+def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
+    """The same for a server whose keys and values are in a file: weights and the index of all
+    blocks in memory, one sequence and vLLM's empty block in the file.
+
+    Raises:
+        FitError: with the numbers.
+    """
+    service, (blocks, index) = wanted(server, shape), host_blocks(server, shape)
+    size = number(server.option("--block-size")) or BLOCK
+    needed = -(-service.context // size) + 1
+    if blocks < needed:
+        room = max(blocks - 1, 0) * size
+        memory = needed * size * service.kv_token_bytes
+        raise FitError(
+            f"a sequence of {service.context:,} tokens needs {readable(memory)} for keys and "
+            f"values, and {blocks} blocks fit --host-kv-memory",
+            f"--max-model-len {room} or --host-kv-memory {memory}" if room else "",
+        )
+    parts = replace(service, offload=True).parts()
+    total = parts.device - parts.index + index
+    if total > host.available:
+        raise FitError(
+            f"{server.name} does not fit this machine: weights {readable(parts.weights)} + "
+            f"processes {readable(total - parts.weights - index)} + index {readable(index)} = "
+            f"{readable(total)}, and {_available(host)}",
+            "lower --host-kv-memory, whose blocks the index describes",
+        )
 
 
 def wanted(server: Server, shape: ModelShape) -> Service:

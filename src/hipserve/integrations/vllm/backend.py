@@ -18,6 +18,7 @@ from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.builder import HiPBuilder
 from hipserve.integrations.vllm.kv_block import BlockLayout
 from hipserve.integrations.vllm.layer import HiPImpl
+from hipserve.integrations.vllm.offload import index_only
 from hipserve.platform import head_dim_refusal
 
 if TYPE_CHECKING:
@@ -115,4 +116,6 @@ class HiPBackend(AttentionBackend):
             return spec
         engine = get_current_vllm_config_or_none()  # `runners.show_configuration`
         layout = BlockLayout.of(spec, settings.hip_config(engine) if engine else DEFAULT)
+        if engine and settings.offload_of(engine) is not None:
+            return index_only(spec, layout)
         return replace(spec, page_size_padded=layout.padded_bytes) if layout.index_bytes else spec

@@ -18,10 +18,11 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve.attention.crossover import rule_for
-from hipserve.errors import BackendError
+from hipserve.errors import BackendError, ConfigError
 from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
+from hipserve.integrations.vllm.offload import HostedLayer, check_blocks
 from hipserve.integrations.vllm.runners import StepRequests, step_requests
 from hipserve.integrations.vllm.step import (
     HiPStep,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+    from hipserve.offload import Offload
 
 READ = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """KV cache specs that are read as what they are; what derives from them means something else."""
@@ -82,7 +84,10 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.schedule = layers[layer_names[0]].impl.schedule
         self.longest = vllm_config.model_config.max_model_len
         self.indexed = any(layer.impl.keeps_index(layer) for layer in self.layers.values())
+        self.offload = settings.offload_of(vllm_config)
         self._check_spec(kv_cache_spec)
+        if self.offload is not None:
+            self._host(vllm_config, self.offload, BlockLayout.of(kv_cache_spec, self.config))
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         size = BlockLayout.of(kv_cache_spec, self.config).index_bytes * blocks
         self.tally.add("hipserve_page_bound_bytes", size)
@@ -122,13 +127,31 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 f"of {spec.head_size} and {spec.head_size_v})",
                 "leave out --attention-backend CUSTOM",
             )
-        needed = BlockLayout.of(spec, self.config).padded_bytes
+        layout = BlockLayout.of(spec, self.config)
+        needed = layout.padded_bytes if self.offload is None else layout.index_bytes
         if self.indexed and spec.page_size_bytes < needed:
             raise BackendError(
                 f"a KV block of {self.layer_names[0]} ({name}) has {spec.page_size_bytes} bytes, "
                 f"but with the index of its keys it needs {needed}",
                 'choose another --block-size, or set {"hip": {"selector": "tree"}}',
             )
+
+    def _host(self, vllm_config: VllmConfig, offload: Offload, layout: BlockLayout) -> None:
+        """Makes the files of all layers; all have to be of this group.
+
+        Raises:
+            ConfigError: the number of blocks is not what host memory holds, or some layers have a
+                window, whose blocks vLLM makes as large as those of the others.
+            FitError: the disk is too small.
+        """
+        every: Any = vllm_config.compilation_config.static_forward_context
+        attention = [x for x in every.values() if hasattr(x, "impl") and hasattr(x, "kv_cache")]
+        if self.num_local or len(self.layers) < len(attention):
+            raise ConfigError("offload", "a model whose layers all read every key", "windows")
+        blocks = check_blocks(vllm_config, offload, layout, len(self.layers))
+        for layer in self.layers.values():
+            if layer.impl.hosted is None:
+                layer.impl.hosted = HostedLayer.make(offload, layout, blocks)
 
     def build(
         self,
@@ -149,7 +172,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self, common: CommonAttentionMetadata, requests: StepRequests, replayed: bool
     ) -> Tensor | None:
         """Pages whose index the layers build; a step that graphs may replay gets it built here."""
-        found = found_keys(common, requests) if self.indexed else []
+        kept = self.offload is not None  # an index stays in its block, as nothing moves blocks
+        found = found_keys(common, requests) if self.indexed and not kept else []
         self.tally.add("hipserve_found_keys", sum(keys for _, keys in found))
         pages = found_pages(common.block_table_tensor, self.kv_cache_spec.block_size, found)
         if pages is None or not replayed:

@@ -106,24 +106,41 @@ def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
     """
     blocks, heads, size, content = kv_cache.shape
     dim, (stride, head, token, _) = content // 2, kv_cache.stride()
-
-    def view(
-        dtype: torch.dtype, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> Tensor:
-        """Holds the storage only: a view by `as_strided` would hold the tensor that keeps it.
-
-        start: bytes from the first block; strides in elements of `dtype`.
-        """
-        begin = kv_cache.storage_offset() * kv_cache.element_size() + start
-        storage, empty = kv_cache.untyped_storage(), kv_cache.new_empty(0, dtype=dtype)
-        return empty.set_(storage, begin // dtype.itemsize, shape, strides)
-
     rows = (blocks, size, heads, dim), (stride, token, head, 1)
     values = dim * kv_cache.element_size()
-    k_cache, v_cache = (view(kv_cache.dtype, start, *rows) for start in (0, values))
+    kinds = (kv_cache, kv_cache.dtype)
+    k_cache, v_cache = (_view(*kinds, start, *rows) for start in (0, values))
     pool = KeyPool(k_cache, v_cache)
     layout = BlockLayout(size, heads, dim, kv_cache.dtype, form)
-    end = layout.content_bytes
+    return BlockPages(pool, index_of(kv_cache, layout, layout.content_bytes, pool.k_cache))
+
+
+def _view(
+    kv_cache: Tensor,
+    dtype: torch.dtype,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Tensor:
+    """Holds the storage only: a view by `as_strided` would hold the tensor that keeps it.
+
+    start: bytes from the first block; strides in elements of `dtype`.
+    """
+    begin = kv_cache.storage_offset() * kv_cache.element_size() + start
+    storage, empty = kv_cache.untyped_storage(), kv_cache.new_empty(0, dtype=dtype)
+    return empty.set_(storage, begin // dtype.itemsize, shape, strides)
+
+
+def index_of(kv_cache: Tensor, layout: BlockLayout, start: int, keys: Tensor) -> KeyIndex:
+    """The index inside a layer's KV blocks, without copying.
+
+    Args:
+        kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, vLLM's.
+        layout: of a block.
+        start: bytes of a block before its index.
+        keys: `[num_blocks, block_size, num_kv_heads, head_dim]`, wherever they are.
+    """
+    blocks, heads, stride, end = kv_cache.shape[0], layout.num_kv_heads, kv_cache.stride(0), start
 
     def allocate(rows: Rows) -> Tensor:
         """The next part of the padding; of a head all rows lie together."""
@@ -133,9 +150,10 @@ def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
         inner = torch.empty(rows.shape, device="meta").stride()
         block = stride * kv_cache.element_size() // rows.dtype.itemsize
         shape = (blocks, rows.count, heads, *rows.shape)
-        return view(rows.dtype, start, shape, (block, row, rows.count * row, *inner))
+        strides = (block, row, rows.count * row, *inner)
+        return _view(kv_cache, rows.dtype, start, shape, strides)
 
-    return BlockPages(pool, layout.index.index(pool.k_cache, allocate))
+    return layout.index.index(keys, allocate)
 
 
 def rebuild_index(pages: BlockPages, found: Tensor) -> None:

@@ -14,12 +14,14 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
+from hipserve.cache.mapped import MappedPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import Tally, tally
+from hipserve.integrations.vllm.offload import HostedLayer
 from hipserve.integrations.vllm.step import HiPStep, first_rows
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, PruningRule, RefreshSchedule
@@ -70,6 +72,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             heads = self.num_kv_heads if self.config.share_group else num_heads
             self.selections.allocate(self.device, heads, self.config.max_selected)
         self.tally = tally(vllm_config.instance_id)
+        self.hosted: HostedLayer | None = None
 
     def is_local(self, layer: Any) -> bool:
         """The model itself lets the layer read a window or a chunk only."""
@@ -112,10 +115,11 @@ class HiPImpl(AttentionImpl[HiPStep]):
             touch_scratch(query, self.config)
             return output.fill_(0)
         step = attn_metadata
-        pages = pages_of(kv_cache, self.index_form(layer))
+        hosted = self.hosted
+        pages = hosted.blocks(kv_cache) if hosted else pages_of(kv_cache, self.index_form(layer))
         new = (key, value) if self.writes and key is not None and value is not None else None
         found = step.found_pages if self.keeps_index(layer) else None
-        keys = BlockKeys(pages, step, new, found)
+        keys = BlockKeys(pages, step, new, found, hosted and hosted.pages)
         q = first_rows(query, step.num_tokens)
         out, _ = self._layer_of(layer, step).forward(q, keys)
         first_rows(output, step.num_tokens).copy_(out)
@@ -147,12 +151,14 @@ class BlockKeys:
         new: keys and values of the step, `[num_tokens, num_kv_heads, head_dim]` each, padding
             behind them; None where another layer writes them.
         found: `[n]` int64, pages whose index has to be built first; None for none.
+        hosted: where keys and values are, if not in the blocks.
     """
 
     pages: BlockPages
     step: HiPStep
     new: tuple[Tensor, Tensor] | None
     found: Tensor | None
+    hosted: MappedPages | None = None
     fresh: None = None
 
     @property
@@ -173,12 +179,14 @@ class BlockKeys:
 
     def fetch(
         self,
-        selection: BlockSelection | None,  # noqa: ARG002
-        layout: BatchLayout,  # noqa: ARG002
-        config: HiPConfig,  # noqa: ARG002
-        rule: PruningRule | None,  # noqa: ARG002
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
     ) -> KeyPool:
-        return self.pages.pool
+        if self.hosted is None:
+            return self.pages.pool
+        return self.hosted.fetch(selection, layout, config, rule)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
 from hipserve.integrations.vllm import OPTIONS_KEY
+from hipserve.offload import Offload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,6 +23,30 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
     Raises:
         ConfigError: an unknown key, or a value out of range.
     """
+    values = _table(vllm_config)
+    values.pop("offload", None)
+    return HiPConfig.from_dict(values)
+
+
+def offload_of(vllm_config: VllmConfig) -> Offload | None:
+    """Where keys and values live, if not in KV blocks: under `offload`, with the fields of
+    `hipserve.Offload`.
+
+    Raises:
+        ConfigError: an unknown key, or a value out of range.
+    """
+    values = _table(vllm_config).get("offload")
+    if values is None:
+        return None
+    known = [field.name for field in dataclasses.fields(Offload)]
+    if not isinstance(values, dict) or not {"host_memory"} <= values.keys() <= set(known):
+        expected = 'a table such as {"host_memory": "8GiB", "file": "/nvme/kv"}'
+        raise ConfigError("offload", expected, repr(values))
+    return Offload(**values)
+
+
+def _table(vllm_config: VllmConfig) -> dict[str, Any]:
+    """A copy of HiP's options."""
     options = cast("Any", vllm_config.additional_config)
     values = options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {}
     if not isinstance(values, dict):
@@ -30,7 +56,7 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
             repr(values),
             "use the keys of HiPConfig",
         )
-    return HiPConfig.from_dict(cast("dict[str, Any]", values))
+    return dict(cast("dict[str, Any]", values))
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -42,6 +68,11 @@ def check(vllm_config: VllmConfig) -> None:
     check_block_size(vllm_config.cache_config.block_size, hip_config(vllm_config))
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
+    offload = offload_of(vllm_config)
+    if offload is not None:
+        from hipserve.integrations.vllm.offload import check_offload
+
+        check_offload(vllm_config, offload, hip_config(vllm_config).code_bits)
 
 
 def check_cache_dtype(cache: str, model: str) -> None:
