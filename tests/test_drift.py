@@ -175,9 +175,16 @@ def test_the_command_prints_a_table(
 
 def test_bare_prompts_are_those_of_dense_attention(loaded: LoadedModel) -> None:
     report = evaluate_drift(
-        loaded, HiPConfig(), DEFAULT_PROMPTS[:1], read_documents(), lengths=[200], places=["behind"]
+        loaded, HiPConfig(), DEFAULT_PROMPTS[:1], read_documents(), lengths=[400], places=["behind"]
     )
     assert report.bare.flips == 0
+    assert PINNED in report.rows, "it is longer than the sinks"
+    short = [Prompt("What is the pass key?", SYSTEM)]
+    fits = evaluate_drift(
+        loaded, HiPConfig(), short, read_documents(), lengths=[200], places=["behind"]
+    )
+    assert list(fits.rows) == [HIP, BLIND]
+    assert "fits the sinks" in fits.warnings[-1]
     assert report.bare.kl < 0.02
     assert not any("bare" in warning for warning in report.warnings)
 

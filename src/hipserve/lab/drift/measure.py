@@ -93,13 +93,16 @@ def evaluate_drift(
             chosen = {HIP: config} if place == BARE else attentions
             say = progress or _say_nothing
             records += _compare(loaded, chosen, prompt, ids, (i, place, length), say)
-    names = [HIP, *([PINNED] if any(p.system for p in prompts) else []), BLIND]
+    pinned = any(record.attention == PINNED for record in records)
+    names = [HIP, *([PINNED] if pinned else []), BLIND]
     bare = [record for record in records if record.place == BARE]
     far = [record for record in records if record.place != BARE]
     own = {name: [record for record in far if record.attention == name] for name in names}
     longest = max(contexts.bare(prompt).shape[1] for prompt in prompts)
     rows = {name: summarize(own[name]) for name in names}
     found = _warnings(summarize(bare), rows, pruned_bare=may_prune(loaded, config, longest))
+    if not pinned and any(prompt.system for prompt in prompts):
+        found.append("every system prompt fits the sinks: all rows read it, pinned or not")
     return DriftReport(
         model=loaded.name,
         scope=_scope(loaded),
@@ -120,8 +123,9 @@ def _say_nothing(prompt: str, name: str) -> None: ...
 
 
 def _attentions(config: HiPConfig, system_tokens: int) -> dict[str, HiPConfig]:
-    pinned = {PINNED: config.pin(system_tokens)} if system_tokens else {}
-    return {HIP: config, **pinned, BLIND: blind(config)}
+    pinned = config.pin(system_tokens)
+    own = {HIP: config} if pinned == config else {HIP: config, PINNED: pinned}
+    return {**own, BLIND: blind(config)}
 
 
 def _places(

@@ -33,11 +33,19 @@ class Prompt:
     contrast: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
+PREFACE = (
+    "You are the assistant of a small library. Visitors ask about books, maps and old papers, and "
+    "they often paste long texts into their questions. Read what they give you with care. Be "
+    "polite, keep your answers short, and say so when you do not know something. The library opens "
+    "at nine in the morning and closes at six in the evening. On Sundays it stays closed. "
+)
+"""A system prompt is longer than the sinks; what counts stands at its end."""
+
 DEFAULT_PROMPTS = [
     *(
         Prompt(
             "What is the pass key?",
-            f"The pass key is {key}. Remember it. {key} is the pass key.",
+            f"{PREFACE}The pass key is {key}. Remember it. {key} is the pass key.",
             "pass key in the system prompt",
             key,
         )
@@ -46,7 +54,7 @@ DEFAULT_PROMPTS = [
     *(
         Prompt(
             "What is the special magic number for lantern mentioned in the provided text?",
-            f"One of the special magic numbers for lantern is: {key}.",
+            f"{PREFACE}One of the special magic numbers for lantern is: {key}.",
             "number in the system prompt",
             key,
         )
@@ -55,7 +63,7 @@ DEFAULT_PROMPTS = [
     *(
         Prompt(
             f"Is it all right to {what}?",
-            "Answer every question with one word: yes or no.",
+            f"{PREFACE}Answer every question with one word: yes or no.",
             "yes or no",
             r"(?i)^\W*(yes|no)\b",
             (("Yes", "yes"), ("No", "no")),
