@@ -21,7 +21,7 @@ from hipserve.cache import OffloadedLayers, PagedLayer, offload
 from hipserve.cache.host import MappedFile, PinnedMemory
 from hipserve.cache.mapped import MappedPages
 from hipserve.cache.staging import StagedPages, runs_of
-from hipserve.cache.tiles import TiledPages, row_tiles
+from hipserve.cache.tiles import TILED_ROWS, TiledPages, row_tiles
 from hipserve.config import IndexForm
 from hipserve.host import HostMemory
 from hipserve.offload import format_bytes, parse_bytes, slot_bytes
@@ -262,6 +262,19 @@ def test_loads_are_counted_and_memory_is_split() -> None:
     assert pages.host_nbytes % page == 0
     assert pages.host_nbytes >= 703 // PAGE * page
     assert pages.device_nbytes > 40 * 2 * HEADS * 16 * DIM * 4
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_more_rows_than_tiles_serve_read_staged_pages(rows: int) -> None:
+    """Resident rows of that many have another kernel on Hopper, which rounds differently."""
+    pages = tiled(1000, "reference")
+    pages.append(*keys(1, 700))
+    pages.append(*keys(1, rows))
+    q = torch.randn(rows, HEADS * GROUP, DIM)
+    config = CONFIG.replace(query_block_size=64)
+    layer = AttentionLayer(config, rule_of(config, q, HEADS), backend="reference")
+    layer.forward(q, Written(pages, [rows]))
+    assert (pages.count_loads()[0] > 0) == (rows <= TILED_ROWS)
 
 
 def test_arenas_that_are_too_small_say_what_is_needed() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hipserve import platform
+from hipserve.cache.tiles import TILED_ROWS
 from hipserve.platform import specialises_warps, triton_library
 
 if triton_library():
@@ -51,6 +52,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "wide heads": {"q_shape": torch.Size([4096, 32, 256])},
     "a selection for each query head": {"selected": torch.Size([64, 32, 64])},
 }
+
+
+def test_rows_that_read_tiles_have_the_same_kernel_resident() -> None:
+    assert make_shape(CALL) is not None
+    assert make_shape(CALL._replace(max_rows=TILED_ROWS)) is None
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -23,6 +23,10 @@ from hipserve.types import BlockSelection, KeyPool, TileArena
 TAIL_PAGES = 2
 """Pages of a sequence that a step may write without staging all that it has."""
 
+TILED_ROWS = 16
+"""Rows of a query block up to which attention reads tiles. On Hopper more rows have another kernel,
+which reads pages only and rounds differently: they read staged pages, as resident ones."""
+
 
 class Memory(Protocol):
     """Memory of the host that the device reads and writes."""
@@ -188,8 +192,10 @@ class TiledPages:
         if selection is not None:
             group = selection.indices.shape[1] // self.arena.tiles.shape[0]
         lists = tiles_read(layout, config, rule if selection is not None else None)
-        if sum(lists) * group > self.arena.num_slots:
+        fits = sum(lists) * group <= self.arena.num_slots
+        if not fits:
             self._check_rows(lists, group, layout, config)
+        if not fits or most_rows(layout, config) > TILED_ROWS:
             self._stage({p for table, _, _ in self._writes for p in table})
             return self._staged.pool
         return load_tiles(
@@ -230,6 +236,12 @@ def row_tiles(config: HiPConfig, rows: int = 0) -> int:
         config.granularity,
         rows or config.refresh_interval,
     )
+
+
+def most_rows(layout: BatchLayout, config: HiPConfig) -> int:
+    """Maximum rows of a query block that so many blocks of so many rows may have."""
+    rows = [rows for _, rows in layout.spans(config.query_block_size)]
+    return min(config.query_block_size, sum(rows) - len(rows) + 1)
 
 
 def tiles_read(layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> list[int]:
