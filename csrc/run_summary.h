@@ -41,9 +41,9 @@ template <class K> struct SummaryRows {
   }
 };
 
-// The finest runs: mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, where S1 and S2 are the sums of the keys
-// [first, end) and of their squares. In 64 bits these sums are exact for keys of 16 bits, whatever
-// their order: every backend computes the same summary.
+// The finest runs: mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, where S1 and S2 are the
+// sums of the keys [first, end) and of their squares. In 64 bits these sums are exact for keys of
+// 16 bits, whatever their order: every backend computes the same summary.
 template <class K>
 static void moments_of_run(const PageRows<const K>& keys, int64_t first, int64_t end, int64_t dim,
                            float* sides) {
