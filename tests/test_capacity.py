@@ -219,9 +219,11 @@ def test_offload_moves_keys_and_leaves_the_index() -> None:
     before, after = resident.parts(), there.parts()
     assert (after.pool, after.keys_values) == (before.keys_values, 0)
     assert (after.index, after.weights) == (before.index, before.weights)
-    assert after.arena == there.step_tiles * TILE_SIZE * 131072
-    assert after.table == 4 * 32 * 8 * there.tokens // TILE_SIZE
-    assert after.staging == 2 * 131072 * 2 * 8 * 128 * 2
+    slot = 8 * (2 * TILE_SIZE * 128 * 2 + 16)  # keys, values, and 16 bytes of what it is
+    assert after.arena == there.step_tiles * 32 * slot
+    assert after.table == 32 * there.tokens // 256 * 4 * (8 * 256 // TILE_SIZE + 2)
+    layer, tails = 131072 * 2 * 8 * 128 * 2, 32 * 2 * 256 * 2 * 8 * 128 * 2
+    assert after.staging == layer + tails
     rule = pruning_rule(config.replace(decode_dense_below=0), "cuda")
     read = []
     for position in range(60_000, 60_064):

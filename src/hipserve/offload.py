@@ -91,6 +91,9 @@ class Offload:
 TILE_SIZE = 16
 """Keys of one KV head that travel together, with their values."""
 
+TAIL_PAGES = 2
+"""Pages of a sequence that a step may write without staging all that it has."""
+
 
 def page_bytes(heads: int, page_size: int, head_dim: int, itemsize: int) -> int:
     """Keys and values of one page, in host memory or staged on the device."""

@@ -15,13 +15,10 @@ from hipserve.cache.staging import HostPages, StagedPages, pool_of
 from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
-from hipserve.offload import TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
+from hipserve.offload import TAIL_PAGES, TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
 from hipserve.ops import load_tiles, store_rows, write_kv
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyPool, TileArena
-
-TAIL_PAGES = 2
-"""Pages of a sequence that a step may write without staging all that it has."""
 
 TILED_ROWS = 16
 """Rows of a query block up to which attention reads tiles. On Hopper more rows have another kernel,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.capacity.shape import ModelShape
 from hipserve.config import DEFAULT, HiPConfig
-from hipserve.offload import TILE_SIZE, tiles_of_rows
+from hipserve.offload import TAIL_PAGES, slot_bytes, table_bytes, tiles_of_rows
 from hipserve.plan.parts import index_bytes
 
 BLOCK = 256
@@ -33,7 +33,8 @@ class Parts:
         activations: what one step allocates.
         reserve: `RESERVE`.
         table: with offload: where each tile lies.
-        staging: with offload: two layers of the context that is being read.
+        staging: with offload: one layer of the context that is being read, and the last pages of
+            every sequence and layer.
         arena: with offload: tiles on the device, at the least what one step reads.
         pool: keys and values on the host, with offload.
     """
@@ -122,7 +123,9 @@ class Service:
     @property
     def arena_floor(self) -> int:
         """Bytes of the tiles that one step of all sequences reads."""
-        return self.sequences * self.step_tiles * TILE_SIZE * self.kv_token_bytes
+        model = self.model
+        slot = slot_bytes(model.num_kv_heads, model.head_dim, model.itemsize)
+        return self.sequences * self.step_tiles * model.full_layers * slot
 
     def parts(self) -> Parts:
         """What it takes."""
@@ -139,11 +142,12 @@ class Service:
         parts = replace(parts, keys_values=0, pool=kv)
         if not self.on_gpu:
             return parts
-        heads = model.full_layers * model.num_kv_heads
+        pages = model.full_layers * self.tokens // BLOCK
+        tails = self.sequences * TAIL_PAGES * BLOCK * self.kv_token_bytes
         return replace(
             parts,
-            table=4 * heads * self.tokens // TILE_SIZE,
-            staging=2 * self.rows * model.row_bytes,
+            table=pages * table_bytes(model.num_kv_heads, BLOCK),
+            staging=self.rows * model.row_bytes + tails,
             arena=min(self.arena_floor, kv),
         )
 
