@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hipserve import HiPConfig
 from hipserve.cache import PagedLayer
+from hipserve.ops import select_blocks
 from hipserve.plan import bound_levels
 
 
@@ -100,3 +103,14 @@ def test_growth_is_rare_and_accounted() -> None:
     assert len(pointers) <= 6
     expected = layer.pool.k_cache.nbytes * 2 + layer.index.summaries.nbytes
     assert layer.nbytes == expected
+
+
+@pytest.mark.parametrize("code_bits", [4, 8, 16])
+def test_checks_of_operations_accept_its_pages(code_bits: int) -> None:
+    config = HiPConfig(budget=64, code_bits=code_bits, sliding_window=64, decode_dense_below=0)
+    layer = PagedLayer(256, *config.index_form)
+    k = torch.randn(1, 700, 2, 64)
+    layer.append(k, k)
+    q = torch.randn(1, 4, 64)
+    selection = select_blocks(q, layer.index, layer.layout([1]), config=config)
+    assert (selection.indices >= 0).sum(2).tolist() == [[4, 4]]

@@ -30,13 +30,13 @@ def name(dtype: torch.dtype) -> str:
 # than a short call.
 
 
-def check_tensor(argument: str, x: object, dims: str) -> None:
-    """`x` is a strided tensor with the axes named in `dims`, the last one contiguous."""
+def check_tensor(argument: str, x: object, dims: str, *, contiguous: bool = True) -> None:
+    """`x` is a strided tensor with the axes named in `dims`, the last one `contiguous`."""
     if not isinstance(x, Tensor):
         raise ArgumentError(argument, f"a tensor {dims}", type(x).__name__)
     if x.dim() != dims.count(",") + 1:
         raise ArgumentError(argument, dims, f"shape {list(x.shape)}")
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if contiguous and x.shape[-1] > 1 and x.stride(-1) != 1:
         got, hint = f"strides {list(x.stride())}", f"call {argument}.contiguous()"
         raise ArgumentError(argument, "a contiguous last axis", got, hint)
 
@@ -137,7 +137,8 @@ def check_index(q: Tensor, index: object, run_size: int | None, code_bits: int) 
         dims = "[num_pages, page_size, num_kv_heads, head_dim * code_bits / 8]"
         check_short("codes", index.codes, dims, torch.int8, q)
         dims, shape = "[num_pages, page_size, num_kv_heads]", list(index.codes.shape[:3])
-        check_short("code_scales", index.code_scales, dims, torch.bfloat16, q)
+        # Heads are the last axis, and not in one piece where pages hold one after the other.
+        check_short("code_scales", index.code_scales, dims, torch.bfloat16, q, contiguous=False)
         assert index.code_scales is not None
         found = list(index.code_scales.shape)
         require(found == shape, "code_scales", f"shape {shape} as codes", found, "use build_index")
@@ -146,9 +147,17 @@ def check_index(q: Tensor, index: object, run_size: int | None, code_bits: int) 
         check_summaries(q, index, run_size)
 
 
-def check_short(argument: str, x: object, dims: str, dtype: torch.dtype, q: Tensor) -> None:
+def check_short(
+    argument: str,
+    x: object,
+    dims: str,
+    dtype: torch.dtype,
+    q: Tensor,
+    *,
+    contiguous: bool = True,
+) -> None:
     """x, with the axes `dims`, is a part of short codes on the device of q `[..., head_dim]`."""
-    check_tensor(argument, x, dims)
+    check_tensor(argument, x, dims, contiguous=contiguous)
     assert isinstance(x, Tensor)
     require(x.dtype == dtype, argument, f"dtype {name(dtype)}", name(x.dtype), "use build_index")
     require(x.device == q.device, argument, f"device {q.device} as q", x.device, "move it")
