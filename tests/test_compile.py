@@ -79,7 +79,7 @@ def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
     chosen = select_blocks(c.q, c.index, c.layout, config=CONFIG, backend=backend)
     pages = (c.kv.pool.k_cache.nan_to_num(), c.kv.pool.v_cache.nan_to_num(), c.layout.block_table)
     sizes = (CONFIG.num_sink_tokens, CONFIG.key_block_size)
-    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, backend)
+    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, None, pages[0].shape[1], backend)
     for read in ((chosen.indices, chosen.window_start), (None, None)):
         torch.library.opcheck(attention._operator, (c.q, *pages, blocks, *read, *numbers))
 

@@ -14,7 +14,7 @@ from engines import FULL, answers, counts, end, engine, prompts, runner
 import tiny_models
 from hipserve.config import DEFAULT
 from hipserve.integrations.vllm import kv_block
-from hipserve.ops.write_kv.reference import moments_of_runs
+from hipserve.ops.write_kv.reference import moments
 
 LENGTHS = (3, 65, 257, 345, 700, 1100)
 SMALL = {"kv_cache_memory_bytes": 1 << 27, "max_model_len": 2048, "max_num_seqs": 8}
@@ -91,7 +91,7 @@ def compare_bounds(kv_cache: Any, layout: Any, seen: dict[str, int]) -> None:
     for table, length in zip(layout.block_table, layout.seq_lens.tolist(), strict=True):
         used = table[: -(-length // pages.index.page_size)].long()
         keys = pages.pool.k_cache[used].flatten(0, 1)[None, : length // 16 * 16]
-        expected = moments_of_runs(keys, 16)[0].to(keys.dtype) if keys.shape[1] else keys[0]
+        expected = moments(keys[0].unflatten(0, (length // 16, 16)), dim=1).to(keys.dtype)
         found = pages.index.summaries[used, : pages.index.page_size // 16].flatten(0, 1)[
             : length // 16
         ]

@@ -19,7 +19,7 @@ from hipserve.integrations.vllm import kv_block, layer, metrics, runners
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import sequences
 from hipserve.ops import build_index, write_kv
-from hipserve.ops.write_kv.reference import moments
+from hipserve.ops.write_kv.reference import box, moments
 from hipserve.plan import pruning_rule
 from hipserve.serving import address, environment, log_words
 from hipserve.serving.command_line import Server
@@ -81,9 +81,9 @@ def test_a_block_that_is_used_again_forgets_its_former_keys() -> None:
     fresh, v = torch.randn(2, 5, 2, 64)
     write_kv(fresh, v, pages.pool, pages.index, 64 + torch.arange(5))
     assert pages.index.summaries is not None
-    expected = moments(fresh, dim=0).to(fresh.dtype)
-    assert torch.equal(pages.index.summaries[1, 0], expected)
-    assert torch.equal(pages.index.summaries[1, 4], expected)  # the run of 64 keys above it
+    fine, coarse = (of(fresh, dim=0).to(fresh.dtype) for of in (moments, box))
+    assert torch.equal(pages.index.summaries[1, 0], fine)
+    assert torch.equal(pages.index.summaries[1, 4], coarse)  # the run of 64 keys above it
 
 
 def test_a_layer_without_bounds_pads_nothing() -> None:

@@ -12,6 +12,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton.rows import RowStrides
+
+
+class PageStrides(NamedTuple):
+    """Strides of pages `[num_pages, num_kv_heads, 2, page_size, head_dim]`, in elements."""
+
+    page: Any
+    head: Any
+    plane: Any
+    """From keys to values."""
+
 
 class Entries(NamedTuple):
     """Some entries of some lists, `[ROWS, WIDTH]` each."""
@@ -231,6 +242,7 @@ def load_kernel(
     DIM: tl.constexpr,
 ):
     """Copies the tiles in `loads` from their pages: keys and values of `PAIRS` tiles together."""
+    strides = PageStrides(*page_strides)
     head = tl.program_id(0).to(tl.int64)
     count = tl.load(state + 3 * head + 2)
     r = tl.arange(0, PAIRS * 2 * TILE)
@@ -245,8 +257,8 @@ def load_kernel(
         tile = tl.load(loads + 2 * pair + 1, mask=there, other=0)
         keep = there[:, None] & (d < HEAD_DIM)[None, :]
         in_page = (tile % per_page * TILE + row) * HEAD_DIM
-        source = pages + (tile // per_page).to(tl.int64) * page_strides[0] + in_page
-        source += head * page_strides[1] + plane * page_strides[2]
+        source = pages + (tile // per_page).to(tl.int64) * strides.page + in_page
+        source += head * strides.head + plane * strides.plane
         rows = tl.load(source[:, None] + d[None, :], mask=keep, cache_modifier=".cg")
         to = tiles + head * head_stride + slot * slot_stride + (plane * TILE + row) * HEAD_DIM
         tl.store(to[:, None] + d[None, :], rows, mask=keep)
@@ -274,6 +286,8 @@ def store_kernel(
     DIM: tl.constexpr,
 ):
     """Writes the rows of one token, all heads, to its page, and to its tile if that is resident."""
+    strides = PageStrides(*page_strides)
+    k_strides, v_strides = RowStrides(*k_strides), RowStrides(*v_strides)
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(slot_mapping + token)
     if at < 0:
@@ -285,11 +299,11 @@ def store_kernel(
     tile = page * (page_size // TILE) + offset // TILE
     slot = tl.load(where + head * where_stride + tile, mask=there, other=-1).to(tl.int64)  # [HEADS]
     resident = inside & (slot >= 0)[:, None]
-    in_page = pages + page * page_strides[0] + head * page_strides[1] + offset * HEAD_DIM
+    in_page = pages + page * strides.page + head * strides.head + offset * HEAD_DIM
     in_tile = tiles + head * head_stride + slot * slot_stride + offset % TILE * HEAD_DIM
-    row = tl.load(k + token * k_strides[0] + head[:, None] * k_strides[1] + d, mask=inside)
+    row = tl.load(k + token * k_strides.token + head[:, None] * k_strides.head + d, mask=inside)
     tl.store(in_page[:, None] + d, row, mask=inside)
     tl.store(in_tile[:, None] + d, row, mask=resident)
-    row = tl.load(v + token * v_strides[0] + head[:, None] * v_strides[1] + d, mask=inside)
-    tl.store(in_page[:, None] + page_strides[2] + d, row, mask=inside)
+    row = tl.load(v + token * v_strides.token + head[:, None] * v_strides.head + d, mask=inside)
+    tl.store(in_page[:, None] + strides.plane + d, row, mask=inside)
     tl.store(in_tile[:, None] + TILE * HEAD_DIM + d, row, mask=resident)
