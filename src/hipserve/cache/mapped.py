@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hipserve.cache.host import FileMemory
 from hipserve.cache.staging import pool_of
-from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
+from hipserve.cache.store import Write, empty_index, grown, larger_index, ordinary_tensors
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
-from hipserve.offload import TILE_SIZE, format_bytes
+from hipserve.offload import TILE_SIZE, format_bytes, page_bytes
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyPool
@@ -30,13 +30,13 @@ def host_pages(memory: Tensor, page_size: int, k: Tensor) -> Tensor:
         FitError: not even one does.
     """
     heads, dim = k.shape[-2:]
-    page_bytes = heads * 2 * page_size * dim * k.element_size()
-    count = memory.numel() // page_bytes
+    nbytes = page_bytes(heads, page_size, dim, k.element_size())
+    count = memory.numel() // nbytes
     if not count:
-        found = f"a page of a layer takes {format_bytes(page_bytes)}"
+        found = f"a page of a layer takes {format_bytes(nbytes)}"
         share = f"its share of host_memory is {format_bytes(memory.numel())}"
         raise FitError(f"{found}, and {share}", "raise host_memory")
-    numbers = memory[: count * page_bytes].view(k.dtype)
+    numbers = memory[: count * nbytes].view(k.dtype)
     return numbers.view(count, heads, 2, page_size, dim)
 
 
@@ -73,10 +73,7 @@ class MappedPages:
         check_room(wanted, capacity, self.page_size)
         count = min(grown(held, wanted, self.page_size), capacity)
         self._memory.reserve(count * self._pages[0].nbytes)
-        before = self.index.tensors()
-        self.index = empty_index(count, self.page_size, self.form, self.pool.k_cache)
-        for new, old in zip(self.index.tensors(), before, strict=True):
-            new[:held] = old[:held]
+        self.index = larger_index(self.index, held, count, self.form, self.pool.k_cache)
         self._held = count
         return count
 

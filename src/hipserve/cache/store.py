@@ -128,6 +128,18 @@ def empty_index(
     return layout.index(keys, lambda rows: _allocate(count, heads, rows, there))
 
 
+def larger_index(index: KeyIndex, held: int, count: int, form: IndexForm, keys: Tensor) -> KeyIndex:
+    """An index of `count` of the pages of `keys`, as `empty_index` makes it, on the device of
+    `index`, whose first `held` pages it has.
+
+    keys: `[num_pages, page_size, num_kv_heads, head_dim]`.
+    """
+    larger = empty_index(count, keys.shape[1], form, keys, index.codes.device)
+    for new, old in zip(larger.tensors(), index.tensors(), strict=True):
+        new[:held] = old[:held]
+    return larger
+
+
 def _allocate(count: int, heads: int, rows: Rows, like: Tensor) -> Tensor:
     shape = (count, heads, rows.count, *rows.shape)
     return torch.empty(shape, dtype=rows.dtype, device=like.device).transpose(1, 2)

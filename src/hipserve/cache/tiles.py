@@ -12,7 +12,7 @@ from torch import Tensor
 from hipserve.cache.host import PIECE
 from hipserve.cache.mapped import check_room, host_pages
 from hipserve.cache.staging import HostPages, StagedPages, pool_of
-from hipserve.cache.store import Write, empty_index, grown, ordinary_tensors
+from hipserve.cache.store import Write, empty_index, grown, larger_index, ordinary_tensors
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
 from hipserve.offload import TAIL_PAGES, TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
@@ -98,7 +98,7 @@ class TiledPages:
         return index + self.arena.nbytes + self._tail.nbytes
 
     @ordinary_tensors
-    def grow(self, held: int, wanted: int, k: Tensor) -> int:
+    def grow(self, held: int, wanted: int, k: Tensor) -> int:  # noqa: ARG002
         """As `PageStore.grow`; k `[..., num_kv_heads, head_dim]`. Index and table move.
 
         Raises:
@@ -107,11 +107,8 @@ class TiledPages:
         check_room(wanted, self._host.shape[0], self.page_size)
         count = min(grown(held, wanted, self.page_size), self._host.shape[0])
         self._reserve(count)
-        before, where = self.index.tensors(), self.arena.where
-        keys = self.pool.k_cache
-        self.index = empty_index(count, self.page_size, self.form, keys, k.device)
-        for new, old in zip(self.index.tensors(), before, strict=True):
-            new[:held] = old[:held]
+        self.index = larger_index(self.index, held, count, self.form, self.pool.k_cache)
+        where = self.arena.where
         table = where.new_full((where.shape[0], count * (self.page_size // TILE_SIZE)), -1)
         table[:, : where.shape[1]] = where
         self.arena = replace(self.arena, where=table)

@@ -14,11 +14,10 @@ from hipserve.cli.lab_shared import (
     Text,
     check_svg,
     read_samples,
-    show_grids,
-    write_svg,
+    show_report,
 )
 from hipserve.cli.numbers import at_least, parse_counts
-from hipserve.cli.output import err, result_json
+from hipserve.cli.output import err
 
 
 def cache(
@@ -68,8 +67,4 @@ def cache(
             intervals=intervals,
             progress=status.update,
         )
-    write_svg(svg, charts(report))
-    if json:
-        result_json(report.to_dict())
-    else:
-        show_grids(grids(report))
+    show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_count
-from hipserve.cli.output import say, show
+from hipserve.cli.output import result_json, say, show
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -69,6 +69,22 @@ def read_samples(
         if not any(sample.name.startswith(doc.name) for sample in found):
             say(f"left out, shorter than {length:,} tokens: {doc.name}", style="yellow")
     return found
+
+
+def show_report(
+    table: dict[str, Any],
+    grids: Sequence[Grid],
+    charts: Sequence[Chart],
+    *,
+    svg: Path | None,
+    json: bool,
+) -> None:
+    """The picture in its file, then on stdout the report as a JSON table or as tables."""
+    write_svg(svg, charts)
+    if json:
+        result_json(table)
+    else:
+        show_grids(grids)
 
 
 def show_grids(grids: Sequence[Grid]) -> None:

@@ -19,6 +19,9 @@ from hipserve.errors import FitError
 from hipserve.models import LoadedModel
 from hipserve.models.passes import make_cache, read
 
+ROWS = 16
+"""Query rows of a text that are recorded unless told otherwise."""
+
 
 class Call(NamedTuple):
     """One call of the attention of one layer.

@@ -14,15 +14,11 @@ from hipserve.lab.intervals import Estimate, estimate, mean
 from hipserve.lab.locality.clusters import intraclass, unread, waste
 from hipserve.lab.locality.loss import Head, head_losses
 from hipserve.lab.locality.ranks import RankCorrelation, rank_correlation
-from hipserve.lab.recorder import LayerRecord, record_heads
-from hipserve.lab.representative.splits import correlation
+from hipserve.lab.recorder import ROWS, LayerRecord, record_heads
+from hipserve.lab.representative.splits import LAGS, SIZES, correlation
 from hipserve.lab.samples import Sample, check_room
 from hipserve.models import LoadedModel
 from hipserve.plan import pruning_rule
-
-SIZES = (16, 64, 256)
-LAGS = (1, 4, 16, 64, 255)
-ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)

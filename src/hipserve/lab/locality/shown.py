@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from hipserve.lab.intervals import mean
 from hipserve.lab.locality.report import (
-    LAGS,
     PREDICTORS,
-    SIZES,
     LocalityPoint,
     LocalityReport,
     Measure,
 )
+from hipserve.lab.representative.splits import LAGS, SIZES
 from hipserve.lab.shown import Chart, Grid, Line, with_error
 
 SHOWN_LAGS = (1, 16, 64)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.lab.intervals import Estimate, estimate, mean
-from hipserve.lab.recorder import LayerRecord, record_heads
+from hipserve.lab.recorder import ROWS, LayerRecord, record_heads
 from hipserve.lab.representative.recall import search_recall
 from hipserve.lab.representative.splits import (
+    LAGS,
+    SIZES,
     Shares,
     correlation,
     predict_shares,
@@ -21,10 +23,6 @@ from hipserve.lab.representative.splits import (
 )
 from hipserve.lab.samples import Sample, check_room
 from hipserve.models import LoadedModel
-
-SIZES = (16, 64, 256)
-LAGS = (1, 4, 16, 64, 255)
-ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)

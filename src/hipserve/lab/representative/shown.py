@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hipserve.lab.intervals import mean
 from hipserve.lab.representative.recall import SEARCHES
-from hipserve.lab.representative.report import LAGS, RepresentativeReport
-from hipserve.lab.representative.splits import REPRESENTATIVES
+from hipserve.lab.representative.report import RepresentativeReport
+from hipserve.lab.representative.splits import LAGS, REPRESENTATIVES
 from hipserve.lab.shown import Chart, Grid, Line, with_error
 
 

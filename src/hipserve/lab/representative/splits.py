@@ -11,6 +11,11 @@ from torch import Tensor
 
 REPRESENTATIVES = ("first", "middle", "last", "random", "mean")
 Shares = dict[str, float]
+SIZES = (16, 64, 256)
+"""Keys of ranges."""
+
+LAGS = (1, 4, 16, 64, 255)
+"""Distances of keys at which correlation is shown."""
 
 
 def split_shares(scores: Tensor, size: int, seed: int = 0) -> Shares:
