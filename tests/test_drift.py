@@ -154,7 +154,7 @@ def test_the_command_shows_what_pinning_mends(
     hip, pinned, blinded = report["rows"].values()
     assert hip["contexts"] == pinned["contexts"] == len(PLACES)
     assert pinned["kl"] < hip["kl"]
-    assert blinded["kl"] >= hip["kl"]
+    assert blinded["kl"] > 0.05
     assert pinned["followed"][1] >= hip["followed"][1]
     assert {r["place"] for r in report["records"]} == {BARE, *PLACES}
 

@@ -193,7 +193,7 @@ def test_far_tokens_show_what_blind_attention_loses(loaded: LoadedModel) -> None
     floor, blinded = report.results["noise floor"], report.results["sinks + window"]
     assert floor.far_tokens == blinded.far_tokens > 40
     assert abs(floor.far or 0.0) < 0.05
-    assert (blinded.far or 0.0) > 0.25  # of its single block it makes the most
+    assert (blinded.far or 0.0) > 0.5
     assert floor.verdicts["far"].margin == blinded.verdicts["far"].margin == 0.05
     assert blinded.change < (blinded.far or 0.0), "the other tokens dilute it"
 

@@ -19,8 +19,14 @@ def with_controls(configs: dict[str, HiPConfig | None], length: int) -> dict[str
 
 
 def blind(base: HiPConfig) -> HiPConfig:
-    """Sinks and window, and of everything between them the single block that no budget is below."""
+    """Sinks and window, and of everything between them the single block that no budget is below.
+
+    By the mean of a run: a good search would find in that block most of what there is to find.
+    """
     return base.replace(
+        selector="bound",
+        bound_reach=0.0,
+        rerank=0,
         budget=base.granularity,
         dense_layers=(),
         dense_below=0,
