@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hipserve import HiPConfig, hip_attention
-from hipserve.cache.pages import empty_pages
+from hipserve.cache.store import empty_pages
 from hipserve.ops import block_sparse_attention, build_index, refresh_blocks, select_blocks
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule

@@ -161,6 +161,22 @@ def test_no_import_climbs_unseen() -> None:
     assert found == set()
 
 
+PROGRAMS = [
+    f for folder in ("benchmarks", "examples", "docs") for f in (ROOT / folder).glob("*.py")
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_programs_import_what_exists(program: Path) -> None:
+    """Most of them need a card or hours, so no test runs them: what they import has to be there."""
+    for node in ast.walk(ast.parse(program.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hipserve"):
+            assert node.module is not None
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert missing == [], f"{node.module} has no such names"
+
+
 def test_commands_stay_short() -> None:
     files = (ROOT / "src/hipserve/cli").glob("*.py")
     assert [f.name for f in files if len(f.read_text("utf-8").splitlines()) >= 300] == []
