@@ -36,10 +36,10 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def report(loaded: LoadedModel) -> LabReport:
     said: list[str] = []
-    documents = domain_documents(6000)[:2]
-    made = make_report(loaded, SMALL, documents, length=640, progress=said.append)
-    assert said[0] == "quality, 1 of 4: texts"
-    assert "locality, 4 of 4: documentation (dense)" in said
+    documents = domain_documents(16000)[:2]
+    made = make_report(loaded, SMALL, documents, length=1600, progress=said.append)
+    assert said[0] == "quality, 1 of 6: texts"
+    assert "locality, 6 of 6: documentation (dense)" in said
     return made
 
 
@@ -50,8 +50,12 @@ def test_every_part_is_there(report: LabReport) -> None:
     assert values["results"]["quality"]["results"]["hip"]["kl"] > 0
     assert len(values["results"]["cache"]["points"]) == 2 * 2 * 4 * 4 * 2
     assert "budget = 64, " in values["facts"]["configuration"]
+    answers = {row["task"]: row for row in values["results"]["answers"]["results"]}
+    assert {task: row["samples"] for task, row in answers.items()} == {"niah": 16, "kv": 16}
+    assert values["results"]["drift"]["prompts"] == 4
+    assert values["results"]["drift"]["rows"]["sinks + window"]["contexts"] == 12
     commands = [section.command for section in report.to_page().sections]
-    assert commands[3] == "hipserve lab locality tiny --length 640 --budget 64 --rows 16"
+    assert commands[-1] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
 
 
 def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:

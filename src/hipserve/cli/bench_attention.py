@@ -69,12 +69,12 @@ def attention(
         report = bench_attention(
             parse_counts(lengths),
             phases=_phases(phase),
-            shape=_shape(heads, head_dim),
-            dtype=_dtype(dtype),
+            shape=parse_shape(heads, head_dim),
+            dtype=parse_dtype(dtype),
             config=base,
             backend=backend,
             device=device,
-            limits=Limits(rounds=rounds, clock=_clock(clock)),
+            limits=Limits(rounds=rounds, clock=parse_clock(clock)),
             progress=lambda text: status.update(f"{text} …"),
         )
     if csv:
@@ -98,13 +98,15 @@ def _phases(text: str) -> tuple[Phase, ...]:
     return known[text]
 
 
-def _clock(text: str) -> Clock:
+def parse_clock(text: str) -> Clock:
+    """What times are read from, by name."""
     if text != "wall" and text != "cpu":
         raise ArgumentError("clock", "wall or cpu", repr(text))
     return text
 
 
-def _shape(heads: str, head_dim: int) -> LayerShape:
+def parse_shape(heads: str, head_dim: int) -> LayerShape:
+    """The heads of a layer, from 32/8."""
     from hipserve.lab import LayerShape
 
     counts = heads.split("/")
@@ -113,7 +115,8 @@ def _shape(heads: str, head_dim: int) -> LayerShape:
     return LayerShape(int(counts[0]), int(counts[1]), head_dim)
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
+    """A precision by name."""
     import torch
 
     names = ("bfloat16", "float16", "float32")

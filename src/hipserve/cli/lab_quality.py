@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.comparison import (
@@ -25,13 +24,11 @@ from hipserve.cli.comparison import (
     say_what_was_left_out,
 )
 from hipserve.cli.lab_shared import show_grids
-from hipserve.cli.numbers import format_count
-from hipserve.cli.output import err, result, result_json, say, show
+from hipserve.cli.output import err, result, result_json, say
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.lab import Document, FidelityReport, RetrievalReport
-    from hipserve.lab.quality.retrieval import TaskResult
 
 Margin = Annotated[
     list[str] | None,
@@ -136,12 +133,11 @@ def _show_text(report: FidelityReport) -> None:
 
 
 def _show_tasks(report: RetrievalReport) -> None:
-    from hipserve.lab.quality.shown import verdict_words
+    from hipserve.lab.quality.shown import answers_grid, answers_sentences
 
-    show(_task_table(report))
-    for row in report.results:
-        for name, flips in row.flips.items():
-            result(f"{row.task}, {name}: answers {verdict_words(flips.verdict, 'questions')}")
+    show_grids([answers_grid(report)])
+    for sentence in answers_sentences(report):
+        result(sentence)
 
 
 def _margins(given: list[str] | None) -> dict[str, float]:
@@ -176,36 +172,3 @@ def _choose(documents: list[Document], which: str | None) -> list[Document]:
         expected = f"a slice that leaves some of the {len(documents)} texts"
         raise ArgumentError("documents", expected, repr(which), "write ::2 or 1::2")
     return chosen
-
-
-def _task_table(report: RetrievalReport) -> Table:
-    size = f"{format_count(report.length)} tokens, by {report.form}"
-    table = Table(title=f"{report.model}, {size}")
-    for heading in ("task", "attention", "score", "change", "lost", "gained", "nats", "verdict"):
-        table.add_column(heading)
-    table.caption = "95 % intervals over documents; nats: change of the right answer's logarithm"
-    for row in report.results:
-        for name in report.configs:
-            table.add_row(f"{row.task} ({row.samples})", name, *_task_cells(row, name))
-    return table
-
-
-def _task_cells(row: TaskResult, name: str) -> list[str]:
-    cells = [f"{row.scores[name].mean:.3f}"]
-    if name not in row.flips:
-        return cells
-    flips, change = row.flips[name], row.difference[name]
-    return [
-        *cells,
-        _with_error(change.mean, change.interval, "+.1%", ".1%"),
-        str(flips.lost),
-        str(flips.gained),
-        _with_error(flips.nats, flips.nats_interval, "+.3f", ".3f"),
-        flips.verdict.decision,
-    ]
-
-
-def _with_error(value: float, interval: tuple[float, float] | None, form: str, half: str) -> str:
-    if interval is None:
-        return f"{value:{form}}"
-    return f"{value:{form}}\n±{(interval[1] - interval[0]) / 2:{half}}"

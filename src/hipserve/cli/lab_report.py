@@ -21,7 +21,10 @@ def report(
     text: Text = None,
     parts: Annotated[
         str,
-        typer.Option(help="quality, cache, representative, locality, with commas; all if empty."),
+        typer.Option(
+            help="quality, answers, drift, cache, representative, locality, with commas; all if "
+            "empty."
+        ),
     ] = "",
     out: Annotated[
         Path,
@@ -40,7 +43,7 @@ def report(
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
-    """Quality, caches, representatives and locality on one page, as HTML and Markdown.
+    """Quality, answers, drift, caches, representatives, locality: one page, HTML and Markdown.
 
     Both have the same numbers; --json prints every measurement as well.
     """

@@ -1,9 +1,10 @@
-"""Fidelity as a table, sentences and charts."""
+"""Fidelity and answers as tables, sentences and charts."""
 
 from __future__ import annotations
 
 from hipserve.lab.quality.controls import BLIND, FLOOR
 from hipserve.lab.quality.fidelity import Fidelity, FidelityReport
+from hipserve.lab.quality.retrieval import RetrievalReport, TaskResult
 from hipserve.lab.shown import Chart, Grid, Line, with_interval
 from hipserve.lab.verdicts import Verdict
 
@@ -59,6 +60,43 @@ def verdict_words(verdict: Verdict, unit: str) -> str:
     if verdict.more is None:
         return f"{within}: too near to it)"
     return f"{within}: {verdict.more:,} {unit} more)"
+
+
+def answers_grid(report: RetrievalReport) -> Grid:
+    """A row for each task and attention."""
+    title = f"{report.model}, {report.length:,} tokens, by {report.form}"
+    headings = ["task", "attention", "score", "change", "lost", "gained", "nats", "verdict"]
+    rows = [
+        [f"{row.task} ({row.samples})", name, *_answers_cells(row, name)]
+        for row in report.results
+        for name in report.configs
+    ]
+    caption = "95 % intervals over documents; nats: change of the right answer's logarithm"
+    return Grid(title, headings, rows, caption)
+
+
+def _answers_cells(row: TaskResult, name: str) -> list[str]:
+    score = f"{row.scores[name].mean:.3f}"
+    if name not in row.flips:
+        return [score, *[""] * 5]
+    flips, change = row.flips[name], row.difference[name]
+    return [
+        score,
+        with_interval(change.mean, change.interval, "+.1%"),
+        str(flips.lost),
+        str(flips.gained),
+        with_interval(flips.nats, flips.nats_interval, "+.3f"),
+        flips.verdict.decision,
+    ]
+
+
+def answers_sentences(report: RetrievalReport) -> list[str]:
+    """The verdict on each task under each attention."""
+    return [
+        f"{row.task}, {name}: answers {verdict_words(flips.verdict, 'questions')}"
+        for row in report.results
+        for name, flips in row.flips.items()
+    ]
 
 
 def charts(report: FidelityReport) -> list[Chart]:

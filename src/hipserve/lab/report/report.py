@@ -10,11 +10,15 @@ from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError, did_you_mean
 from hipserve.lab.cache import shown as cache_shown
 from hipserve.lab.cache.report import CacheReport, measure_cache
+from hipserve.lab.drift import shown as drift_shown
+from hipserve.lab.drift.measure import DriftReport, evaluate_drift
+from hipserve.lab.drift.prompts import DEFAULT_PROMPTS
 from hipserve.lab.locality import shown as locality_shown
 from hipserve.lab.locality.report import LocalityReport, measure_locality
 from hipserve.lab.provenance import provenance
 from hipserve.lab.quality import shown as quality_shown
 from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
+from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
 from hipserve.lab.report.page import Page, Section
 from hipserve.lab.representative import shown as representative_shown
 from hipserve.lab.representative.report import RepresentativeReport, measure_representatives
@@ -24,12 +28,22 @@ from hipserve.models import LoadedModel
 
 QUALITY_DOCUMENTS = 4
 """Read four times each at the full length; as many as an interval over documents takes."""
+TASKS, TASK_DOCUMENTS, TASK_QUESTIONS = ("niah", "kv"), 2, 8
+DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::3]
+"""Tokens of the contexts that prompts stand in, and one prompt in three."""
 HEADS_LENGTH = 8192
 """Tokens of the texts on which splits are judged: correlations are those of longer texts."""
 LOSS_LENGTH, LOSS_BUDGET = 4096, 256
 """Tokens of the text that is read once for every head, and what it may read of them."""
 
-Result = FidelityReport | CacheReport | RepresentativeReport | LocalityReport
+Result = (
+    FidelityReport
+    | RetrievalReport
+    | DriftReport
+    | CacheReport
+    | RepresentativeReport
+    | LocalityReport
+)
 Say = Callable[[str], None]
 
 
@@ -57,9 +71,11 @@ class LabReport:
 
 
 def _section(result: Result) -> Section:
-    config = result.configs["hip"] if isinstance(result, FidelityReport) else result.config
+    compared = isinstance(result, FidelityReport | RetrievalReport)
+    config = result.configs["hip"] if compared else result.config
     budget = f" --budget {config['budget']}" if config["budget"] != DEFAULT.budget else ""
-    size = f"--length {result.length}{budget}"
+    length = result.lengths[0] if isinstance(result, DriftReport) else result.length
+    size = f"--length {length}{budget}"
     match result:
         case FidelityReport():
             return Section(
@@ -68,6 +84,24 @@ def _section(result: Result) -> Section:
                 [*quality_shown.sentences(result), *result.warnings],
                 [quality_shown.grid(result)],
                 quality_shown.charts(result),
+            )
+        case RetrievalReport():
+            tasks = ",".join(row.task for row in result.results)
+            return Section(
+                "Answers",
+                f"hipserve lab quality {result.model} {size} --tasks {tasks} "
+                f"--samples {TASK_DOCUMENTS} --questions {TASK_QUESTIONS}",
+                [*quality_shown.answers_sentences(result), *result.warnings],
+                [quality_shown.answers_grid(result)],
+                [],
+            )
+        case DriftReport():
+            return Section(
+                "System prompts in long contexts",
+                f"hipserve lab drift {result.model} --lengths {length}{budget}",
+                [result.scope, *result.warnings],
+                [drift_shown.grid(result)],
+                [],
             )
         case CacheReport():
             return Section(
@@ -154,6 +188,31 @@ def _quality(given: _Inputs, say: Say) -> FidelityReport:
     )
 
 
+def _answers(given: _Inputs, say: Say) -> RetrievalReport:
+    return evaluate_retrieval(
+        given.loaded,
+        {"dense": None, "hip": given.config},
+        TASKS,
+        "\n\n".join(document.text for document in given.documents),
+        length=given.length,
+        samples=TASK_DOCUMENTS,
+        questions=TASK_QUESTIONS,
+        controls=True,
+        progress=lambda task, name, done: say(f"{task}, {done} of {TASK_DOCUMENTS}, {name}"),
+    )
+
+
+def _drift(given: _Inputs, say: Say) -> DriftReport:
+    return evaluate_drift(
+        given.loaded,
+        given.config,
+        DRIFT_PROMPTS,
+        given.documents,
+        lengths=[min(DRIFT_LENGTH, given.length)],
+        progress=lambda prompt, name: say(f"{prompt} of {len(DRIFT_PROMPTS)}, {name}"),
+    )
+
+
 def _cache(given: _Inputs, say: Say) -> CacheReport:
     samples = given.samples(given.length)
     return measure_cache(given.loaded, given.config, samples, progress=say)
@@ -171,6 +230,8 @@ def _locality(given: _Inputs, say: Say) -> LocalityReport:
 
 PARTS: dict[str, Callable[[_Inputs, Say], Result]] = {
     "quality": _quality,
+    "answers": _answers,
+    "drift": _drift,
     "cache": _cache,
     "representative": _representative,
     "locality": _locality,

@@ -54,7 +54,7 @@ def bench_attention(
         ArgumentError: a length or the device cannot be used.
     """
     shape, config, limits = shape or LayerShape(), config or HiPConfig(), limits or Limits()
-    _check(lengths, shape, device, limits)
+    check_inputs(lengths, shape, device, limits)
     config, kernel = _of_machine(config, backend, shape, dtype)
     made = provenance(limits.clock)
     checks = require([check_whole_budget(shape, dtype, backend)])
@@ -123,7 +123,8 @@ def time_decode(case: Decode, limits: Limits) -> dict[str, Timing]:
     }
 
 
-def _check(lengths: Sequence[int], shape: LayerShape, device: str, limits: Limits) -> None:
+def check_inputs(lengths: Sequence[int], shape: LayerShape, device: str, limits: Limits) -> None:
+    """Raises ArgumentError for what cannot be timed."""
     for length in lengths:
         if length < 1:
             raise ArgumentError("lengths", "1 or more tokens", str(length), "give longer ones")
