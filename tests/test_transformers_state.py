@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hipserve import ArgumentError, HiPCache
+from hipserve import ArgumentError, HiPCache, HiPConfig, register
 from hipserve.attention import layer as attention_layer
 from hipserve.attention import selections
 from hipserve.integrations.transformers import forward
@@ -202,3 +202,22 @@ def test_what_a_cache_knows_of_padding_follows_beams_and_crops() -> None:
     got = model(ids[order, 30:], attention_mask=mask[order], past_key_values=cache).logits
     expected = dense(ids[order], attention_mask=mask[order]).logits[:, 30:]
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_registered_configuration_is_for_models_that_carry_none() -> None:
+    """For the attention and for the pages; registering without one keeps it."""
+    carries, plain, ids = build("llama", PRUNED), build("llama"), prompts(1, 200)
+    expected = carries(ids, past_key_values=HiPCache(carries.config)).logits
+    dense = plain(ids, past_key_values=HiPCache(plain.config)).logits
+    assert not torch.equal(expected, dense)
+    try:
+        register(HiPConfig.from_dict({**PRUNED, "selector": "tree"}))
+        assert HiPCache(plain.config).layers[0].pages.form.run_size is None
+        assert HiPCache(carries.config).layers[0].pages.form.run_size == 16
+        register(HiPConfig.from_dict(PRUNED))
+        register()
+        assert torch.equal(plain(ids, past_key_values=HiPCache(plain.config)).logits, expected)
+    finally:
+        register(HiPConfig())
+    assert torch.equal(plain(ids, past_key_values=HiPCache(plain.config)).logits, dense)

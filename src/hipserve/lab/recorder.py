@@ -6,6 +6,7 @@ pruned, the model computes what it would have computed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def watched(loaded: LoadedModel, watcher: Watcher) -> Generator[None]:
     plain: Any = AttentionInterface()[name]
     own = {id(module) for module in loaded.model.modules()}
 
+    @functools.wraps(plain)
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> Any:

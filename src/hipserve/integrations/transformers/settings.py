@@ -5,24 +5,24 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
+from transformers import AttentionInterface
+
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
 
 NAME = "hip"
-_default = DEFAULT
 _parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
-
-
-def set_default(config: HiPConfig) -> None:
-    """`config` is for models that carry none."""
-    global _default
-    _default = config
 
 
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one."""
     own = getattr(model_config, NAME, None)
-    return _default if own is None else _parse(own)
+    return registered() if own is None else _parse(own)
+
+
+def registered() -> HiPConfig:
+    """What `register` was given: it stands with the function in transformers' own table."""
+    return getattr(AttentionInterface().get(NAME), "config", DEFAULT)
 
 
 def _parse(settings: dict[str, Any]) -> HiPConfig:
