@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -199,13 +200,19 @@ def chains_launches(device: torch.device) -> bool:
 def specialises_warps(device: torch.device) -> bool:
     """The GPU is a Hopper, and Triton has the language that gives warps roles.
 
-    That language is young: only versions that the kernels were compiled with count.
+    That language is young: only versions count with which the kernel was checked on a card, and
+    of those only builds that have it.
     """
     if device.type != "cuda" or torch.version.hip is not None or triton_library():
         return False
-    version = importlib.metadata.version("triton")
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and version.startswith(GLUON_VERSIONS)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        triton = importlib.import_module("triton")
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError:
+        return False
+    return triton.__version__.startswith(GLUON_VERSIONS)
 
 
 def default_device() -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,19 @@ KERNELS = {
     "load_kernel",
     "store_kernel",
 }
-LITTLE = 64
-"""Bytes a thread: what the largest attention tiles cost, which are nevertheless the fastest."""
-
-OUTSIDE = 32
-"""The same for the kernel for Hopper, which spills nothing inside its loops over tiles."""
+SPILLED = {
+    "3.6": {"attention_kernel": 64, "hopper_kernel": 32},
+    "3.7": {"attention_kernel": 64, "hopper_kernel": 32, "search_kernel": 16},
+    "3.8": {
+        "attention_kernel": 192,
+        "hopper_kernel": 32,
+        "search_kernel": 16,
+        "resolve_kernel": 16,
+    },
+}
+"""Bytes a thread that a kernel may spill with each Triton, 0 where it is not named. The largest
+tiles of attention spill and are nevertheless the fastest; the kernel for Hopper spills nothing
+inside its loops over tiles."""
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -48,12 +57,12 @@ def test_kernels_compile_ahead(capability: int, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
+    limits = SPILLED.get(version("triton")[:3], SPILLED["3.8"])
     if capability == 90:
         assert {name.split()[0] for name in found} >= KERNELS
     for name, needs in found.items():
         assert needs["shared_bytes"] <= SHARED[capability], name
-        allowed = {"attention_kernel": LITTLE, "hopper_kernel": OUTSIDE}.get(name.split()[0], 0)
-        assert needs["spilled_bytes"] <= allowed, f"{name}: {needs}"
+        assert needs["spilled_bytes"] <= limits.get(name.split()[0], 0), f"{name}: {needs}"
 
 
 def test_float32_heads_too_wide_for_a_small_gpu_are_refused(

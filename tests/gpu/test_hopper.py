@@ -5,17 +5,19 @@ Its language has no interpreter, so only a card runs it.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from hipserve import platform
 from hipserve.cache.tiles import TILED_ROWS
 from hipserve.platform import specialises_warps, triton_library
 
 if triton_library():
     pytest.skip(triton_library(), allow_module_level=True)
+
+import triton
 
 from hipserve.ops.block_sparse_attention.triton import launch
 from hipserve.ops.block_sparse_attention.triton.hopper.shape import can_copy, make_shape
@@ -123,20 +125,22 @@ def test_a_hopper_takes_it_and_others_do_not(monkeypatch: pytest.MonkeyPatch) ->
 def test_only_a_hopper_with_a_known_triton_gives_warps_roles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for capability, version, there in (
-        ((9, 0), "3.6.0", True),
-        ((9, 0), "3.60.0", False),
-        ((9, 0), "4.0.0", False),
-        ((8, 9), "3.6.0", False),
-        ((10, 0), "3.6.0", False),
-    ):
+    def specialises(capability: tuple[int, int], version: str) -> bool:
         specialises_warps.cache_clear()
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda _, capability=capability: capability
-        )
-        monkeypatch.setattr(
-            platform.importlib.metadata, "version", lambda _, version=version: version
-        )
-        assert specialises_warps(torch.device("cuda")) is there
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(triton, "__version__", version)
         assert not specialises_warps(torch.device("cpu"))
+        return specialises_warps(torch.device("cuda"))
+
+    assert specialises((9, 0), "3.6.0")
+    for capability, version in (
+        ((9, 0), "3.7.1"),
+        ((9, 0), "3.60.0"),
+        ((9, 0), "4.0.0"),
+        ((8, 9), "3.6.0"),
+        ((10, 0), "3.6.0"),
+    ):
+        assert not specialises(capability, version)
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
+    assert not specialises((9, 0), "3.6.0"), "a build without the language"
     specialises_warps.cache_clear()
