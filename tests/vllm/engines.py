@@ -1,6 +1,6 @@
 """What engines answer, in a process of their own: vLLM changes global state of torch.
 
-`python engines.py SCENARIO FILE` runs a scenario and writes its results as JSON.
+`python engines.py SCENARIO... FILE` runs scenarios in turn and writes their results as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRUNED = {
     "code_bits": 4,
 }
 SHORT = (1, 2, 3, 5, 17, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 345, 400, 511)
-LENGTHS = (*SHORT, 512, 513, 540, 600, 640, 700, 766, 900, 1024, 1100, 1200, 1300, 1400, 1500)
+LENGTHS = (*SHORT, 512, 513, 540, 600, 640, 700, 766, 1024, 1100, 1200, 1400, 1500)
 PRUNED_LENGTHS = (3, 65, 129, 257, 345, 512, 513, 640, 700, 1024, 1100, 1500)
 
 
@@ -200,7 +200,7 @@ def pruned(report: dict[str, Any]) -> None:
 def offloaded(report: dict[str, Any]) -> None:
     """The pruned prompts with keys and values in a file: together, again, and short of blocks."""
     ids = prompts()
-    file = str(Path(sys.argv[2]).with_name("kv"))
+    file = str(Path(sys.argv[-1]).with_name("kv"))
     hip = {**PRUNED, "offload": {"host_memory": 48 * BLOCK_BYTES, "file": file}}
     llm = engine("CUSTOM", hip, num_gpu_blocks_override=48)
     report["together"] = answers(llm, ids)
@@ -295,13 +295,20 @@ SCENARIOS: dict[str, Callable[[dict[str, Any]], None]] = {
     f.__name__: f for f in (full, pruned, offloaded, refused, parallel, compiled, reduced)
 }
 
-if __name__ == "__main__":
+
+def main(known: dict[str, Callable[[dict[str, Any]], None]]) -> None:
+    """Runs what the command line names."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    *names, file = sys.argv[1:]
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name, report in results.items():
+        known[name](report)
+    Path(file).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
     sys.modules["engines"] = sys.modules["__main__"]
     import families
 
-    SCENARIOS |= families.SCENARIOS
-    results: dict[str, Any] = {}
-    SCENARIOS[sys.argv[1]](results)
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    main(SCENARIOS | families.SCENARIOS)

@@ -19,10 +19,13 @@ ENGINES = Path(__file__).with_name("engines.py")
 QUIET = {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def scenario(name: str, folder: Path, script: Path = ENGINES, **environment: str) -> dict[str, Any]:
-    """The results of a scenario of `engines.py`, or of another script like it."""
-    path = folder / f"{name}.json"
-    command = [sys.executable, str(script), name, str(path)]
+def scenarios(
+    *names: str, folder: Path, script: Path = ENGINES, **environment: str
+) -> dict[str, dict[str, Any]]:
+    """The results of scenarios of `engines.py`, or of another script like it: one process runs
+    them in turn, since vLLM takes longer to import than a small engine to start."""
+    path = folder / f"{names[0]}.json"
+    command = [sys.executable, str(script), *names, str(path)]
     done = subprocess.run(
         command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True
     )

@@ -1,17 +1,13 @@
 """How engines schedule, sample, constrain and speculate, in a process of their own.
 
-`python schedules.py SCENARIO FILE` runs a scenario and writes its results as JSON.
+`python schedules.py SCENARIO... FILE` runs scenarios in turn and writes their results as JSON.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from engines import FULL, NEW, PRUNED, answers, core, end, engine, prompts
+from engines import FULL, NEW, PRUNED, answers, core, end, engine, main, prompts
 
 ALIGNED = {**PRUNED, "query_block_size": 64, "refresh_interval": 1}
 LENGTHS = (3, 257, 700, 1024, 1100, 1500)
@@ -90,8 +86,4 @@ def structured(llm: Any, **form: Any) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results: dict[str, Any] = {}
-    {"company": company, "constrained": constrained}[sys.argv[1]](results)
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    main({"company": company, "constrained": constrained})

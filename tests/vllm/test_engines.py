@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engines import BLOCK_BYTES, NEW, PRUNED, prompts
-from processes import get, post, scenario, serving
+from processes import get, post, scenarios, serving
 
 from hipserve.serving.address import free_port
 
@@ -23,21 +23,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_one_process(folder: Path) -> dict[str, dict[str, Any]]:
-    """Scenarios with one thread each, at once: two cores have room for both."""
-    names = ("full", "pruned")
-    with ThreadPoolExecutor(len(names)) as pool:
-        return dict(zip(names, pool.map(lambda name: scenario(name, folder), names), strict=True))
+def ran(folder: Path) -> dict[str, dict[str, Any]]:
+    """Scenarios in two processes of one thread, at once: two cores have room for both."""
+    with ThreadPoolExecutor() as pool:
+        parts = ("full",), ("pruned", "offloaded", "refused")
+        full, others = pool.map(lambda names: scenarios(*names, folder=folder), parts)
+        return full | others
 
 
 @pytest.fixture(scope="module")
-def full(in_one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return in_one_process["full"]
+def full(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["full"]
 
 
 @pytest.fixture(scope="module")
-def pruned(in_one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return in_one_process["pruned"]
+def pruned(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["pruned"]
 
 
 def test_room_for_every_key_gives_the_tokens_of_dense_attention(full: dict[str, Any]) -> None:
@@ -58,8 +59,8 @@ def test_pruned_tokens_equal_transformers(pruned: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def offloaded(folder: Path) -> dict[str, Any]:
-    return scenario("offloaded", folder)
+def offloaded(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["offloaded"]
 
 
 def test_keys_in_a_file_give_the_tokens_of_keys_in_memory(
@@ -104,8 +105,10 @@ def test_selections_serve_four_steps_and_end_with_their_requests(pruned: dict[st
     assert pruned["alive"] <= 1
 
 
-def test_what_cannot_be_meant_is_refused_at_start(folder: Path) -> None:
-    said = scenario("refused", folder)
+def test_what_cannot_be_meant_is_refused_at_start(
+    ran: dict[str, dict[str, Any]],
+) -> None:
+    said = ran["refused"]
     assert "budgte: expected a field of HiPConfig" in said["unknown key"]
     assert "did you mean budget?" in said["unknown key"]
     assert "refresh_interval: expected a whole number from 1 to" in said["bad value"]
@@ -134,19 +137,20 @@ def test_pipeline_parallel_gives_the_same_tokens(
 
 @pytest.mark.slow
 def test_compiled_models_give_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:
-    assert scenario("compiled", folder)["together"] == pruned["alone"]
+    together = scenarios("compiled", folder=folder)["compiled"]["together"]
+    assert together == pruned["alone"]
 
 
 @pytest.mark.slow
 def test_traced_models_give_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:
-    together = scenario("compiled", folder, VLLM_CPU_CI_ENV="1")["together"]
-    assert together == pruned["alone"]
+    ran = scenarios("compiled", folder=folder, VLLM_CPU_CI_ENV="1")
+    assert ran["compiled"]["together"] == pruned["alone"]
 
 
 @pytest.mark.slow
 def test_bfloat16_rounds_no_more_than_dense_attention_does(folder: Path) -> None:
     """Greedy tokens part after some twenty tokens, as they do between any two kernels."""
-    errors = scenario("reduced", folder)
+    errors = scenarios("reduced", folder=folder)["reduced"]
     assert errors["tokens"] > 10_000
     assert errors["CUSTOM"] <= 1.25 * errors["CPU_ATTN"]
 
@@ -182,4 +186,4 @@ def workers(folder: Path, **options: Any) -> list[list[int]]:
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_CPU_CI_ENV": "1",
     }
-    return scenario("parallel", folder, **environment)["together"]
+    return scenarios("parallel", folder=folder, **environment)["parallel"]["together"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import scenario
+from processes import scenarios
 
 pytest.importorskip("vllm")
 
@@ -18,28 +18,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-def ran(name: str, folder: Path) -> dict[str, Any]:
-    return scenario(name, folder, HIPSERVE_TEST_MODELS=str(folder / "models"))
+@pytest.fixture(scope="module")
+def ran(folder: Path) -> dict[str, dict[str, Any]]:
+    names = ("families", "hybrids", "found")
+    return scenarios(*names, folder=folder, HIPSERVE_TEST_MODELS=str(folder / "models"))
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
-    return ran("found", folder)
+def found(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["found"]
 
 
-def test_families_answer_as_with_dense_attention(folder: Path) -> None:
+def test_families_answer_as_with_dense_attention(ran: dict[str, dict[str, Any]]) -> None:
     """`sinks=None`, chunks, pages of other layers with fast prefill, learned sinks."""
-    families = ran("families", folder)
+    families = ran["families"]
     assert set(families) == {"granite", "llama4", "gemma3n", "gptoss"}
     for name, seen in families.items():
         assert seen["full"] == seen["dense"], name
 
 
-def test_hybrids_keep_their_cache(folder: Path) -> None:
+def test_hybrids_keep_their_cache(ran: dict[str, dict[str, Any]]) -> None:
     """Blocks as large as a recurrent state: bounds take their 7 %, rounding some more, no half."""
-    for name, seen in ran("hybrids", folder).items():
+    assert set(ran["hybrids"]) == {"qwen3next_wide", "granite_hybrid", "falcon_h1"}
+    for name, seen in ran["hybrids"].items():
         dense, full = (seen[key]["block"] * seen[key]["blocks"] for key in DENSE_AND_FULL)
         assert full >= 0.8 * dense, name
+
+
+@pytest.mark.parametrize("name", ["granite_hybrid", "falcon_h1"])
+def test_hybrids_answer_as_with_dense_attention(name: str, ran: dict[str, dict[str, Any]]) -> None:
+    """Granite 4 H and Falcon H1: Mamba layers among or beside full ones."""
+    seen = ran["hybrids"][name]
+    assert len({tuple(tokens) for tokens in seen["dense"]}) == len(seen["dense"]) > 5
+    assert seen["full"] == seen["dense"]
 
 
 def test_bounds_of_copied_blocks_are_those_of_their_keys(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import scenario
+from processes import scenarios
 
 pytest.importorskip("vllm")
 
@@ -21,13 +21,19 @@ SCRIPT = Path(__file__).with_name("schedules.py")
 
 
 @pytest.fixture(scope="module")
-def company(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return scenario("company", tmp_path_factory.mktemp("company"), SCRIPT)
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("schedules")
+    return scenarios("company", "constrained", folder=folder, script=SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def constrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return scenario("constrained", tmp_path_factory.mktemp("constrained"), SCRIPT)
+def company(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["company"]
+
+
+@pytest.fixture(scope="module")
+def constrained(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return ran["constrained"]
 
 
 def test_the_asynchronous_scheduler_cuts_prompts_at_query_blocks(company: dict[str, Any]) -> None:

@@ -89,6 +89,34 @@ def qwen3next_wide() -> Any:
     )
 
 
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 32,
+    "mamba_chunk_size": 64,
+}
+
+
+def granite_hybrid() -> Any:
+    """Granite 4 H: three Mamba layers and one full layer without positions, experts in each."""
+    return transformers.GraniteMoeHybridConfig(
+        **{**SIZES, "intermediate_size": 64},
+        **MAMBA,
+        mamba_expand=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
+        num_hidden_layers=4,
+        layer_types=["mamba"] * 3 + ["attention"],
+    )
+
+
+def falcon_h1() -> Any:
+    """Mamba and full attention beside each other in every layer."""
+    return transformers.FalconH1Config(**HEADS, **MAMBA, mamba_d_ssm=256, num_hidden_layers=3)
+
+
 def gptoss() -> Any:
     """Learned sinks, and windows in every second layer."""
     sizes = {**HEADS, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -102,7 +130,11 @@ def gptoss() -> Any:
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (granite, llama4, gemma3n, qwen3next, qwen3next_wide, gptoss)
+    f.__name__: f
+    for f in (
+        *(granite, llama4, gemma3n, gptoss),
+        *(qwen3next, qwen3next_wide, granite_hybrid, falcon_h1),
+    )
 }
 
 
