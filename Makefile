@@ -18,6 +18,9 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 SANITIZED_OPS := tests/ops
 SANITIZED := tests/test_hip_attention.py tests/test_layout.py tests/test_cache.py \
 	tests/test_fuzz.py tests/test_dense.py tests/test_native.py
+# Two workers for two cores. A file stays with one of them, because its tests share engines, and
+# the longest files come first. Idle OpenMP threads sleep instead of spinning on the other's core.
+PYTEST := GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Python allocates what it never frees, and a signal stack of ASan has no room for AMX. pytest must
 # not capture the report of a process that ends.
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -64,8 +67,8 @@ serve: .venv/serve  ## an OpenAI-compatible server on this machine (MODEL=name f
 	$(BIN)/hipserve serve $(MODEL)
 
 test: .venv/dev lint  ## lint, types, imports, and the tests
-	$(BIN)/python -m pytest -m 'not slow'
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
+	$(PYTEST) -m 'not slow' tests/vllm tests/gpu tests/ops tests/test_*.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) --dist worksteal tests/gpu
 
 test-slow: .venv/dev  ## what takes minutes a test: compiled models, pipelines, data parallelism
 	$(BIN)/python -m pytest -m slow
