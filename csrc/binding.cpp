@@ -107,7 +107,7 @@ int64_t& current() {
 const Kernels& kernels() { return *kTiers[current()].kernels; }
 
 // Raised with every change of a call: Python never runs kernels of another version.
-constexpr int64_t kCalls = 6;
+constexpr int64_t kCalls = 7;
 int64_t calls() { return kCalls; }
 int64_t isa() { return current(); }
 void set_isa(int64_t tier) {
@@ -145,9 +145,16 @@ hipserve::IndexPages index_of(const std::optional<Tensor>& codes,
 }
 template <class A> A* ints(const Tensor& x) { return (A*)x.data_ptr(); }
 
+hipserve::Rope rope_of(const std::optional<Tensor>& rope, int64_t trained_length) {
+  if (!rope) return {};
+  const int32_t* partner = ints<const int32_t>(*rope);
+  return {partner, partner + rope->stride(0), trained_length};
+}
+
 // keys: anything in their pages, for each of their heads.
 Batch batch_of(const Tensor& q, const Tensor& keys, const Tensor& block_table,
-               const Tensor& query_blocks) {
+               const Tensor& query_blocks, const std::optional<Tensor>& rope,
+               int64_t trained_length) {
   return {ints<const int32_t>(block_table),
           block_table.stride(0),
           ints<const hipserve::QueryBlock>(query_blocks),
@@ -156,16 +163,18 @@ Batch batch_of(const Tensor& q, const Tensor& keys, const Tensor& block_table,
           q.size(1),
           keys.size(2),
           q.size(2),
-          dtype_of(q)};
+          dtype_of(q),
+          rope_of(rope, trained_length)};
 }
 
 void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                             Tensor query_blocks, std::optional<Tensor> indices,
                             std::optional<Tensor> window_start, int64_t num_sink_tokens,
                             int64_t key_block_size, int64_t sliding_window, double sm_scale,
-                            double softcap, Tensor out, Tensor lse) {
+                            double softcap, std::optional<Tensor> rope, int64_t trained_length,
+                            Tensor out, Tensor lse) {
   hipserve::AttentionCall call{};
-  call.batch = batch_of(q, k_cache, block_table, query_blocks);
+  call.batch = batch_of(q, k_cache, block_table, query_blocks, rope, trained_length);
   call.q = rows_of(q);
   call.out = rows_of(out);
   call.lse = ints<float>(lse);
@@ -188,8 +197,8 @@ void block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor blo
 // The part of a search that is the same for every selector.
 void set_search(hipserve::SelectCall& call, const Tensor& q, const Tensor& codes,
                 const Tensor& block_table, const Tensor& query_blocks, const Tensor& window_starts,
-                const Tensor& indices) {
-  call.batch = batch_of(q, codes, block_table, query_blocks);
+                const std::optional<Tensor>& rope, int64_t trained_length, const Tensor& indices) {
+  call.batch = batch_of(q, codes, block_table, query_blocks, rope, trained_length);
   call.q = rows_of(q);
   call.heads = indices.size(1);
   call.max_selected = indices.size(2);
@@ -198,11 +207,13 @@ void set_search(hipserve::SelectCall& call, const Tensor& q, const Tensor& codes
 }
 
 void select_by_tree(Tensor q, Tensor codes, std::optional<Tensor> code_scales, int64_t code_bits,
-                    Tensor block_table, Tensor query_blocks, Tensor window_starts, int64_t budget,
+                    Tensor block_table, Tensor query_blocks, Tensor window_starts,
+                    std::optional<Tensor> rope, int64_t trained_length, int64_t budget,
                     int64_t key_block_size, int64_t query_stride, bool relative_scores,
                     int64_t num_sink_tokens, int64_t representative, int64_t seed, Tensor indices) {
   hipserve::TreeCall call{};
-  set_search(call, q, codes, block_table, query_blocks, window_starts, indices);
+  set_search(call, q, codes, block_table, query_blocks, window_starts, rope, trained_length,
+             indices);
   call.index = index_of(codes, code_scales, {}, {}, 1, code_bits);
   call.budget = budget;
   call.key_block_size = key_block_size;
@@ -216,11 +227,13 @@ void select_by_tree(Tensor q, Tensor codes, std::optional<Tensor> code_scales, i
 
 void select_by_bound(Tensor q, Tensor codes, std::optional<Tensor> code_scales, Tensor summaries,
                      std::optional<Tensor> summary_scales, int64_t run_size, int64_t code_bits,
-                     Tensor block_table, Tensor query_blocks, Tensor window_starts, int64_t budget,
+                     Tensor block_table, Tensor query_blocks, Tensor window_starts,
+                     std::optional<Tensor> rope, int64_t trained_length, int64_t budget,
                      int64_t key_block_size, int64_t query_stride, bool relative_scores,
                      int64_t num_sink_tokens, double bound_reach, int64_t rerank, Tensor indices) {
   hipserve::DescentCall call{};
-  set_search(call, q, codes, block_table, query_blocks, window_starts, indices);
+  set_search(call, q, codes, block_table, query_blocks, window_starts, rope, trained_length,
+             indices);
   call.index = index_of(codes, code_scales, summaries, summary_scales, run_size, code_bits);
   call.budget = budget;
   call.key_block_size = key_block_size;
@@ -260,17 +273,20 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
   m.def(
       "block_sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "Tensor query_blocks, Tensor? indices, Tensor? window_start, int num_sink_tokens, "
-      "int key_block_size, int sliding_window, float sm_scale, float softcap, Tensor(a!) out, "
+      "int key_block_size, int sliding_window, float sm_scale, float softcap, Tensor? rope, "
+      "int trained_length, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
   m.def(
       "select_by_tree(Tensor q, Tensor codes, Tensor? code_scales, int code_bits, "
-      "Tensor block_table, Tensor query_blocks, Tensor window_starts, int budget, "
+      "Tensor block_table, Tensor query_blocks, Tensor window_starts, Tensor? rope, "
+      "int trained_length, int budget, "
       "int key_block_size, int query_stride, bool relative_scores, int num_sink_tokens, "
       "int representative, int seed, Tensor(a!) indices) -> ()");
   m.def(
       "select_by_bound(Tensor q, Tensor codes, Tensor? code_scales, Tensor summaries, "
       "Tensor? summary_scales, int run_size, int code_bits, Tensor block_table, "
-      "Tensor query_blocks, Tensor window_starts, int budget, int key_block_size, "
+      "Tensor query_blocks, Tensor window_starts, Tensor? rope, int trained_length, int budget, "
+      "int key_block_size, "
       "int query_stride, bool relative_scores, int num_sink_tokens, float bound_reach, int rerank, "
       "Tensor(a!) indices) -> ()");
   m.def(

@@ -33,6 +33,12 @@ struct QueryBlock {
   int32_t seq, row, num_rows, position;
 };
 
+// How a model turns its keys (ops/rope.py); null where no row lies beyond the trained length.
+struct Rope {
+  const int32_t *partner, *step;  // [head_dim]
+  int64_t trained_length;
+};
+
 struct Batch {
   const int32_t* block_table;
   int64_t table_stride;
@@ -40,6 +46,7 @@ struct Batch {
   int64_t num_query_blocks;
   int64_t page_size, num_q_heads, num_kv_heads, head_dim;
   Dtype dtype;
+  Rope rope;
 };
 
 struct AttentionCall {

@@ -26,6 +26,7 @@ constexpr int kLanes = 4;
 // Vectors of floats and of integers; in memory they may lie at any even address.
 typedef float vf __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef int8_t vbytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 template <class A> static constexpr A minimum(A a, A b) { return a < b ? a : b; }

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipserve.attention import RequestSelections
+from hipserve.attention.selections import Search
 from hipserve.config import HiPConfig
 from hipserve.ops import build_index, select_blocks
 from hipserve.plan import (
@@ -129,7 +130,7 @@ def test_every_row_uses_its_own_selection(orders: list[list[int]], data: st.Data
         rows = order[: data.draw(st.integers(1, 4))]
         q, layout, decisions = engine.step(rows)
         plan = StepPlan.make(layout, RULE, decisions)
-        selection = engine.selections.select(q, engine.index, plan, CONFIG, "reference")
+        selection = engine.selections.select(q, engine.index, plan, Search(CONFIG, "reference"))
         now = select_blocks(q, engine.index, layout, config=CONFIG, backend="reference")
         for row, (request, (_, fresh)) in enumerate(zip(rows, decisions, strict=True)):
             if fresh:
@@ -152,10 +153,10 @@ def test_captured_plans_keep_their_addresses_and_give_the_same_selections() -> N
     for rows in ([0, 1, 2], [2, 0, 1], [1, 2, 3], [3, 1, 0], [0, 3, 2], [2, 3, 0]):
         q, layout, decisions = plain.step(rows)
         plan = StepPlan.make(layout, RULE, decisions)
-        expected = plain.selections.select(q, plain.index, plan, CONFIG, "reference")
+        expected = plain.selections.select(q, plain.index, plan, Search(CONFIG, "reference"))
         q, layout, decisions = captured.step(rows)
         replayed = buffers.plan(layout, RULE, decisions)
-        got = captured.selections.select(q, captured.index, replayed, CONFIG, "reference")
+        got = captured.selections.select(q, captured.index, replayed, Search(CONFIG, "reference"))
         assert torch.equal(got.indices, expected.indices)
         assert torch.equal(got.window_start, expected.window_start)
         assert torch.equal(replayed.layout.query_blocks(16), plan.layout.query_blocks(16))
@@ -227,7 +228,7 @@ def test_plans_without_decisions_select_everywhere() -> None:
     engine = Engine(2)
     q, layout, _ = engine.step([0, 1])
     plan = StepPlan.make(layout, RULE)
-    selection = engine.selections.select(q, engine.index, plan, CONFIG, "reference")
+    selection = engine.selections.select(q, engine.index, plan, Search(CONFIG, "reference"))
     now = select_blocks(q, engine.index, layout, config=CONFIG, backend="reference")
     assert torch.equal(selection.indices, now.indices)
     assert not engine.selections.indices.numel()

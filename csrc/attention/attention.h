@@ -18,7 +18,11 @@ template <class Unit> struct AttentionPieces {
   float *keys, *values, *convert;    // [depth][kKeys], [kWeights][dim], [kKeys][dim]
   float *scores, *weights;           // [block of rows][kKeys], [rows][kWeights]
   int32_t* high;  // [rows]: lanes of the tile that a group of rows reads, at its first row
-  AttentionPieces(Arena& arena, int64_t dim, int64_t max_rows) : depth(depth_of<Unit>(dim)) {
+  Turn turn;
+  float* turned[2];  // [kKeys][dim], of two tiles
+  AttentionPieces(Arena& arena, const Batch& batch, int64_t max_rows)
+      : depth(depth_of<Unit>(batch.head_dim)), turn(arena, batch) {
+    const int64_t dim = batch.head_dim;
     const int64_t rows = round_up(max_rows, (int64_t)kBlockRows);
     q = arena.take<float>(rows * depth);
     out = arena.take<float>(rows * dim);
@@ -30,6 +34,8 @@ template <class Unit> struct AttentionPieces {
     scores = arena.take<float>(kBlockRows * kKeys);
     weights = arena.take<float>((kTiled<Unit> ? kBlockRows : rows) * kWeights);
     high = arena.take<int32_t>(rows);
+    for (float*& keys : turned)
+      keys = batch.rope.partner ? arena.take<float>(kKeys * dim) : nullptr;
   }
 };
 
@@ -57,7 +63,7 @@ template <class Q, class K> class Attention {
     const QueryBlock& block = call_.batch.query_blocks[item.block];
     const KeyList list(call_, block, item.block, item.head);
     const Sequence seq(call_.batch, block.seq);
-    const Reader reader{call_, list, seq, rows.kv_head, item.end};
+    const Reader reader{call_, list, seq, s_.turn, rows.kv_head, item.end};
     if (few_rows<Unit>(rows.count, dim_)) read_few(item, rows, reader);
     else read(item, rows, reader);
     if (part) put_part(rows, part);
@@ -102,6 +108,7 @@ template <class Q, class K> class Attention {
 
   void read(const Item& item, const StackedRows& rows, const Reader& reader) {
     Tile tile;
+    tile.turned = s_.turned[0];
     for (int64_t n = item.begin; n < item.end; n += tile.k.count) {
       reader.read(n, tile);
       if constexpr (kTiled<Unit>) attend_in_blocks(tile, rows);
@@ -111,6 +118,7 @@ template <class Q, class K> class Attention {
   // Few rows wait for memory: the next tile is asked for meanwhile.
   void read_few(const Item& item, const StackedRows& rows, const Reader& reader) {
     Tile tiles[2];
+    for (int i = 0; i < 2; ++i) tiles[i].turned = s_.turned[i];
     reader.read(item.begin, tiles[0]);
     int turn = 0;
     for (int64_t n = item.begin; n < item.end; turn ^= 1) {
@@ -267,7 +275,7 @@ template <class Q, class K> static void attend_all(const AttentionCall& call) {
 #pragma omp parallel if (plan.count() > 1 && plan.pairs() * dim >= kSharedWork)
   {
     const TileRegisters registers;
-    Scratch<typename Attention<Q, K>::Pieces> scratch(dim, plan.max_rows());
+    Scratch<typename Attention<Q, K>::Pieces> scratch(call.batch, plan.max_rows());
     Attention<Q, K> attention(call, *scratch);
     const int64_t row = attention.part_size();
 #pragma omp for schedule(dynamic)

@@ -11,6 +11,7 @@ namespace HIPSERVE_TIER {
 struct Tile {
   TileRows k, v;
   int32_t positions[kKeys];  // ascending
+  float* turned = nullptr;   // [kKeys][head_dim]: copies of keys that are seen elsewhere
 };
 
 // The stacked rows of an item. Row r is query row r / group, query head head * group + r % group.
@@ -36,6 +37,7 @@ template <class Unit, class K> struct TileReader {
   const AttentionCall& call;
   const KeyList& list;
   const Sequence& seq;
+  Turn& turn;
   int64_t kv_head, end;
 
   // Fills a tile with the keys from the n-th on.
@@ -53,13 +55,26 @@ template <class Unit, class K> struct TileReader {
     };
     while (count < limit) {
       const Segment segment = list.from(n + count);
+      const int first = count;
       walk_pages(seq, segment.key, minimum(segment.count, limit - count), add);
+      if (segment.shift) turn_keys(first, count, segment.shift, tile);
     }
     tile.k.count = tile.v.count = count;
     tile.k.fill_up();
     tile.v.fill_up();
     // An instruction sums over several keys.
     tile.v.count = kTiled<Unit> ? round_up(count, kStep) : round_up(count, 2);
+  }
+
+ private:
+  // Replaces keys of a tile by copies, `shift` positions later.
+  void turn_keys(int first, int end, int64_t shift, Tile& tile) const {
+    turn.set(shift);
+    for (int j = first; j < end; ++j) {
+      K* copy = (K*)tile.turned + j * call.batch.head_dim;
+      turn.apply((const K*)tile.k.row[j], copy);
+      tile.k.row[j] = copy;
+    }
   }
 };
 

@@ -63,13 +63,12 @@ static inline void to_units(const CodeRow<kBits, kParts>* rows, int count,
 }
 
 // A sampled row in floats.
-static inline void query_floats(const SelectCall& call, const QueryBlock& block, int64_t head,
-                                int64_t r, float* x) {
-  const int n = (int)call.batch.head_dim;
-  switch (call.batch.dtype) {
-    case Dtype::bf16: return to_floats(sampled_row<bf16>(call, block, head, r), n, x);
-    case Dtype::f16: return to_floats(sampled_row<f16>(call, block, head, r), n, x);
-    default: return to_floats(sampled_row<float>(call, block, head, r), n, x);
+static inline void query_floats(const Batch& batch, const SampledRows& rows, int64_t r, float* x) {
+  const int n = (int)batch.head_dim;
+  switch (batch.dtype) {
+    case Dtype::bf16: return to_floats(rows.row<bf16>(r), n, x);
+    case Dtype::f16: return to_floats(rows.row<f16>(r), n, x);
+    default: return to_floats(rows.row<float>(r), n, x);
   }
 }
 
@@ -87,11 +86,11 @@ template <int kBits> class CodedKeys {
     return {row.numbers + call_.index.codes.slot_stride,
             row.scales + call_.index.code_scales.slot_stride};
   }
-  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
+  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
-    queries.fill(num_sampled(call_, block), convert, [&](int64_t r, int8_t* numbers) {
+    queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
-      query_floats(call_, block, head, r, x);
+      query_floats(call_.batch, rows, r, x);
       const float scale = to_integers(x, n, kTurnedBits) / (float)rotation_size(n);
       rotate(x, n);
       return scale * encode(x, n, kQueryBits, numbers);
@@ -119,11 +118,11 @@ class CodedSummaries {
     return {slot_row<const uint8_t>(call_.index.summaries, page, run, head),
             slot_row<const bf16>(call_.index.summary_scales, page, run, head)};
   }
-  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
+  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
-    queries.fill(num_sampled(call_, block), convert, [&](int64_t r, int8_t* numbers) {
+    queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
-      query_floats(call_, block, head, r, x);
+      query_floats(call_.batch, rows, r, x);
       const float scale = encode(x, n, kQueryBits, numbers);
       for (int64_t c = 0; c < n; ++c) numbers[n + c] = reached_[abs(numbers[c])];
       return scale;

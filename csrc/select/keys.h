@@ -16,6 +16,7 @@ struct BlockList {
 struct Middle {
   Sequence seq;
   int64_t kv_head, begin, end;
+  FarKeys far;
 };
 
 // Keys stored as K, met by queries stored as Q.
@@ -30,10 +31,10 @@ template <class Q, class K> class StoredKeys {
   }
   // The row of the next slot.
   Row next(Row row) const { return row + call_.index.codes.slot_stride; }
-  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
-    const int64_t rows = num_sampled(call_, block);
-    queries.template fill<Q>(rows, few_rows<Unit>(rows, call_.batch.head_dim), convert,
-                             [&](int64_t r) { return sampled_row<Q>(call_, block, head, r); });
+  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
+    const int64_t count = rows.count();
+    queries.template fill<Q>(count, few_rows<Unit>(count, call_.batch.head_dim), convert,
+                             [&](int64_t r) { return rows.template row<Q>(r); });
   }
 
  private:
@@ -45,8 +46,10 @@ template <class Keys> struct KeysOutside {
   using Row = typename Keys::Row;
   const Keys& keys;
   const Middle& middle;
-  Row operator()(int64_t i) const {
-    return keys.at(middle, i < middle.begin ? i : middle.end + i - middle.begin);
+  int64_t first;
+  Row operator()(int64_t i) const { return keys.at(middle, position(middle, first + i)); }
+  static int64_t position(const Middle& middle, int64_t i) {
+    return i < middle.begin ? i : middle.end + i - middle.begin;
   }
 };
 
@@ -75,30 +78,53 @@ template <class Keys> struct KeysOfBlocks {
 template <class Keys> class BlockRank {
  public:
   BlockRank(Arena& arena, const SelectCall& call, int64_t max_rows, Scorer& scorer)
-      : call_(call), scorer_(scorer), keys_(call), queries_(arena, max_rows, call.batch.head_dim) {}
+      : call_(call),
+        scorer_(scorer),
+        keys_(call),
+        rows_(arena, call),
+        queries_(arena, max_rows, call.batch.head_dim) {}
 
   // Takes the rows of a query block. With relative scores, the baseline of each is its maximum
   // score among sinks and window, as far as every row sees them.
   void begin(const QueryBlock& block, int64_t head, const Middle& middle) {
-    keys_.take_queries(block, head, scorer_.convert(), queries_);
+    rows_.take(block, head);
+    keys_.take_queries(rows_, scorer_.convert(), queries_);
     const bool relative = call_.relative_scores;
+    scorer_.set_baseline(rows_.count(), relative ? -INFINITY : 0.f);
     const int64_t outside = relative ? middle.begin + block.position + 1 - middle.end : 0;
-    const KeysOutside<Keys> keys{keys_, middle};
-    scorer_.set_baseline(outside, queries_, relative ? -INFINITY : 0.f, keys);
+    middle.far.in_stretches(
+        outside, [&](int64_t i) { return KeysOutside<Keys>::position(middle, i); },
+        [&](int64_t first, int64_t end, int64_t shift) {
+          see(shift);
+          scorer_.raise_baseline(end - first, queries_, KeysOutside<Keys>{keys_, middle, first});
+        });
   }
 
   // Positions of the `keep` best of n blocks, ascending.
   int64_t best(const int32_t* blocks, int64_t n, int64_t keep, const Middle& middle,
                int32_t* kept) {
     const int64_t size = call_.key_block_size;
-    const KeysOfBlocks<Keys> keys{keys_, middle, size, blocks};
-    return scorer_.best(n, size, keep, queries_, keys, kept);
+    middle.far.in_stretches(
+        n, [&](int64_t i) { return blocks[i] * size; },
+        [&](int64_t first, int64_t end, int64_t shift) {
+          see(shift);
+          const KeysOfBlocks<Keys> keys{keys_, middle, size, blocks + first};
+          scorer_.score(first, end, size, queries_, keys);
+        });
+    return scorer_.best(n, keep, kept);
   }
 
  private:
+  void see(int64_t shift) {
+    if (shift == rows_.shift()) return;
+    rows_.see(shift);
+    keys_.take_queries(rows_, scorer_.convert(), queries_);
+  }
+
   const SelectCall& call_;
   Scorer& scorer_;
   Keys keys_;
+  SampledRows rows_;
   typename Keys::Queries queries_;
 };
 

@@ -4,6 +4,7 @@
 #include "arena.h"
 #include "few_rows.h"
 #include "pages.h"
+#include "rope.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
@@ -20,14 +21,42 @@ static inline int64_t num_sampled(const SelectCall& call, const QueryBlock& bloc
   return ((block.num_rows - 1) / call.query_stride + 1) * group_size(call);
 }
 
-// The r-th of them.
-template <class Q>
-static inline const Q* sampled_row(const SelectCall& call, const QueryBlock& block, int64_t head,
-                                   int64_t r) {
-  const int64_t group = group_size(call);
-  const int64_t row = block.num_rows - 1 - r / group * call.query_stride;
-  return token_row<const Q>(call.q, block.row + row, head * group + r % group);
-}
+// The sampled rows of one query block and head, turned back to see keys `shift` positions nearer.
+class SampledRows {
+ public:
+  SampledRows(Arena& arena, const SelectCall& call) : call_(call), turn_(arena, call.batch) {
+    if (call.batch.rope.partner) turned_ = arena.take<float>(kChunk * call.batch.head_dim);
+  }
+  void take(const QueryBlock& block, int64_t head) {
+    block_ = &block;
+    head_ = head;
+    shift_ = 0;
+  }
+  int64_t shift() const { return shift_; }
+  void see(int64_t shift) {
+    shift_ = shift;
+    turn_.set(-shift);
+  }
+  int64_t count() const { return num_sampled(call_, *block_); }
+
+  // The r-th of them; it lasts for kChunk calls.
+  template <class Q> const Q* row(int64_t r) const {
+    const int64_t group = group_size(call_);
+    const int64_t row = block_->num_rows - 1 - r / group * call_.query_stride;
+    const Q* q = token_row<const Q>(call_.q, block_->row + row, head_ * group + r % group);
+    if (!shift_) return q;
+    Q* turned = (Q*)turned_ + r % kChunk * call_.batch.head_dim;
+    turn_.apply(q, turned);
+    return turned;
+  }
+
+ private:
+  const SelectCall& call_;
+  Turn turn_;
+  float* turned_ = nullptr;  // [kChunk][head_dim]
+  const QueryBlock* block_ = nullptr;
+  int64_t head_ = 0, shift_ = 0;
+};
 
 // Rows as columns: chunks of kChunk rows, units[k][row]. Lanes beyond the last row have a baseline
 // of infinity and never count. Few rows (few_rows.h) are one behind the other instead.

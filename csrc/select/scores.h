@@ -94,33 +94,38 @@ class Scorer {
   // Floats of kKeys keys or summaries, while they are converted.
   float* convert() const { return convert_; }
 
-  // The baseline of each row: its maximum score with n keys, or `otherwise` if there are none.
+  // The baseline of each of so many rows, which the scores of keys raise.
+  void set_baseline(int64_t rows, float baseline) {
+    const int64_t lanes = round_up(rows, (int64_t)kLanes);
+    for (int64_t r = 0; r < lanes; ++r) baseline_[r] = r < rows ? baseline : INFINITY;
+  }
+  // To the row's maximum score with n keys.
   template <class Queries, class Source>
-  void set_baseline(int64_t n, const Queries& columns, float otherwise, const Source& keys) {
-    const int64_t lanes = round_up(columns.rows, (int64_t)kLanes);
-    for (int64_t r = 0; r < lanes; ++r) baseline_[r] = otherwise;
+  void raise_baseline(int64_t n, const Queries& columns, const Source& keys) {
     in_batches(n, columns, keys, convert_, [&](const auto& batch) {
       if (columns.few) few_max_over_keys(batch, columns);
       else max_over_keys(batch, columns, baseline_);
     });
-    for (int64_t r = columns.rows; r < lanes; ++r) baseline_[r] = INFINITY;
   }
 
-  // Positions, ascending, of the `keep` best of n groups of `size` rows each; the score of a group
-  // is the maximum of its rows' scores.
+  // Scores the groups [first, end) of `size` rows each; the score of a group is the maximum of its
+  // rows' scores. `rows` begins with those of the first.
   template <class Queries, class Source>
-  int64_t best(int64_t n, int64_t size, int64_t keep, const Queries& columns, const Source& rows,
-               int32_t* kept) {
-    for (int64_t i = 0; i < n; ++i) scores_[i] = -INFINITY;
-    in_batches(n * size, columns, rows, convert_, [&](const auto& batch) {
+  void score(int64_t first, int64_t end, int64_t size, const Queries& columns, const Source& rows) {
+    float* scores = scores_ + first;
+    for (int64_t i = 0; i < end - first; ++i) scores[i] = -INFINITY;
+    in_batches((end - first) * size, columns, rows, convert_, [&](const auto& batch) {
       if (columns.few) {
         few_max_over_rows(batch, columns);
-        reduce_few_groups(batch, size);
+        reduce_few_groups(batch, size, scores);
       } else {
         max_over_rows(batch, columns, baseline_, best_);
-        reduce_groups(batch, size);
+        reduce_groups(batch, size, scores);
       }
     });
+  }
+  // Positions, ascending, of the `keep` best of n groups that were scored.
+  int64_t best(int64_t n, int64_t keep, int32_t* kept) {
     return keep_best(scores_, n, keep, kept, order_);
   }
 
@@ -128,21 +133,23 @@ class Scorer {
   static constexpr int kBestSize = maximum(kBatch * kLanes, (int)kFewRows* kKeys);
 
   // scores[group] = max(scores[group], max of best over its keys and all lanes)
-  template <class Row> void reduce_groups(const RowBatch<Row>& batch, int64_t size) {
+  template <class Row>
+  void reduce_groups(const RowBatch<Row>& batch, int64_t size, float* scores) {
     for (int j = 0; j < batch.count;) {
       const int64_t group = (batch.first + j) / size;
       vf best = load(best_ + j * kLanes);
       for (++j; j < batch.count && batch.first + j < (group + 1) * size; ++j)
         best = maximum(load(best_ + j * kLanes), best);
-      scores_[group] = maximum(reduce_max(best), scores_[group]);
+      scores[group] = maximum(reduce_max(best), scores[group]);
     }
   }
   // The same for best[key] in a single lane; the first key of a batch begins a group of whole
   // vectors.
-  template <class Row> void reduce_few_groups(const RowBatch<Row>& batch, int64_t size) {
+  template <class Row>
+  void reduce_few_groups(const RowBatch<Row>& batch, int64_t size, float* scores) {
     if (size == kLanes) {
       for (int j = 0; j < batch.count; j += kLanes)
-        scores_[(batch.first + j) / kLanes] = reduce_max(load(best_ + j));
+        scores[(batch.first + j) / kLanes] = reduce_max(load(best_ + j));
       return;
     }
     int64_t group = batch.first / size, end = (group + 1) * size - batch.first;
@@ -151,7 +158,7 @@ class Scorer {
         ++group;
         end += size;
       }
-      scores_[group] = maximum(best_[j], scores_[group]);
+      scores[group] = maximum(best_[j], scores[group]);
     }
   }
 

@@ -35,8 +35,9 @@ template <class Keys, class Find> class Search {
     int32_t* out = call_.indices + (block_id * call_.heads + head) * call_.max_selected;
     for (int64_t i = 0; i < call_.max_selected; ++i) out[i] = -1;
     const Sequence seq(call_.batch, block.seq);
+    const int64_t end = call_.window_starts[block_id];
     const Middle middle{seq, head * call_.batch.num_kv_heads / call_.heads, call_.num_sink_tokens,
-                        call_.window_starts[block_id]};
+                        end, FarKeys(call_.batch, block, end)};
     if (middle.end == middle.begin) return;
     block_rank_.begin(block, head, middle);
     const BlockList found = find_.find(block, head, middle);

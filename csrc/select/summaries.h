@@ -31,11 +31,11 @@ template <class Q, class S> class StoredSummaries {
   Row at(int64_t page, int64_t run, int64_t head) const {
     return slot_row<const S>(call_.index.summaries, page, run, head);
   }
-  void take_queries(const QueryBlock& block, int64_t head, float* convert, Queries& queries) const {
-    const int64_t dim = call_.batch.head_dim, rows = num_sampled(call_, block);
-    queries.template fill<Q>(rows, few_rows<Unit>(rows, dim), convert, [&](int64_t r) {
+  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
+    const int64_t dim = call_.batch.head_dim, count = rows.count();
+    queries.template fill<Q>(count, few_rows<Unit>(count, dim), convert, [&](int64_t r) {
       Q* sides = sides_ + r % kChunk * 2 * dim;
-      reach_out(sampled_row<Q>(call_, block, head, r), dim, call_.bound_reach, sides);
+      reach_out(rows.template row<Q>(r), dim, call_.bound_reach, sides);
       return sides;
     });
   }
@@ -67,25 +67,41 @@ template <class Summaries> class RunRank {
       : levels_(levels),
         scorer_(scorer),
         summaries_(arena, call),
+        rows_(arena, call),
         queries_(Summaries::queries(arena, max_rows, call.batch.head_dim)) {}
 
   // Takes the rows of a query block.
   void begin(const QueryBlock& block, int64_t head) {
-    summaries_.take_queries(block, head, scorer_.convert(), queries_);
+    rows_.take(block, head);
+    summaries_.take_queries(rows_, scorer_.convert(), queries_);
   }
 
   // Positions of the `keep` best of n runs of a level, ascending.
   int64_t best(const int32_t* runs, int64_t n, int level, int64_t keep, const Middle& middle,
                int32_t* kept) {
-    const SummariesOfRuns<Summaries> of_runs{summaries_, middle, runs, levels_.length[level],
-                                             levels_.offset[level]};
-    return scorer_.best(n, 1, keep, queries_, of_runs, kept);
+    const int64_t length = levels_.length[level], offset = levels_.offset[level];
+    middle.far.in_stretches(
+        n, [&](int64_t i) { return runs[i] * length; },
+        [&](int64_t first, int64_t end, int64_t shift) {
+          see(shift);
+          const SummariesOfRuns<Summaries> of_runs{summaries_, middle, runs + first, length,
+                                                   offset};
+          scorer_.score(first, end, 1, queries_, of_runs);
+        });
+    return scorer_.best(n, keep, kept);
   }
 
  private:
+  void see(int64_t shift) {
+    if (shift == rows_.shift()) return;
+    rows_.see(shift);
+    summaries_.take_queries(rows_, scorer_.convert(), queries_);
+  }
+
   const RunLevels& levels_;
   Scorer& scorer_;
   Summaries summaries_;
+  SampledRows rows_;
   typename Summaries::Queries queries_;
 };
 

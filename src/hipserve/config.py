@@ -16,6 +16,7 @@ from hipserve.selectors.tree import Representative
 
 SelectorName = Literal["tree", "bound"]
 Form = Literal["toml", "json"]
+Extend = Literal["none", "yarn", "stream"]
 
 
 class IndexForm(NamedTuple):
@@ -71,6 +72,10 @@ class HiPConfig:
         decode_dense_below: the same for single rows (decode), which wait for memory instead; None
             is three times `dense_below`, and without that 6,144 on a CPU and 24,576 on a GPU.
         refresh_interval: decode steps that share one selection.
+        extend: beyond the trained length (docs/extend.md), `stream` sees what a row reads at
+            consecutive positions, `yarn` has the engine scale all positions; `none` does nothing.
+        extend_factor: with these, how many times the trained length a sequence may reach.
+        trained_length: positions that the model was trained on; None is what the model says.
         seed: of the `random` representative.
         calibration: where a certified configuration comes from (docs/calibrate.md): a table of
             plain values, kept as it is. It changes nothing, is not compared, and is dropped where
@@ -98,6 +103,9 @@ class HiPConfig:
     dense_below: int | None = None
     decode_dense_below: int | None = None
     refresh_interval: int = 1
+    extend: Extend = "none"
+    extend_factor: float = 4.0
+    trained_length: int | None = None
     seed: int = 0
     calibration: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -111,9 +119,11 @@ class HiPConfig:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         for name, low in _LEAST.items():
             _check_int(name, getattr(self, name), low)
-        for name in ("dense_below", "decode_dense_below"):
+        for name, low in (("dense_below", 0), ("decode_dense_below", 0), ("trained_length", 1)):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0)
+                _check_int(name, getattr(self, name), low)
+        _check_choice("extend", self.extend, get_args(Extend))
+        _check_factor("extend_factor", self.extend_factor)
         _check_choice("selector", self.selector, tuple(SELECTORS))
         _check_choice("representative", self.representative, get_args(Representative))
         for name in ("share_group", "relative_scores"):
@@ -174,6 +184,11 @@ class HiPConfig:
     def index_form(self) -> IndexForm:
         """What a search reads of the keys."""
         return IndexForm(self.run_size, self.code_bits)
+
+    @property
+    def streams(self) -> bool:
+        """Rows beyond the trained length see what they read at consecutive positions."""
+        return self.extend == "stream"
 
     @property
     def max_selected(self) -> int:
@@ -338,6 +353,12 @@ def _check_fraction(name: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not 0 <= (cast("float", value) if is_number else math.nan) <= 1:
         raise _wrong(name, "a fraction from 0 to 1", value, "use 0.5 for half")
+
+
+def _check_factor(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not 1 < (cast("float", value) if is_number else math.nan) <= 1024:
+        raise _wrong(name, "a number above 1, at most 1024", value)
 
 
 def _check_table(name: str, value: object) -> None:

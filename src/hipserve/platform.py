@@ -26,7 +26,7 @@ Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 MAX_HEAD_DIM = {"cpu": 512, "triton": 512}
-NATIVE_CALLS = 6
+NATIVE_CALLS = 7
 """Version of the native kernels' calls, as `csrc/binding.cpp` counts it."""
 HEAD_DIM_STEP = {"cpu": 16, "triton": 1}
 """The kernels of a backend take a head_dim that is a multiple of this, up to `MAX_HEAD_DIM`."""

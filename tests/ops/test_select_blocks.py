@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backends import every_backend, every_tier, native, using
 from hipserve import HiPConfig
 from hipserve.ops import build_index, select_blocks
-from hipserve.ops.select_blocks.reference import IndexedKeys, TreeSearch, sample_rows
+from hipserve.ops.select_blocks.reference import IndexedKeys, SeenKeys, TreeSearch, sample_rows
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.plan import BatchLayout
 from hipserve.selectors import SELECTORS
@@ -191,7 +191,9 @@ def single_split(scores: torch.Tensor, representative: str) -> torch.Tensor:
         relative_scores=False,
     )
     keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
-    search = TreeSearch(torch.ones(draws, 1, 1), keys, length, length, search_spec(config))
+    search = TreeSearch(
+        SeenKeys(torch.ones(draws, 1, 1), keys), length, length, search_spec(config)
+    )
     left = torch.tensor([[0, length // 2]]).expand(draws, 2)
     right = torch.tensor([[length // 2, length]]).expand(draws, 2)
     return search.block_scores(search.representative(left, right)).argmax(1)
@@ -204,7 +206,7 @@ def test_exact_branch_maxima_give_the_exact_best_blocks() -> None:
     )
     k = torch.randn(1, 1024, 1, 1)
     keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
-    search = TreeSearch(torch.ones(1, 1, 1), keys, 1024, 1024, search_spec(config))
+    search = TreeSearch(SeenKeys(torch.ones(1, 1, 1), keys), 1024, 1024, search_spec(config))
     blocks = k.view(512, 2).amax(1)
     search.representative = lambda left, right: torch.stack([left, right], -1)
     search.block_scores = lambda ranges: torch.tensor(
@@ -238,7 +240,7 @@ def test_relative_scores_let_a_row_of_small_norm_be_heard() -> None:
     rows = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
     keys = IndexedKeys(KeyIndex(k), torch.zeros(1).long())
     found = {
-        relative: TreeSearch(rows, keys, 32, 32, search_spec(changed)).select().tolist()
+        relative: TreeSearch(SeenKeys(rows, keys), 32, 32, search_spec(changed)).select().tolist()
         for relative in (True, False)
         for changed in [config.replace(relative_scores=relative)]
     }

@@ -55,6 +55,9 @@ _IRRELEVANT = (
     "dense_below",
     "decode_dense_below",
     "refresh_interval",
+    "extend",
+    "extend_factor",
+    "trained_length",
     "seed",
     "calibration",
 )
@@ -145,7 +148,7 @@ def _faster(kind: LayerKind) -> DenseKernel:
 @torch.no_grad()
 def _break_even(kind: LayerKind, config: HiPConfig, kernel: DenseKernel) -> int:
     """Position from which a pruned query block takes less time than a dense one."""
-    config = config.replace(dense_below=0, decode_dense_below=0)
+    config = config.replace(dense_below=0, decode_dense_below=0, extend="none")
     began, before, length = time.perf_counter(), (0, 0.0), 0
     for length in CONTEXTS:
         if not _prunes(config, length - ROWS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,7 @@ def attend_chosen(
     sliding_window: int = 0,
     sm_scale: float | None = None,
     softcap: float = 0.0,
+    rope: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention`, in which the fastest dense kernel takes rows that read everything.
@@ -95,7 +96,7 @@ def attend_chosen(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences.
-        pool, layout, selection, config, sliding_window, sm_scale, softcap, backend: as there.
+        rope: `[2, head_dim]`, as there, like the others.
 
     Returns:
         out like q, and lse `[num_tokens, num_q_heads]`, as there.
@@ -105,7 +106,8 @@ def attend_chosen(
     if resident and not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
         shares = _divide(layout, selection, config)
         if shares.spans:
-            return _by_both(q, pool, layout, selection, shares, config=config, sm_scale=sm_scale)
+            options: dict[str, Any] = {"config": config, "sm_scale": sm_scale, "rope": rope}
+            return _by_both(q, pool, layout, selection, shares, **options)
     return block_sparse_attention(
         q,
         pool,
@@ -115,6 +117,7 @@ def attend_chosen(
         sliding_window=sliding_window,
         sm_scale=sm_scale,
         softcap=softcap,
+        rope=rope,
         backend=backend,
         check=False,
     )
@@ -161,14 +164,14 @@ def _by_both(
     *,
     config: HiPConfig,
     sm_scale: float | None,
+    rope: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Torch's kernel for some rows, ours for the other query blocks."""
     if len(shares.others):
         rest = layout.only(config.query_block_size, shares.others)
         chosen = None if selection is None else selection.rows(shares.others)
-        out, lse = block_sparse_attention(
-            q, pool, rest, chosen, config=config, sm_scale=sm_scale, check=False
-        )
+        options: dict[str, Any] = {"config": config, "sm_scale": sm_scale, "rope": rope}
+        out, lse = block_sparse_attention(q, pool, rest, chosen, check=False, **options)
     else:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale

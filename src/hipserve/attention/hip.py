@@ -122,7 +122,8 @@ def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRul
 
     q: `[batch, query_len, num_q_heads, head_dim]`.
     """
-    if q.shape[1] == 1 and config.dense_below is None and config.run_size is not None:
+    searched = config.run_size is not None and not config.streams
+    if q.shape[1] == 1 and config.dense_below is None and searched:
         return None
     return rule_of(config, q, num_kv_heads)
 
@@ -183,6 +184,8 @@ def _check(config: HiPConfig, causal: bool, sm_scale: float | None, softcap: flo
     checks.require(causal is True, "causal", "True", causal, "use dense attention otherwise")
     kind = isinstance(cast("object", config), HiPConfig)
     checks.require(kind, "config", "a HiPConfig", type(config).__name__)
+    hint = "these tensors come without a model; use transformers or vLLM, or the operations"
+    checks.require(config.extend == "none", "config.extend", "none", config.extend, hint)
     if sm_scale is not None:
         checks.check_scale(sm_scale)
     checks.check_softcap(softcap)

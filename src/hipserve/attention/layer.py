@@ -87,6 +87,8 @@ class AttentionLayer:
         rule: which query blocks are pruned; None where none is.
         sliding_window: the model's own window of this layer; 0 for none. Such a layer has no rule.
         sm_scale, softcap, backend: as in `hip_attention`.
+        rope: `[2, head_dim]` int32, how the model turns its keys, where `config` streams
+            (`hipserve.ops.rope`).
         sink_logits: `[num_q_heads]` that the model has learned, as in `absorb_sinks`, or None.
         selections: selections that later steps use again; None selects in every step.
         account: counts the keys that are read; None counts nothing.
@@ -97,6 +99,7 @@ class AttentionLayer:
     sliding_window: int = 0
     sm_scale: float | None = None
     softcap: float = 0.0
+    rope: Tensor | None = None
     sink_logits: Tensor | None = None
     backend: str = "auto"
     selections: Selections | None = None
@@ -182,6 +185,7 @@ class AttentionLayer:
             sliding_window=self.sliding_window,
             sm_scale=self.sm_scale,
             softcap=self.softcap,
+            rope=self.rope,
             backend=self.backend,
         )
         if self.sink_logits is not None:
@@ -200,13 +204,15 @@ class AttentionLayer:
                 selections.clear()
             return None
         if selections is not None:
-            return selections.select(q, keys.index, layout, rule, Search(self.config, self.backend))
+            search = Search(self.config, self.backend, self.rope)
+            return selections.select(q, keys.index, layout, rule, search)
         return select_blocks(
             q,
             keys.index,
             layout,
             config=self.config,
             rule=rule,
+            rope=self.rope,
             backend=self.backend,
             check=False,
         )

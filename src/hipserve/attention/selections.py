@@ -40,10 +40,21 @@ class Selections(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How a layer searches: with which configuration, on which backend."""
+    """How a layer searches.
+
+    Attributes:
+        config, backend: with which configuration, on which backend.
+        rope: `[2, head_dim]` int32 of a config that streams, as in `select_blocks`.
+    """
 
     config: HiPConfig
     backend: str = "auto"
+    rope: Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `select_blocks`."""
+        return {"config": self.config, "backend": self.backend, "rope": self.rope}
 
 
 @dataclass(slots=True)
@@ -66,16 +77,15 @@ class RequestSelections:
         q: Tensor,
         index: KeyIndex,
         plan: StepPlan | CapturedPlan,
-        config: HiPConfig,
-        backend: str = "auto",
+        search: Search,
     ) -> BlockSelection:
         """The selection of every query block: made now, or kept from an earlier decode step.
 
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences.
         """
         if isinstance(plan, CapturedPlan):
-            return self._select_captured(q, index, plan, config, backend)
-        options: dict[str, Any] = {"config": config, "rule": plan.rule, "backend": backend}
+            return self._select_captured(q, index, plan, search)
+        options: dict[str, Any] = {**search.options, "rule": plan.rule}
         if plan.fresh is None:
             selection = select_blocks(q, index, plan.layout, check=False, **options)
         elif len(plan.fresh) == 0:
@@ -89,10 +99,11 @@ class RequestSelections:
         return selection
 
     def _select_captured(
-        self, q: Tensor, index: KeyIndex, plan: CapturedPlan, config: HiPConfig, backend: str
+        self, q: Tensor, index: KeyIndex, plan: CapturedPlan, search: Search
     ) -> BlockSelection:
         """The same launches in every step: flags on the device say which rows select again."""
-        options: dict[str, Any] = {"config": config, "rule": plan.rule, "backend": backend}
+        options: dict[str, Any] = {**search.options, "rule": plan.rule}
+        config = search.config
         if config.refresh_interval == 1:
             return select_blocks(q, index, plan.layout, check=False, **options)
         heads = index.num_kv_heads if config.share_group else q.shape[1]
@@ -155,7 +166,7 @@ class StepSelections:
 
         q: `[num_tokens, num_q_heads, head_dim]`.
         """
-        return self.requests.select(q, index, self.plan, search.config, search.backend)
+        return self.requests.select(q, index, self.plan, search)
 
     def clear(self) -> None:
         """Nothing to do: the engine's schedule forgets requests."""
@@ -205,7 +216,7 @@ class SelectionReuse:
         plan = StepPlan.make(layout, rule, decisions)
         if self.selection is not None and plan.fresh is not None and len(plan.fresh) == 0:
             return self.selection  # every sequence keeps what it read last
-        selection = self._slots.select(q, index, plan, search.config, search.backend)
+        selection = self._slots.select(q, index, plan, search)
         self.selection = selection if decodes else None
         return selection
 

@@ -34,6 +34,8 @@ def chat(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     allow_control_tokens: options.ControlTokens = False,
@@ -41,7 +43,9 @@ def chat(
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
     standard_input()
     stream = open_document(doc) if doc is not None else None
-    settings = options.make_config(config, preset, budget, selector)
+    settings = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
 

@@ -39,12 +39,16 @@ def perplexity(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
     """Negative log-likelihood of real text under dense and pruned attention."""
-    base = options.make_config(config, preset, budget, selector)
+    base = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_perplexity, read_documents
 

@@ -48,12 +48,16 @@ def retrieval(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
     """Accuracy of dense and pruned attention: needles, keys and values, variables, passages."""
-    base = options.make_config(config, preset, budget, selector)
+    base = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_retrieval, read_documents
 

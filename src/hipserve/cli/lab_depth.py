@@ -53,6 +53,8 @@ def depth(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     json: options.Json = False,
@@ -61,7 +63,9 @@ def depth(
 
     The last configuration is blind to the middle of a text and has to be caught.
     """
-    base = options.make_config(config, preset, budget, selector)
+    base = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_depths, read_documents
 

@@ -67,6 +67,8 @@ def quality(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     json: options.Json = False,
@@ -75,7 +77,9 @@ def quality(
 
     The first row below dense attention is its noise floor, the last one has to be caught.
     """
-    base = options.make_config(config, preset, budget, selector)
+    base = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     configs = make_configs(base, also, vary, no_dense)
     margins = _margins(margin)
     names = [task.strip() for task in tasks.split(",") if task.strip()]

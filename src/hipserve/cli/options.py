@@ -46,6 +46,14 @@ CodeBits = Annotated[
         help="Bits of a channel of the codes that a search reads: 4, 8 or 16.",
     ),
 ]
+Extend = Annotated[
+    str | None,
+    typer.Option(help="Beyond the trained length: none, yarn or stream (docs/extend.md)."),
+]
+ExtendFactor = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", help="With it, context in trained lengths; 4 if left out."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="Type of weights: auto, bfloat16, float16, float32.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
@@ -87,6 +95,8 @@ def make_config(
     budget: int | None = None,
     selector: str | None = None,
     code_bits: int | None = None,
+    extend: str | None = None,
+    extend_factor: float | None = None,
 ) -> HiPConfig:
     """The file or the preset, with the options on top."""
     if config and preset != "default":
@@ -94,6 +104,7 @@ def make_config(
         raise ArgumentError("preset", "a preset or a configuration file", "both", hint)
     base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
     given = {"budget": budget, "selector": selector, "code_bits": code_bits}
+    given |= {"extend": extend, "extend_factor": extend_factor}
     return base.replace(**{key: value for key, value in given.items() if value is not None})
 
 

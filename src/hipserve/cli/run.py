@@ -32,6 +32,8 @@ def run(
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
+    extend_factor: options.ExtendFactor = None,
     dense: Annotated[bool, typer.Option("--dense", help="Dense attention instead of HiP.")] = False,
     device: options.Device = None,
     dtype: options.DType = "auto",
@@ -47,7 +49,9 @@ def run(
         options.refuse_with_dense(config, preset, budget, selector)
     question = as_text("question", words[-1])
     stream = open_document(doc)
-    settings = options.make_config(config, preset, budget, selector)
+    settings = options.make_config(
+        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+    )
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
     if dense:
         loaded.use(None)

@@ -111,3 +111,4 @@ def _divide_frequencies(model: Any, factors: torch.Tensor) -> None:
         if hasattr(rotary, name):
             frequencies = getattr(rotary, name)
             frequencies.copy_(frequencies / factors.to(frequencies.device))
+    model.config.hip_frequencies = rotary.inv_freq.tolist()  # for those who see no module

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
-from hipserve.integrations.transformers import check_model, register
+from hipserve.integrations.transformers import check_model, extend_positions, register
+from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.gguf import load_gguf
 from hipserve.models.gguf_files import find_gguf
@@ -66,9 +67,14 @@ class LoadedModel:
         return own or config.hidden_size // config.num_attention_heads
 
     def use(self, config: HiPConfig | None) -> None:
-        """Switches to HiP attention with `config`, or with None to transformers' dense SDPA."""
+        """Switches to HiP attention with `config`, or with None to transformers' dense SDPA.
+
+        Raises:
+            ArgumentError: `config.extend` cannot be done to this model.
+        """
         if config:
             register()
+        extend_positions(self.model, config)
         self.model.set_attn_implementation("hip" if config else "sdpa")
         self.model.config.hip = config.to_dict() if config else None
 
@@ -134,13 +140,14 @@ class LoadedModel:
             return
         room, surplus = self.max_context - num_tokens, total - self.max_context
         shorten = f"shorten the document by {surplus:,} tokens"
+        shorten += ', extend the model with extend="stream" (--extend stream)'
         lower = f"set max_new_tokens to {room:,} or less"
         answer = room > 0 and max_new_tokens > num_tokens
         raise FitError(
             f"the {'answer' if answer else 'prompt'} does not fit {self.name}: {num_tokens:,} "
             f"tokens + {max_new_tokens:,} for the answer = {total:,}, and its context is "
             f"{self.max_context:,}",
-            lower if answer else f"{shorten} or {lower if room > 0 else 'choose another model'}",
+            lower if answer else f"{shorten}, or {lower if room > 0 else 'choose another model'}",
         )
 
     @property
@@ -183,16 +190,24 @@ def load(
         raise
     except (OSError, ValueError, KeyError, ImportError, IndexError) as error:
         raise _unknown(name, _first_line(error)) from error
+    trained = int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length)
     loaded = LoadedModel(
         model.to(place).eval(),
         tokenizer,
         name,
-        int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length),
+        extended_length(config or config_of(settings), trained),
         (".", "\n") if name == BUNDLED else (),
     )
     if config is not None:
         loaded.use(config)
     return loaded
+
+
+def extended_length(config: HiPConfig, trained_length: int) -> int:
+    """Tokens that a model takes: as many as it was trained on, unless `config` extends it."""
+    if config.extend == "none":
+        return trained_length
+    return int(config.extend_factor * (config.trained_length or trained_length))
 
 
 def _check_exists(name: str) -> None:

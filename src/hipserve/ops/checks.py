@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hipserve.config import CODE_BITS
+from hipserve.config import CODE_BITS, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
 from hipserve.types import KeyIndex, KeyPool
@@ -89,6 +89,25 @@ def check_scale(value: float) -> None:
 def _is_number(value: object) -> bool:
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return real and math.isfinite(cast("float", value))
+
+
+def check_rope(q: Tensor, rope: Tensor | None, config: HiPConfig) -> None:
+    """What a config that extends its model by `stream` needs besides: `rope` `[2, head_dim]` for
+    `q` `[num_tokens, num_q_heads, head_dim]`, and the trained length."""
+    if not config.streams:
+        return
+    if rope is None or config.trained_length is None:
+        missing = "rope" if rope is None else "config.trained_length"
+        hint = "pass what hipserve.ops.rope.pack_rope makes, and set trained_length"
+        raise ArgumentError(missing, 'a value, as extend="stream" needs', "None", hint)
+    check_ints("rope", rope, "[2, head_dim]", q.device)
+    good = rope.shape == (2, q.shape[-1])
+    require(good, "rope", f"shape [2, {q.shape[-1]}]", list(rope.shape))
+    keys = config.num_sink_tokens + config.budget + config.sliding_window + config.query_block_size
+    if config.trained_length < 2 * keys:
+        expected = f"{2 * keys:,} or more, twice what a row reads"
+        hint = 'lower budget and sliding_window, or use extend="yarn"'
+        raise ArgumentError("trained_length", expected, f"{config.trained_length:,}", hint)
 
 
 def check_softcap(value: float) -> None:

@@ -36,6 +36,8 @@ class PruningRule(NamedTuple):
         budget, num_sink_tokens, sliding_window, granularity: in keys, as in `HiPConfig`.
         dense_below: crossover of query blocks of several rows, a position.
         decode_dense_below: crossover of single rows.
+        trained_length: query blocks that begin here or behind are pruned wherever they end: they
+            see what they read at consecutive positions (`HiPConfig.extend`).
     """
 
     query_block_size: int
@@ -45,6 +47,7 @@ class PruningRule(NamedTuple):
     granularity: int
     dense_below: int
     decode_dense_below: int
+    trained_length: int = FURTHEST
 
     def window_start(self, position: Position, num_rows: Position | int) -> Position:
         """First key of the window of a query block: an int, or a tensor for a tensor of positions.
@@ -59,8 +62,13 @@ class PruningRule(NamedTuple):
         start = position - (self.sliding_window - 1)
         middle = start - start % self.granularity - self.num_sink_tokens
         below = self.dense_below + (num_rows == 1) * (self.decode_dense_below - self.dense_below)
-        pruned = (middle > self.budget) & (position + num_rows > below)
+        due = (position + num_rows > below) | (position >= self.trained_length)
+        pruned = (middle > self.budget) & due
         return cast("Position", self.num_sink_tokens + pruned * middle)
+
+    def dense_within(self) -> PruningRule:
+        """Of a layer that is never pruned, but beyond the trained length."""
+        return self._replace(dense_below=FURTHEST, decode_dense_below=FURTHEST)
 
     def prunes(self, position: int, num_rows: int) -> bool:
         """The query block does not read everything."""
@@ -86,6 +94,7 @@ def pruning_rule(config: HiPConfig, device: str, dense_below: int | None = None)
         decode_dense_below=(
             min(SINGLE_ROW * (fixed if given is None else given), FURTHEST) if row is None else row
         ),
+        trained_length=(config.trained_length if config.streams else None) or FURTHEST,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -242,8 +242,13 @@ def attend(
     reuse: SelectionReuse | None = None,
     account: Account | None = None,
     backend: str = "auto",
+    rope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One layer over keys that are written already; `q` `[rows, num_q_heads, head_dim]`."""
+    """One layer over keys that are written already; `q` `[rows, num_q_heads, head_dim]`.
+
+    rope: `[2, head_dim]`, for a config that streams.
+    """
+    options: dict[str, Any] = {"backend": backend, "selections": reuse, "account": account}
     rule = rule_of(config, q, kv.pool.num_kv_heads)
-    layer = AttentionLayer(config, rule, backend=backend, selections=reuse, account=account)
+    layer = AttentionLayer(config, rule, rope=rope, **options)
     return layer.forward(q, HeldKeys(kv.pool, kv.index, layout))

@@ -8,6 +8,7 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 from hipserve.integrations.transformers.cache import HiPCache, HiPCacheLayer, PagedHandle
 from hipserve.integrations.transformers.forward import hip_forward
 from hipserve.integrations.transformers.masks import MaskDescription, describe_mask
+from hipserve.integrations.transformers.positions import extend_positions
 from hipserve.integrations.transformers.registration import check_model, register
 from hipserve.integrations.transformers.settings import NAME, config_of
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_model",
     "config_of",
     "describe_mask",
+    "extend_positions",
     "hip_forward",
     "register",
 ]

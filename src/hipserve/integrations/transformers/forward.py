@@ -17,6 +17,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle, PageKeys
 from hipserve.integrations.transformers.masks import MaskDescription
+from hipserve.integrations.transformers.positions import rope_of
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.ops import build_index
 
@@ -88,12 +89,15 @@ def _attention_layer(
     """How this layer of the model attends in this call."""
     config: HiPConfig = config_of(module.config)
     window = sliding_window or (mask.sliding_window if mask else 0)
-    dense = window or getattr(module, "layer_idx", None) in config.dense_layers
-    if dense:
+    dense = getattr(module, "layer_idx", None) in config.dense_layers
+    if window or (dense and not config.streams):
         return AttentionLayer(sliding_window=window, **scores)
     paged = key.layer if isinstance(key, PagedHandle) else None
     q = query.transpose(1, 2)
     rule = (rule_of if paged else rule_of_whole)(config, q, key.shape[1])
+    if rule is not None and dense:
+        rule = rule.dense_within()
+    scores["rope"] = rope_of(module, config, q.shape[-1], q.device)
     if paged is None:
         return AttentionLayer(config, rule, **scores)
     return AttentionLayer(config, rule, selections=paged.reuse, account=paged.account, **scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, cast
 
 from transformers import AttentionInterface
@@ -15,9 +16,18 @@ _parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
 
 
 def config_of(model_config: Any) -> HiPConfig:
-    """The HiPConfig of a model: its own, or the registered one."""
+    """The HiPConfig of a model: its own, or the registered one; with its trained length, where that
+    matters."""
     own = getattr(model_config, NAME, None)
-    return registered() if own is None else _parse(own)
+    config = registered() if own is None else _parse(own)
+    if config.extend == "none" or config.trained_length is not None:
+        return config
+    return _trained_on(config, int(model_config.max_position_embeddings))
+
+
+@functools.lru_cache(64)
+def _trained_on(config: HiPConfig, trained_length: int) -> HiPConfig:
+    return config.replace(trained_length=trained_length)
 
 
 def registered() -> HiPConfig:

@@ -75,7 +75,7 @@ def check_length(loaded: LoadedModel, length: int) -> None:
         raise FitError(
             f"a length of {length:,} tokens does not fit {loaded.name}: its context is "
             f"{loaded.max_context:,}",
-            "lower the length",
+            "lower the length, or extend the model (--extend stream)",
         )
 
 

@@ -21,6 +21,7 @@ def block_sparse_attention(
     sliding_window: int = 0,
     sm_scale: float | None = None,
     softcap: float = 0.0,
+    rope: Tensor | None = None,
     backend: str = "auto",
     check: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,9 @@ def block_sparse_attention(
             without a selection; 0 for none.
         sm_scale: factor of q.k, applied once; `head_dim ** -0.5` if None.
         softcap: c > 0 turns a scaled score s into c * tanh(s / c).
+        rope: `[2, head_dim]` int32, how the model turns its keys (`hipserve.ops.rope`): for a
+            config that extends it by `stream`. Pruned query blocks that begin at
+            `trained_length` or behind see sinks, chosen blocks and window at consecutive positions.
         backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
@@ -53,6 +57,7 @@ def block_sparse_attention(
         _check(q, pool, layout, selection, config)
         _check_scores(sm_scale, softcap)
         _check_window(sliding_window, selection)
+        checks.check_rope(q, rope, config)
     block_table, lists = layout.block_table, pool.lists
     if pool.places is not None:
         block_table = pool.places[block_table]
@@ -72,6 +77,8 @@ def block_sparse_attention(
         query_block_size=config.query_block_size,
         lists=lists.slots if lists else None,
         page_size=lists.page_size if lists else pool.page_size,
+        rope=rope if config.streams else None,
+        trained_length=config.trained_length or 0,
         backend=backend,
     )
 

@@ -25,6 +25,8 @@ def block_sparse_attention(
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
     lists: Tensor | None = None,
     page_size: int = 0,  # noqa: ARG001 - likewise
+    rope: Tensor | None = None,
+    trained_length: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -49,6 +51,8 @@ def block_sparse_attention(
         sliding_window,
         sm_scale,
         softcap,
+        rope,
+        trained_length,
         out,
         lse,
     )

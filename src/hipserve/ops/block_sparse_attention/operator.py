@@ -36,6 +36,8 @@ def _run(
     query_block_size: int,
     lists: Tensor | None,
     page_size: int,
+    rope: Tensor | None,
+    trained_length: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
@@ -55,6 +57,8 @@ def _run(
         query_block_size=query_block_size,
         lists=lists,
         page_size=page_size,
+        rope=rope,
+        trained_length=trained_length,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.offload import TILE_SIZE
+from hipserve.ops.rope import turn
 from hipserve.types import KeyPool
 
 
@@ -26,6 +27,8 @@ def block_sparse_attention(
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
     lists: Tensor | None = None,
     page_size: int = 0,  # noqa: ARG001 - likewise
+    rope: Tensor | None = None,
+    trained_length: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -38,11 +41,14 @@ def block_sparse_attention(
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
         last = position + num_rows
+        shifts = None
         if indices is None or window_start is None:
             keys = torch.arange(last, device=q.device)[None]
         else:
             window = int(window_start[i])
             keys = read_keys(indices[i], key_block_size, num_sink_tokens, window, last)
+            if rope is not None and position >= trained_length:
+                shifts = consecutive(keys, window)
         if lists is None:
             in_pages = places(keys, block_table[seq].long(), kv.page_size)
         else:
@@ -55,6 +61,8 @@ def block_sparse_attention(
             keys,
             kv,
             in_pages,
+            shifts=shifts,
+            rope=rope,
             sliding_window=sliding_window,
             sm_scale=sm_scale,
             softcap=softcap,
@@ -72,6 +80,14 @@ def read_keys(indices: Tensor, size: int, num_sink_tokens: int, window: int, las
     chosen = chosen.masked_fill(indices[..., None] < 0, -1).flatten(1)
     heads = indices.shape[0]
     return torch.cat([sink.expand(heads, -1), chosen, recent.expand(heads, -1)], dim=1)
+
+
+def consecutive(keys: Tensor, window: int) -> Tensor:
+    """`[heads, keys]`: how much later each of `keys` `[heads, keys]` is seen, so that those before
+    the window lie one behind the other and end where it starts."""
+    there = keys >= 0
+    before = (there & (keys < window)).sum(1, keepdim=True)
+    return window - before + there.cumsum(1) - 1 - keys
 
 
 def places(keys: Tensor, pages: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -94,20 +110,24 @@ def attend(
     kv: KeyPool,
     in_pages: tuple[Tensor, Tensor],
     *,
+    shifts: Tensor | None,
+    rope: Tensor | None,
     sliding_window: int,
     sm_scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `rows` `[rows, num_q_heads, head_dim]` at `positions` `[rows]` over `keys`
-    `[heads or 1, keys]`, whose page and slot are `in_pages`, likewise."""
+    `[heads or 1, keys]`, whose page and slot are `in_pages`, likewise; seen later by `shifts`."""
     dtype = accumulator(rows.dtype)
     num_q_heads = rows.shape[1]
     q_heads = torch.arange(num_q_heads, device=rows.device)
     keys, page, slot = (x[q_heads * len(x) // num_q_heads] for x in (keys, *in_pages))
     kv_heads = (q_heads * kv.num_kv_heads // num_q_heads)[:, None]
-    k, v = kv.k_cache[page, slot, kv_heads].to(dtype), kv.v_cache[page, slot, kv_heads].to(dtype)
+    k, v = kv.k_cache[page, slot, kv_heads], kv.v_cache[page, slot, kv_heads].to(dtype)
+    if shifts is not None and rope is not None:
+        k = turn(k, shifts[q_heads * len(shifts) // num_q_heads], rope)
 
-    scores = rows.transpose(0, 1).to(dtype) @ k.mT * sm_scale
+    scores = rows.transpose(0, 1).to(dtype) @ k.to(dtype).mT * sm_scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     keys = keys[:, None]

@@ -18,6 +18,7 @@ def select_blocks(
     *,
     config: HiPConfig | None = None,
     rule: PruningRule | None = None,
+    rope: Tensor | None = None,
     backend: str = "auto",
     check: bool = True,
 ) -> BlockSelection:
@@ -33,6 +34,9 @@ def select_blocks(
         layout: lengths and page ids of the batch.
         config: what to keep; the defaults if None.
         rule: which query blocks are pruned; what `config` says for q's device if None.
+        rope: `[2, head_dim]` int32, how the model turns its keys (`hipserve.ops.rope`): for a
+            config that extends it by `stream`, whose blocks beyond the trained length see far keys
+            nearer.
         backend: `auto`, `cpu`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 
@@ -49,13 +53,14 @@ def select_blocks(
         checks.check_floats("q", q, "[num_tokens, num_q_heads, head_dim]")
         checks.check_index(q, index, config.run_size, config.code_bits)
         checks.check_layout(q, index, layout)
+        checks.check_rope(q, rope, config)
         if config.run_size is not None and layout.block_table.shape[1] > 1:
             assert index.summaries is not None
             checks.check_page_size(index.page_size, config.run_size, index.summaries.shape[1])
     rule = rule or pruning_rule(config, q.device.type)
     starts = layout.window_starts(rule)
     blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
-    inputs = operator.search_inputs(q, index, *blocks, config=config)
+    inputs = operator.search_inputs(q, index, *blocks, config=config, rope=rope)
     return BlockSelection(operator.run(inputs, config, backend), starts)
 
 
@@ -68,6 +73,7 @@ def refresh_blocks(
     *,
     config: HiPConfig | None = None,
     rule: PruningRule | None = None,
+    rope: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """`select_blocks` into an earlier selection, where a flag on the device asks for it.
@@ -76,6 +82,7 @@ def refresh_blocks(
 
     Args:
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        rope: `[2, head_dim]` int32, or None.
         index, layout, config, rule, backend: as in `select_blocks`, but unchecked.
         selection: one entry a query block; overwritten where `refresh` is not 0.
         refresh: `[num_query_blocks]` int32.
@@ -84,5 +91,5 @@ def refresh_blocks(
     rule = rule or pruning_rule(config, q.device.type)
     starts = layout.window_starts(rule)
     blocks = (layout.block_table, layout.query_blocks(rule.query_block_size), starts)
-    inputs = operator.search_inputs(q, index, *blocks, config=config)
+    inputs = operator.search_inputs(q, index, *blocks, config=config, rope=rope)
     operator.refresh(inputs, config, refresh, selection, backend)

@@ -60,9 +60,10 @@ def search_inputs(
     window_starts: Tensor,
     *,
     config: HiPConfig,
+    rope: Tensor | None = None,
 ) -> SearchInputs:
     """Tensors as `SearchInputs` has them, `[num_tokens, num_q_heads, head_dim]` first."""
-    blocks = (block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts, rope if config.streams else None)
     if config.run_size is None:
         return SearchInputs(q, index.codes, index.code_scales, None, None, *blocks)
     summaries = (index.summaries, index.summary_scales)
@@ -113,10 +114,11 @@ def _operator(
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
+    rope: Tensor | None,
     spec: str,
     backend: str,
 ) -> Tensor:
-    blocks = (block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts, rope)
     inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return select(inputs, SearchSpec.loads(spec), backend)
 
@@ -131,9 +133,10 @@ def _(
     block_table: Tensor,
     query_blocks: Tensor,
     window_starts: Tensor,
+    rope: Tensor | None,
     spec: str,
     backend: str,
 ) -> Tensor:
-    blocks = (block_table, query_blocks, window_starts)
+    blocks = (block_table, query_blocks, window_starts, rope)
     inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return q.new_empty(SearchSpec.loads(spec).selection_shape(inputs), dtype=torch.int32)

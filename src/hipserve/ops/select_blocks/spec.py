@@ -24,6 +24,8 @@ class SearchInputs(NamedTuple):
         block_table: `[num_seqs, max_pages]` int32.
         query_blocks: `[num_query_blocks, 4]` int32: sequence, first row, rows, first position.
         window_starts: `[num_query_blocks]` int32: where what is searched ends.
+        rope: `[2, head_dim]` int32, as in `hipserve.ops.rope`; None where no block lies beyond the
+            trained length.
     """
 
     q: Tensor
@@ -34,6 +36,7 @@ class SearchInputs(NamedTuple):
     block_table: Tensor
     query_blocks: Tensor
     window_starts: Tensor
+    rope: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class SearchSpec(HashedOnce):
     relative_scores: bool
     share_group: bool
     num_sink_tokens: int
+    trained_length: int | None
 
     @property
     def max_selected(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hipserve.errors import BackendError
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.block_sparse_attention.triton.hopper.shape import can_copy, make_shape
 from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
@@ -31,6 +32,8 @@ def block_sparse_attention(
     query_block_size: int,
     lists: Tensor | None,
     page_size: int,
+    rope: Tensor | None,
+    trained_length: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -38,6 +41,11 @@ def block_sparse_attention(
         out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
         lse: `[num_tokens, num_q_heads]` float32.
     """
+    if rope is not None:
+        raise BackendError(
+            'backend="triton" cannot run: extend="stream" has no kernels there yet',
+            'use extend="yarn", or a CPU',
+        )
     tokens, num_q_heads, _ = q.shape
     blocks = query_blocks.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -23,6 +23,7 @@ def search_bound(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> Non
         spec.run_size,
         spec.code_bits,
         *blocks,
+        spec.trained_length or 0,
         spec.budget,
         spec.key_block_size,
         spec.query_stride,

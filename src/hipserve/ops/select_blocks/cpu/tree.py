@@ -22,6 +22,7 @@ def search_tree(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> None
         code_scales,
         spec.code_bits,
         *blocks,
+        spec.trained_length or 0,
         spec.budget,
         spec.key_block_size,
         spec.query_stride,

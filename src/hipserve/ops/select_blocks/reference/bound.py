@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.ops.select_blocks.reference.scores import IndexedKeys
+from hipserve.ops.select_blocks.reference.scores import SeenKeys
 from hipserve.ops.select_blocks.reference.search import Search, top
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
@@ -15,15 +15,13 @@ from hipserve.selectors import Bound
 class BoundSearch(Search):
     """Keeps the best runs of every level, then the best blocks in the finest of them."""
 
-    def __init__(
-        self, rows: Tensor, keys: IndexedKeys, window_start: int, position: int, spec: SearchSpec
-    ) -> None:
-        """rows: `[heads, rows, head_dim]`."""
-        super().__init__(rows, keys, window_start, position, spec)
+    def __init__(self, seen: SeenKeys, window_start: int, position: int, spec: SearchSpec) -> None:
+        super().__init__(seen, window_start, position, spec)
         assert isinstance(spec.selector, Bound)
         assert spec.run_size is not None
         self.options = spec.selector
-        sizes = (keys.index.page_size, spec.run_size, keys.index.num_runs)
+        index = seen.keys.index
+        sizes = (index.page_size, spec.run_size, index.num_runs)
         self.lengths, self.offsets = bound_levels(*sizes), bound_offsets(*sizes)
 
     def select(self) -> Tensor:
@@ -68,8 +66,8 @@ class BoundSearch(Search):
 
     def run_scores(self, runs: Tensor, level: int) -> Tensor:
         """`[heads, count]`: a score of each run, max over the rows, from its summary."""
-        length = self.lengths[level]
-        page, slot = self.keys.locate(runs * length)
-        run = self.offsets[level] + slot // length
-        scores = self.scores.of_runs(page, run, self.options.bound_reach)
+        first, reach = runs * self.lengths[level], self.options.bound_reach
+        page, slot = self.seen.keys.locate(first)
+        run = self.offsets[level] + slot // self.lengths[level]
+        scores = self.seen.each(first, lambda scores: scores.of_runs(page, run, reach))
         return (scores - self.baseline).amax(dim=1)

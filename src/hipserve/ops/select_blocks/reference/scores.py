@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hipserve.ops.codes import QUERY_BITS, REACH_STEPS, encode, encode_rotated, unpack
+from hipserve.ops.rope import turn
 from hipserve.types import KeyIndex
 
 
@@ -93,7 +95,42 @@ class CodeScores(Scores):
         return self.plain.scales[..., None] * (near + far)
 
 
-def scores_of(rows: Tensor, keys: IndexedKeys) -> Scores:
-    """rows: `[heads, rows, head_dim]`."""
-    kind = Scores if keys.index.code_scales is None else CodeScores
-    return kind(rows, keys)
+class SeenKeys:
+    """Scores of one query block, which sees the keys of far segments nearer than they are.
+
+    Keys before `nearest` are seen, segment by segment, as if their segment began there
+    (`hipserve.ops.rope.nearest_segment`). To see keys later is to turn the query back.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        keys: IndexedKeys,
+        rope: Tensor | None = None,
+        nearest: int = 0,
+        segment: int = 1,
+    ) -> None:
+        """rows: `[heads, rows, head_dim]`, sampled; rope: `[2, head_dim]`, where `nearest` is not
+        0."""
+        self.rows, self.keys, self.rope = rows, keys, rope
+        self.nearest, self.segment = nearest, segment
+        self._scores: dict[int, Scores] = {}
+
+    def each(self, positions: Tensor, score: Callable[[Scores], Tensor]) -> Tensor:
+        """`[heads, rows, count]`: score(...) of what begins at `positions` `[heads, count]`, each
+        with the queries that see it."""
+        shifts = (self.nearest - positions // self.segment * self.segment).clamp(min=0)
+        out, *others = [
+            score(self._seen(shift)).masked_fill((shifts != shift)[:, None], -torch.inf)
+            for shift in shifts.unique().tolist()
+        ] or [score(self._seen(0))]
+        for other in others:
+            out = torch.maximum(out, other)
+        return out
+
+    def _seen(self, shift: int) -> Scores:
+        if shift not in self._scores:
+            rows = self.rows if self.rope is None else turn(self.rows, -shift, self.rope)
+            kind = Scores if self.keys.index.code_scales is None else CodeScores
+            self._scores[shift] = kind(rows, self.keys)
+        return self._scores[shift]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipserve.ops.select_blocks.reference.scores import IndexedKeys, scores_of
+from hipserve.ops.select_blocks.reference.scores import SeenKeys
 from hipserve.ops.select_blocks.spec import SearchSpec
 
 
@@ -16,12 +16,9 @@ class Search:
     and runs are `[heads, count]` index tensors.
     """
 
-    def __init__(
-        self, rows: Tensor, keys: IndexedKeys, window_start: int, position: int, spec: SearchSpec
-    ) -> None:
-        """rows: `[heads, rows, head_dim]`, sampled, the first of them at `position`."""
-        self.rows, self.keys, self.spec = rows, keys, spec
-        self.scores = scores_of(rows, keys)
+    def __init__(self, seen: SeenKeys, window_start: int, position: int, spec: SearchSpec) -> None:
+        """The first row of `seen` is at `position`."""
+        self.rows, self.seen, self.spec = seen.rows, seen, spec
         self.begin, self.end = spec.num_sink_tokens, window_start
         self.baseline = self.best_read(position) if spec.relative_scores else 0.0
 
@@ -34,15 +31,17 @@ class Search:
         device = self.rows.device
         sinks = torch.arange(self.begin, device=device)
         keys = torch.cat([sinks, torch.arange(self.end, position + 1, device=device)])
-        return self.scores.of_keys(keys.expand(self.rows.shape[0], -1)).amax(dim=2, keepdim=True)
+        keys = keys.expand(self.rows.shape[0], -1)
+        return self.seen.each(keys, lambda scores: scores.of_keys(keys)).amax(dim=2, keepdim=True)
 
     def block_scores(self, blocks: Tensor) -> Tensor:
         """`[heads, count]`: the highest score of any row and any key of each block."""
         size = self.spec.key_block_size
         blocks = blocks.clamp(self.begin // size, self.end // size - 1)
-        keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)
-        scores = self.scores.of_keys(keys.flatten(1)) - self.baseline
-        return scores.unflatten(2, (-1, size)).amax(dim=(1, 3))
+        first = (blocks * size)[..., None].expand(-1, -1, size)
+        keys = (first + torch.arange(size, device=blocks.device)).flatten(1)
+        scores = self.seen.each(first.flatten(1), lambda scores: scores.of_keys(keys))
+        return (scores - self.baseline).unflatten(2, (-1, size)).amax(dim=(1, 3))
 
 
 def sample_rows(q: Tensor, heads: int, stride: int) -> Tensor:

@@ -34,8 +34,13 @@ def refresh_blocks(
     refresh: `[num_query_blocks]` int32; None selects for all.
     """
     check_block_size(spec.key_block_size)
+    if inputs.rope is not None:
+        raise BackendError(
+            'backend="triton" cannot run: extend="stream" has no kernels there yet',
+            'use extend="yarn", or a CPU',
+        )
     q, codes, code_scales, summaries, summary_scales, block_table, *blocks = inputs
-    query_blocks, window_starts = blocks
+    query_blocks, window_starts, _ = blocks
     indices, window_start = selection.indices, selection.window_start
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     call = Call(

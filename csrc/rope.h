@@ -1,0 +1,104 @@
+// Rows turned by positions, as ops/rope.py defines it, and which keys a search sees nearer.
+#pragma once
+#include "arena.h"
+#include "product.h"
+
+namespace hipserve {
+namespace HIPSERVE_TIER {
+
+// cos and sin of 2^-32 `turns` of a whole turn: of what is left of the nearest quarter, by Taylor.
+static inline void cos_sin(vu turns, vf* cos, vf* sin) {
+  constexpr float kStep = 1.4629180792671596e-9f;  // 2 pi / 2^32
+  const vi quarter = (vi)(turns + (1u << 29)) >> 30;
+  const vf x = __builtin_convertvector((vi)(turns - ((vu)quarter << 30)), vf) * kStep, y = x * x;
+  const vf s = x + x * y * (-1.f / 6 + y * (1.f / 120 + y * (-1.f / 5040 + y * (1.f / 362880))));
+  const vf c = 1.f + y * (-1.f / 2 + y * (1.f / 24 + y * (-1.f / 720 + y * (1.f / 40320))));
+  const vi odd = (quarter & 1) != 0;
+  const vf a = odd ? s : c, b = odd ? c : s;
+  *cos = ((quarter + 1) & 2) != 0 ? -a : a;
+  *sin = (quarter & 2) != 0 ? -b : b;
+}
+
+// A turn by some positions: x cos + x[partner] sin.
+class Turn {
+ public:
+  Turn(Arena& arena, const Batch& batch) : rope_(batch.rope), dim_(batch.head_dim) {
+    if (!rope_.partner) return;
+    cos_ = arena.take<float>(dim_);
+    sin_ = arena.take<float>(dim_);
+  }
+
+  void set(int64_t by) {
+    if (by == by_) return;
+    by_ = by;
+    for (int64_t c = 0; c < dim_; c += kLanes) {
+      vf cos, sin;
+      cos_sin(*(const vu*)(rope_.step + c) * (uint32_t)by, &cos, &sin);
+      store(cos_ + c, cos);
+      store(sin_ + c, sin);
+    }
+  }
+
+  template <class T> void apply(const T* row, T* out) const {
+    float x[kMaxDim];
+    to_floats(row, (int)dim_, x);
+    for (int64_t c = 0; c < dim_; c += kLanes) {
+      float turned[kLanes];
+      store(turned, load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c));
+      for (int i = 0; i < kLanes; ++i) from_float(turned[i], out + c + i);
+    }
+  }
+
+ private:
+  // x[partner] of channels c and behind: neighbours too, unless a model pairs even with odd ones.
+  vf partners(const float* x, int64_t c) const {
+    const int32_t* partner = rope_.partner + c;
+    if (partner[kLanes - 1] - partner[0] == kLanes - 1) return load(x + partner[0]);
+    float found[kLanes];
+    for (int i = 0; i < kLanes; ++i) found[i] = x[partner[i]];
+    return load(found);
+  }
+
+  const Rope rope_;
+  const int64_t dim_;
+  int64_t by_ = 0;  // no turn at all: nobody asks for that
+  float *cos_ = nullptr, *sin_ = nullptr;
+};
+
+// Whether the rows of a query block lie beyond the trained length.
+static inline bool streams(const Batch& batch, const QueryBlock& block) {
+  return batch.rope.partner && block.position >= batch.rope.trained_length;
+}
+
+// How much nearer a query block sees the keys of far segments: those before `nearest` as if their
+// segment began there.
+class FarKeys {
+ public:
+  FarKeys(const Batch& batch, const QueryBlock& block, int64_t window_start) {
+    if (!streams(batch, block)) return;
+    while ((int64_t)8 << bits_ <= batch.rope.trained_length) ++bits_;
+    nearest_ = maximum((window_start >> bits_) - 1, (int64_t)0) << bits_;
+  }
+
+  // Calls use(first, end, shift) for stretches of the n ascending keys key(i) that are seen `shift`
+  // positions nearer.
+  template <class Key, class Use>
+  void in_stretches(int64_t n, const Key& key, const Use& use) const {
+    for (int64_t first = 0, end; first < n; first = end) {
+      const int64_t shift = shift_of(key(first));
+      for (end = first + 1; nearest_ && end < n && shift_of(key(end)) == shift;) ++end;
+      if (!nearest_) end = n;
+      use(first, end, shift);
+    }
+  }
+
+ private:
+  int64_t shift_of(int64_t key) const {
+    return maximum(nearest_ - (key >> bits_ << bits_), (int64_t)0);
+  }
+  int64_t nearest_ = 0;
+  int bits_ = 0;
+};
+
+}  // namespace HIPSERVE_TIER
+}  // namespace hipserve
