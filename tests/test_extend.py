@@ -70,7 +70,7 @@ def test_a_model_turns_keys_as_we_read(kind: str) -> None:
     name, extra = ROPES[kind]
     config = getattr(transformers, name)(**{**SIZES, **extra})
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope, x = read_rope(config, head_dim, 2), torch.randn(head_dim)
+    rope, x = read_rope(config, head_dim), torch.randn(head_dim)
     for by in (1, 30, 500):
         moved = turn(turned_by_model(config, x, 100), by, rope)
         expected = turned_by_model(config, x, 100 + by)

@@ -37,6 +37,7 @@ from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.ops.write_kv.triton import launch as writing
 from hipserve.types import BlockSelection, KeyPool, TileArena
 
+STREAM = HiPConfig(extend="stream", trained_length=8192)
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 
 
@@ -104,6 +105,7 @@ def attend(
     head_dim: int,
     batch: int = 1,
     tiled: bool = False,
+    streams: bool = False,
 ) -> None:
     for name in ("attention", "merge", "hopper"):
         recorders[f"{name}_kernel"].case = case
@@ -126,6 +128,8 @@ def attend(
         query_block_size=64,
         lists=torch.zeros(blocks, 8, 104, dtype=torch.int32) if tiled else None,
         page_size=256,
+        rope=torch.zeros(2, head_dim, dtype=torch.int32) if streams else None,
+        trained_length=8192,
     )
 
 
@@ -150,6 +154,7 @@ def select(
         query_blocks=torch.zeros(blocks, 4, dtype=torch.int32),
         window_starts=chosen[:, 0, 0].contiguous(),
         config=config,
+        rope=torch.zeros(2, head_dim, dtype=torch.int32),
     )
     due = torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None
     kept = BlockSelection(chosen, chosen[:, 0, 0].contiguous())
@@ -217,6 +222,8 @@ def main() -> None:
     select(recorders, "prefill", 4096, HiPConfig())
     select(recorders, "several row tiles", 64, HiPConfig(query_stride=1))
     select(recorders, "decode", 1, HiPConfig())
+    attend(recorders, "prefill, stream", 4096, True, 128, streams=True)
+    select(recorders, "prefill, stream", 4096, STREAM)
     if capability == 89:  # the least shared memory
         attend(recorders, "prefill, head_dim 512", 4096, True, 512)
         attend(recorders, "decode, head_dim 512", 1, True, 512)
@@ -242,6 +249,10 @@ def main() -> None:
             select(recorders, f"prefill, {bits} bits", 4096, coded)
             select(recorders, f"decode, {bits} bits", 1, coded)
         write(recorders, 128)
+        attend(recorders, "decode, stream", 1, True, 128, streams=True)
+        attend(recorders, "decode, stream, tiles", 1, True, 128, tiled=True, streams=True)
+        select(recorders, "decode, stream", 1, STREAM)
+        select(recorders, "decode, stream, tree", 1, STREAM.replace(selector="tree"))
         attention.specialises_warps = lambda device: True
         attend(recorders, "prefill", 4096, True, 128)
         attend(recorders, "prefill, dense", 4096, False, 128)

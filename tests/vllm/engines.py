@@ -27,6 +27,13 @@ PRUNED = {
     "refresh_interval": 4,
     "code_bits": 4,
 }
+STREAMED = {
+    **PRUNED,
+    "dense_layers": [],
+    "refresh_interval": 1,
+    "extend": "stream",
+    "trained_length": 512,
+}
 SHORT = (1, 2, 3, 5, 17, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 345, 400, 511)
 LENGTHS = (*SHORT, 512, 513, 540, 600, 640, 700, 766, 1024, 1100, 1200, 1400, 1500)
 PRUNED_LENGTHS = (3, 65, 129, 257, 345, 512, 513, 640, 700, 1024, 1100, 1500)
@@ -137,14 +144,14 @@ def wrong_bounds(llm: Any) -> dict[str, int]:
     return {"cached": len(cached), "wrong": wrong}
 
 
-def with_transformers(ids: list[list[int]]) -> list[list[int]]:
+def with_transformers(ids: list[list[int]], hip: dict[str, Any] = PRUNED) -> list[list[int]]:
     """The same prompts, in the same chunks, through the transformers integration."""
     import torch
 
     from hipserve import HiPCache, HiPConfig
     from hipserve.models import load
 
-    loaded = load(config=HiPConfig.from_dict(PRUNED), dtype=torch.float32, device="cpu")
+    loaded = load(config=HiPConfig.from_dict(hip), dtype=torch.float32, device="cpu")
     results: list[list[int]] = []
     for prompt in ids:
         cache, tokens = HiPCache(loaded.model.config), list(prompt)
@@ -195,6 +202,29 @@ def pruned(report: dict[str, Any]) -> None:
     report["counts"] = counts(llm)
     end(llm)
     report["transformers"] = with_transformers(ids)
+
+
+def streamed(report: dict[str, Any]) -> None:
+    """A model that was trained on 512 positions: in a batch, with prefix hits, beside transformers;
+    and what does not go with it."""
+    ids = prompts((345, 540, 700, 1024))
+    overrides = {"max_position_embeddings": 4096}
+    llm = engine("CUSTOM", STREAMED, num_gpu_blocks_override=48, hf_overrides=overrides)
+    report["together"] = answers(llm, ids)
+    report["prefix hits"] = answers(llm, ids)
+    end(llm)
+    report["transformers"] = with_transformers(ids, STREAMED)
+    report["unextended"] = with_transformers(ids, {**STREAMED, "extend": "none"})
+    for name, changes in (
+        ("no length", {"trained_length": None}),
+        ("dense layers", {"dense_layers": [1]}),
+        ("no yarn", {"extend": "yarn"}),
+    ):
+        try:
+            engine("CUSTOM", {**STREAMED, **changes})
+            report[name] = "accepted"
+        except Exception as error:
+            report[name] = str(error)
 
 
 def offloaded(report: dict[str, Any]) -> None:
@@ -292,7 +322,7 @@ def reduced(report: dict[str, Any]) -> None:
 
 
 SCENARIOS: dict[str, Callable[[dict[str, Any]], None]] = {
-    f.__name__: f for f in (full, pruned, offloaded, refused, parallel, compiled, reduced)
+    f.__name__: f for f in (full, pruned, streamed, offloaded, refused, parallel, compiled, reduced)
 }
 
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(folder: Path) -> dict[str, dict[str, Any]]:
     """Scenarios in two processes of one thread, at once: two cores have room for both."""
     with ThreadPoolExecutor() as pool:
-        parts = ("full",), ("pruned", "offloaded", "refused")
+        parts = ("full", "streamed"), ("pruned", "offloaded", "refused")
         full, others = pool.map(lambda names: scenarios(*names, folder=folder), parts)
         return full | others
 
@@ -56,6 +56,18 @@ def test_preempted_requests_give_the_same_tokens(full: dict[str, Any]) -> None:
 def test_pruned_tokens_equal_transformers(pruned: dict[str, Any]) -> None:
     assert pruned["alone"] == pruned["transformers"]
     assert pruned["counts"]["hipserve_keys_read"] < pruned["counts"]["hipserve_keys_visible"]
+
+
+def test_streamed_tokens_equal_transformers(ran: dict[str, dict[str, Any]]) -> None:
+    """Beyond the trained length, in batches and after prefix hits."""
+    report = ran["streamed"]
+    assert report["together"] == report["transformers"]
+    assert report["prefix hits"] == report["transformers"]
+    assert report["transformers"] != report["unextended"]
+    assert report["transformers"][0] == report["unextended"][0]  # 345 tokens and 16
+    assert "trained_length: expected a length" in report["no length"]
+    assert 'dense_layers: expected none with extend="stream"' in report["dense layers"]
+    assert "rope_parameters of YaRN in --hf-overrides" in report["no yarn"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,9 +15,42 @@ from hipserve.cli import serve
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 from hipserve.integrations.vllm import compat
+from hipserve.models.config_file import read_config
 from hipserve.serving import log_words, refusals
 from hipserve.serving.address import free_port
 from hipserve.serving.command_line import Server
+
+EXTENDED = {
+    ("stream", ""): ({"max_position_embeddings": 524288}, "524288"),
+    ("stream", "--max-model-len 256K"): ({"max_position_embeddings": 262144}, None),
+    ("yarn", "--max-model-len 262144"): (
+        {
+            "rope_parameters": {
+                "rope_theta": 2000000.0,
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 131072,
+            }
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("given", EXTENDED)
+def test_a_longer_context_is_set_up_for_vllm(given: tuple[str, str]) -> None:
+    extend, flags = given
+    config = HiPConfig.from_dict({"extend": extend})
+    server = Server("acorn", "acorn", config, flags=tuple(flags.split()))
+    made = serve.extended(server, read_config("acorn"))
+    overrides, length = EXTENDED[given]
+    assert json.loads(made.option("--hf-overrides") or "") == overrides
+    assert length is None or made.option("--max-model-len") == length
+    assert made.config is not None
+    assert made.config.trained_length == 131072
+    with pytest.raises(ArgumentError, match="extend: expected"):
+        serve.extended(made, read_config("acorn"))
+
 
 REFUSED = {
     "--additional-config.hip.budget 64": "--additional-config: expected HiP attention",

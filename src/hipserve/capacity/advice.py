@@ -134,8 +134,8 @@ class Plan:
         positions = service.model.positions
         if positions and service.context > positions:
             yield (
-                f"the model was made for {positions:,} positions: vLLM takes more only with "
-                "--hf-overrides that extend its RoPE"
+                f"the model was made for {positions:,} positions: serve more of them with "
+                "--extend stream or --extend yarn (docs/extend.md)"
             )
         if service.offload and self.machine.on_gpu:
             yield from self._offload_notes()

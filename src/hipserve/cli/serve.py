@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hipserve.capacity.advice import OFFLOAD_CODE_BITS
 from hipserve.capacity.shape import ModelShape
 from hipserve.cli import options
-from hipserve.cli.numbers import parse_size
+from hipserve.cli.numbers import parse_count, parse_size
 from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
@@ -63,6 +64,7 @@ def serve(
     ] = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
+    extend: options.Extend = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="vLLM's dense attention instead of HiP.")
     ] = False,
@@ -86,13 +88,15 @@ def serve(
     given = (config, preset, budget, selector, code_bits)
     if dense:
         options.refuse_with_dense(*given)
-    settings = None if dense else options.make_config(*given)
+    settings = None if dense else options.make_config(*given, extend=extend)
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*quick_start(flags), *flags)
     server = Server(
         path, model, settings, host, port, api_key=api_key, flags=flags, file_flags=held
     )
+    if settings is not None and settings.extend != "none":
+        server = extended(server, read_config(server.model))
     shape = shape_of(server)
     if offload is not None:
         server = with_offload(server, offload, shape)
@@ -100,6 +104,36 @@ def serve(
     if shape is not None and memory is not None and on_cpu():
         check_fit(server, shape, memory)
     run(server, verbose)
+
+
+def extended(server: Server, table: dict[str, Any]) -> Server:
+    """The server with a context beyond the trained length of its model, whose config.json is
+    `table`: what vLLM reads of it is overridden.
+
+    Raises:
+        ArgumentError: flags override it already, or the model says no length.
+    """
+    assert server.config is not None
+    config = server.config
+    trained = config.trained_length or int(table.get("max_position_embeddings") or 0)
+    given = server.option("--hf-overrides")
+    if given is not None or not trained:
+        got = f"--hf-overrides {given}" if trained else "a config.json without it"
+        hint = "leave one of them out" if trained else "set trained_length in --config"
+        raise ArgumentError("extend", "a model with max_position_embeddings, as it is", got, hint)
+    asked = server.option("--max-model-len")
+    length = parse_count(asked) if asked else int(config.extend_factor * trained)
+    overrides: dict[str, Any] = {"max_position_embeddings": length}
+    if config.extend == "yarn":
+        own = table.get("rope_parameters") or {"rope_theta": table.get("rope_theta", 10_000.0)}
+        scaling = {"rope_type": "yarn", "factor": max(length / trained, 1.0)}
+        scaling["original_max_position_embeddings"] = trained
+        overrides = {"rope_parameters": {**own, **scaling}}
+    flags = ("--hf-overrides", json.dumps(overrides))
+    if not asked:
+        flags += ("--max-model-len", str(length))
+    config = config.replace(trained_length=trained)
+    return replace(server, config=config, flags=(*server.flags, *flags))
 
 
 def make_offload(file: Path | None, memory: int | None, dense: bool) -> Offload | None:

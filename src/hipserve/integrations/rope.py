@@ -80,12 +80,11 @@ def yarn_parameters(config: Any, factor: float) -> dict[str, Any]:
     }
 
 
-def read_rope(config: Any, head_dim: int, layer_idx: int = 0) -> Tensor:
-    """`[2, head_dim]` int32 of one layer, as `hipserve.ops.rope.turn` takes it.
+def read_rope(config: Any, head_dim: int) -> Tensor:
+    """`[2, head_dim]` int32 of the full-attention layers, as `hipserve.ops.rope.turn` takes it.
 
     Args:
         config: the model's text configuration.
-        layer_idx: a full-attention layer.
 
     Raises:
         ArgumentError: the model has no such positions, or it is not known how it turns keys.
@@ -95,14 +94,13 @@ def read_rope(config: Any, head_dim: int, layer_idx: int = 0) -> Tensor:
         type(config).__module__.replace("configuration_", "modeling_")
     )
     names = [n for n in vars(modeling) if n.endswith("RotaryEmbedding") and "Vision" not in n]
-    kinds = getattr(config, "layer_types", None)
     nested = "full_attention" in config.rope_parameters
-    layer_type = {"layer_type": kinds[layer_idx]} if nested and kinds else {}
+    layer_type = {"layer_type": "full_attention"} if nested else {}
     with torch.device("cpu"):
         rotary = getattr(modeling, names[0])(config)
         cos, sin = rotary(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), **layer_type)
         turned = _turned_units(modeling.apply_rotary_pos_emb, cos, sin, head_dim)
-    prefix = f"{layer_type['layer_type']}_" if layer_type else ""
+    prefix = "full_attention_" if nested else ""
     return _read_off(turned, _frequencies(config, rotary, prefix), head_dim)
 
 

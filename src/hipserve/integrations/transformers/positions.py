@@ -25,9 +25,7 @@ def rope_of(module: nn.Module, config: HiPConfig, head_dim: int, device: Any) ->
     if not config.streams:
         return None
     if module not in _ropes:
-        settings: Any = module.config
-        rope = read_rope(settings, head_dim, int(getattr(module, "layer_idx", 0)))
-        _ropes[module] = rope.to(device)
+        _ropes[module] = read_rope(module.config, head_dim).to(device)
     return _ropes[module]
 
 

@@ -18,6 +18,7 @@ from hipserve.cache.mapped import MappedPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
+from hipserve.integrations.rope import read_rope
 from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import Tally, tally
@@ -73,6 +74,10 @@ class HiPImpl(AttentionImpl[HiPStep]):
             self.selections.allocate(self.device, heads, self.config.max_selected)
         self.tally = tally(vllm_config.instance_id)
         self.hosted: HostedLayer | None = None
+        self.rope: Tensor | None = None
+        if self.config.streams and not self.sliding_window:
+            rope = read_rope(vllm_config.model_config.hf_text_config, head_size)
+            self.rope = rope.to(self.device)
 
     def is_local(self, layer: Any) -> bool:
         """The model itself lets the layer read a window or a chunk only."""
@@ -135,6 +140,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             sliding_window=self.sliding_window,
             sm_scale=self.scale,
             softcap=self.softcap,
+            rope=self.rope,
             sink_logits=self.sinks,
             selections=StepSelections(self.selections, step.plan),
             account=TallyAccount(self.tally, counted) if self.device.type == "cpu" else None,

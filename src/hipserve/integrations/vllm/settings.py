@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
+from hipserve.integrations.rope import check_rope
 from hipserve.integrations.vllm import OPTIONS_KEY
 from hipserve.offload import Offload
 
@@ -68,11 +69,32 @@ def check(vllm_config: VllmConfig) -> None:
     check_block_size(vllm_config.cache_config.block_size, hip_config(vllm_config))
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
+    check_extend(vllm_config.model_config.hf_text_config, hip_config(vllm_config))
     offload = offload_of(vllm_config)
     if offload is not None:
         from hipserve.integrations.vllm.offload import check_offload
 
         check_offload(vllm_config, offload, hip_config(vllm_config).code_bits)
+
+
+def check_extend(model: Any, config: HiPConfig) -> None:
+    """Raises an error where the model cannot be extended so, or the engine was not set up for it.
+
+    Args:
+        model: its text configuration, with vLLM's `--hf-overrides` on top.
+    """
+    if config.extend == "none":
+        return
+    kind = check_rope(model, config.extend).get("rope_type")
+    hint = "hipserve serve --extend sets up what vLLM needs"
+    if config.extend == "yarn" and kind != "yarn":
+        raise ConfigError("extend", "rope_parameters of YaRN in --hf-overrides", str(kind), hint)
+    if config.streams and config.trained_length is None:
+        raise ConfigError("trained_length", "a length, as --hf-overrides hides it", "None", hint)
+    if config.streams and config.dense_layers:
+        got = ", ".join(map(str, config.dense_layers))
+        hint = "leave them out; beyond the trained length every layer is pruned"
+        raise ConfigError("dense_layers", 'none with extend="stream"', got, hint)
 
 
 def check_cache_dtype(cache: str, model: str) -> None:

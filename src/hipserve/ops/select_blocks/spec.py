@@ -47,6 +47,7 @@ class SearchSpec(HashedOnce):
 
     Attributes:
         selector: how blocks are found, with options of its own; the other fields are for all.
+        trained_length: from where on query blocks see far keys nearer; None where none does.
     """
 
     __hash__ = HashedOnce.__hash__
@@ -86,6 +87,10 @@ class SearchSpec(HashedOnce):
 @functools.lru_cache(256)
 def search_spec(config: HiPConfig) -> SearchSpec:
     """What a search reads of `config`."""
-    shared = [field.name for field in fields(SearchSpec) if field.name != "selector"]
-    selector = SELECTORS[config.selector].of(config)
-    return SearchSpec(selector=selector, **{name: getattr(config, name) for name in shared})
+    own = ("selector", "trained_length")
+    shared = [field.name for field in fields(SearchSpec) if field.name not in own]
+    return SearchSpec(
+        selector=SELECTORS[config.selector].of(config),
+        trained_length=config.trained_length if config.streams else None,
+        **{name: getattr(config, name) for name in shared},
+    )

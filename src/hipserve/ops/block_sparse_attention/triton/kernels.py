@@ -38,6 +38,7 @@ def attention_kernel(
     sliding_window,
     sm_scale,
     softcap,
+    trained,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
@@ -51,6 +52,7 @@ def attention_kernel(
     dependent_launch_wait(TILING.chained)
     q_strides, out_strides = rows.RowStrides(*q_strides), rows.RowStrides(*out_strides)
     k_strides, v_strides = pages.CacheStrides(*k_strides), pages.CacheStrides(*v_strides)
+    trained = softmax.Trained(*trained)
     split = tl.program_id(0) % TILING.splits
     row_tile = tl.program_id(0) // TILING.splits % TILING.row_tiles
     block = num_query_blocks - 1 - tl.program_id(0) // (TILING.splits * TILING.row_tiles)
@@ -93,6 +95,8 @@ def attention_kernel(
         sm_scale=sm_scale,
         softcap=softcap,
         sliding_window=sliding_window,
+        rope=trained.rope,
+        moves=query_block.position >= trained.length,
     )
     for start in range(part.begin, part.whole, TILING.keys):
         state = attend_tile(state, reading, start, False, GEOMETRY, TILING)

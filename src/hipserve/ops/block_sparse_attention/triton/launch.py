@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hipserve.errors import BackendError
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.block_sparse_attention.triton.hopper.shape import can_copy, make_shape
 from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
@@ -33,7 +32,7 @@ def block_sparse_attention(
     lists: Tensor | None,
     page_size: int,
     rope: Tensor | None,
-    trained_length: int,  # noqa: ARG001
+    trained_length: int,
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -41,11 +40,6 @@ def block_sparse_attention(
         out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
         lse: `[num_tokens, num_q_heads]` float32.
     """
-    if rope is not None:
-        raise BackendError(
-            'backend="triton" cannot run: extend="stream" has no kernels there yet',
-            'use extend="yarn", or a CPU',
-        )
     tokens, num_q_heads, _ = q.shape
     blocks = query_blocks.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -66,10 +60,11 @@ def block_sparse_attention(
         capped=softcap > 0,
         same_strides=k_strides == v_strides,
         tiled=lists is not None,
+        streams=rope is not None and indices is not None,
         element_size=q.element_size(),
         device=q.device,
     )
-    if specialises_warps(q.device) and (shape := make_shape(call)):
+    if not call.streams and specialises_warps(q.device) and (shape := make_shape(call)):
         if can_copy(q, k_cache, v_cache) and sm_scale > 0:
             inputs = q, k_cache, v_cache, block_table, query_blocks, indices, window_start
             hopper_attention()(*inputs, out, lse, sm_scale=sm_scale, shape=shape)
@@ -84,6 +79,7 @@ def block_sparse_attention(
         query_blocks if window_start is None else window_start,
         *(lists, 0 if lists is None else lists.shape[2]),
         *(k_cache.shape[1], sliding_window, sm_scale, softcap),
+        (query_blocks if rope is None else rope, trained_length),
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](
         *inputs,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton.pages import key_offsets
+from hipserve.ops._triton.rope import turn_tile
 from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.block_sparse_attention.triton.key_list import list_positions
 
@@ -24,6 +25,14 @@ class Softmax(NamedTuple):
     """`[ROWS]` float32: the maximum score, -inf before the first visible key."""
     total: Any
     """`[ROWS]` float32: sum of 2^(score - maximum)."""
+
+
+class Trained(NamedTuple):
+    """What a block beyond the trained length needs to know of the model."""
+
+    rope: Any
+    """Pointer to int32 `[2, head_dim]`, as in `hipserve.ops.rope`; read where lists stream."""
+    length: Any
 
 
 class Reading(NamedTuple):
@@ -44,6 +53,10 @@ class Reading(NamedTuple):
     sm_scale: Any
     softcap: Any
     sliding_window: Any
+    rope: Any
+    """Of `Trained`."""
+    moves: Any
+    """The block lies beyond the trained length."""
 
 
 @triton.jit
@@ -69,6 +82,23 @@ def visible_keys(reading, n, there, WINDOWED: tl.constexpr):
 
 
 @triton.jit
+def turn_keys(k_tile, rows, there, start, reading, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """`[KEYS, DIM]`: the keys from `start` on as a block beyond the trained length sees them.
+
+    Its list lies at consecutive positions that end where the window, which is not moved, starts.
+    Keys of a block move together.
+    """
+    SIZE: tl.constexpr = min(GEOMETRY.key_block_size, TILING.keys)
+    key_list = reading.key_list
+    n = start + tl.arange(0, TILING.keys // SIZE) * SIZE
+    before = key_list.sinks + key_list.chosen
+    seen = key_list.window - before + n
+    by = seen - list_positions(key_list, n, GEOMETRY.key_block_size)  # [KEYS / SIZE]
+    by = tl.where(reading.moves & (n < before), by, 0)
+    return turn_tile(k_tile, rows, there, by, reading.rope, GEOMETRY.head_dim, GEOMETRY.dim)
+
+
+@triton.jit
 def attend_tile(
     state, reading, start, MASKED: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr
 ):
@@ -88,6 +118,8 @@ def attend_tile(
         v_rows = reading.v_pages.start + key_offsets(reading.v_pages, positions, there, MASKED)
     k_tile = load_tile(k_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
     v_tile = load_tile(v_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
+    if GEOMETRY.streams:
+        k_tile = turn_keys(k_tile, k_rows, there, start, reading, GEOMETRY, TILING)
     s = score_tile(reading, k_tile, GEOMETRY.capped)  # [ROWS, KEYS]
     if MASKED:
         s = tl.where(visible_keys(reading, n, there, GEOMETRY.windowed), s, -float("inf"))

@@ -45,6 +45,7 @@ class Call(NamedTuple):
     capped: bool
     same_strides: bool
     tiled: bool
+    streams: bool
     element_size: int
     device: torch.device
 
@@ -62,6 +63,7 @@ class Geometry(Heads):
         capped: scores are capped by `softcap`.
         same_strides: keys and values lie at the same offsets.
         tiled: keys and values are in tiles that lists name.
+        streams: blocks beyond the trained length see their list at consecutive positions.
     """
 
     __hash__ = HashedOnce.__hash__
@@ -73,6 +75,7 @@ class Geometry(Heads):
     capped: bool
     same_strides: bool
     tiled: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,7 @@ def make_geometry(call: Call) -> Geometry:
         capped=call.capped,
         same_strides=call.same_strides,
         tiled=call.tiled,
+        streams=call.streams,
     )
 
 
@@ -147,6 +151,9 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     stacked = call.max_rows * geometry.group_size
     half = call.element_size == 2
     most, keys = largest_tile(geometry.dim, half, gpu_shared_memory(call.device))
+    if call.streams:  # keys pass through registers, in float32, to be turned
+        wide = gpu_shared_memory(call.device) >= WIDE_BYTES
+        most, keys = min(most, 128 if wide else 32), min(keys, 32 if wide else 16)
     rows = max(min(most, power_of_2(stacked)), 16)
     if most == MAX_ROWS and rows == 128:
         keys = 128
@@ -158,6 +165,8 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
         most_splits = SMALL_PROGRAMS // few if small else large_splits(call, geometry)
         splits = max(min(most_splits, call.longest // keys, MAX_SPLITS), 1)
     num_warps, num_stages = launch_options(TileSize(rows, keys), geometry.dim, splits, small)
+    if call.streams:
+        num_warps, num_stages = 4 if rows <= 32 else 8, 2
     return Tiling(
         rows=rows,
         keys=keys,
@@ -179,7 +188,7 @@ def large_splits(call: Call, geometry: Geometry) -> int:
 
 def has_small_programs(call: Call, geometry: Geometry) -> bool:
     """Selected keys of a few single rows: programs of one warp are the fastest."""
-    narrow = call.element_size == 2 and geometry.dim <= 128
+    narrow = call.element_size == 2 and geometry.dim <= 128 and not call.streams
     return narrow and geometry.selected and 1 < large_splits(call, geometry) <= FEW_SPLITS
 
 

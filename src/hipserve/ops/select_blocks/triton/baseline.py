@@ -11,13 +11,19 @@ from hipserve.ops.select_blocks.triton.codes import (
     rotation_matrix,
     store_query_codes,
 )
+from hipserve.ops.select_blocks.triton.far import shifts_of
 from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys
 from hipserve.ops.select_blocks.triton.queries import load_rows, rows_at
 
 
 @triton.jit
-def best_read(q, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`[ROWS]`: the maximum of q k over the keys in [0, begin) and [end, last) of this part."""
+def best_read(
+    q, queries, tile, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILING: tl.constexpr
+):
+    """`[ROWS]`: the maximum of q k over the keys in [0, begin) and [end, last) of this part.
+
+    q: the rows of tile number `tile`, where nothing is seen nearer.
+    """
     ROWS: tl.constexpr = TILING.rows
     KEYS: tl.constexpr = TILING.read_keys
     STEP: tl.constexpr = TILING.baseline_programs * TILING.read_keys
@@ -30,6 +36,13 @@ def best_read(q, keys, begin, end, last, part, GEOMETRY: tl.constexpr, TILING: t
         if GEOMETRY.spec.code_bits < 16:
             s = key_code_scores(k_tile.codes, k_tile.scales, q, GEOMETRY)  # [KEYS, ROWS]
             best = tl.maximum(best, tl.max(tl.where(there[:, None], s, -float("inf")), axis=0))
+        elif GEOMETRY.streams:
+            shifts = shifts_of(queries.far, positions, there, GEOMETRY)
+            for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
+                seeing, _ = load_rows(queries, tile, shift, GEOMETRY, TILING)
+                s = tl.dot(seeing, tl.trans(k_tile.codes), input_precision="ieee")
+                s = tl.where((shifts.each == shift)[None, :], s, -float("inf"))  # [ROWS, KEYS]
+                best = tl.maximum(best, tl.max(s, axis=1))
         else:
             s = tl.dot(q, tl.trans(k_tile.codes), input_precision="ieee")  # [ROWS, KEYS]
             best = tl.maximum(best, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
@@ -48,17 +61,17 @@ def store_baselines(queries, keys, begin, end, last, GEOMETRY: tl.constexpr, TIL
     ROWS: tl.constexpr = TILING.rows
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
-        q, valid = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM], [ROWS]
+        q, valid = load_rows(queries, tile, 0, GEOMETRY, TILING)  # [ROWS, DIM], [ROWS]
         if GEOMETRY.spec.code_bits < 16:
             matrix = rotation_matrix(GEOMETRY)
             for first in tl.range(0, ROWS, 16, num_stages=1):
                 r = tile * ROWS + first + tl.arange(0, 16)
-                rows, _ = rows_at(queries, r, GEOMETRY)
+                rows, _ = rows_at(queries, r, 0, GEOMETRY)
                 store_query_codes(queries.codes, r, rows, matrix, GEOMETRY)
             tl.debug_barrier()
             q = load_query_code(queries.codes, valid, tile, GEOMETRY, TILING)
         if GEOMETRY.spec.relative_scores:
-            best = best_read(q, keys, begin, end, last, part, GEOMETRY, TILING)
+            best = best_read(q, queries, tile, keys, begin, end, last, part, GEOMETRY, TILING)
         else:
             best = tl.zeros([ROWS], tl.float32)
         row = (part * TILING.row_tiles + tile) * TILING.rows + tl.arange(0, TILING.rows)

@@ -12,6 +12,7 @@ from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import grid_barrier
+from hipserve.ops.select_blocks.triton.far import shifts_of
 from hipserve.ops.select_blocks.triton.geometry import (
     Call,
     Geometry,
@@ -25,6 +26,7 @@ from hipserve.ops.select_blocks.triton.run_score import (
     SummaryRows,
     load_run_queries,
     load_summaries,
+    score_far_runs,
     score_runs,
 )
 from hipserve.ops.select_blocks.triton.scratch import level_runs, level_scores
@@ -194,7 +196,7 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
     """Scores the candidates of a level by their summaries, with the programs that share them."""
     scores = level_scores(item.scratch, LEVEL)
     candidates = candidates_of(item, kept, LEVEL, GEOMETRY)
-    queries = load_run_queries(item.queries, 0, GEOMETRY, TILING)
+    queries = load_run_queries(item.queries, 0, 0, GEOMETRY, TILING)
     RUNS: tl.constexpr = TILING.runs[LEVEL]
     STEP: tl.constexpr = TILING.search_programs * RUNS
     n = candidates.count
@@ -206,8 +208,20 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
         summaries = load_summaries(at, item.bounds, c < n, GEOMETRY)
         # What is next is looked up while these are on their way.
         at = summaries_of(c + STEP, item, candidates, LEVEL, GEOMETRY)
-        best = score_runs(queries, item.queries, summaries, GEOMETRY, TILING)
+        if GEOMETRY.streams:
+            keys = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
+            shifts = shifts_of(item.queries.far, keys, c < n, GEOMETRY)
+            best = score_far_runs(shifts, item.queries, summaries, GEOMETRY, TILING)
+        else:
+            best = score_runs(queries, item.queries, summaries, GEOMETRY, TILING)
         tl.store(scores + c, best, mask=c < n)  # [RUNS]
+
+
+@triton.jit
+def candidate_keys(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Where the candidates `c` of a level begin, like it."""
+    parents = level_runs(item.scratch, LEVEL + 1)
+    return candidate_runs(c, parents, candidates, GEOMETRY.ratio) * GEOMETRY.lengths[LEVEL]
 
 
 @triton.jit
@@ -215,8 +229,7 @@ def summaries_of(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexp
     """The `SummaryRows` of the candidates `c` of a level, like it."""
     LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
     bounds = item.bounds
-    parents = level_runs(item.scratch, LEVEL + 1)
-    key = candidate_runs(c, parents, candidates, GEOMETRY.ratio) * LENGTH
+    key = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
     there = c < candidates.count
     page = tl.load(bounds.table + key // bounds.page_size, mask=there, other=0).to(tl.int64)
     run = (GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH).to(tl.int64)

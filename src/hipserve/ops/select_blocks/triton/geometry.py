@@ -11,6 +11,7 @@ from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.rows import Heads
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.codes import REACH_STEPS
+from hipserve.ops.rope import segment_length
 from hipserve.ops.select_blocks.spec import SearchSpec
 
 LEAST = 32
@@ -68,6 +69,16 @@ class Geometry(Heads):
     score_size: int
     list_size: int
     steps: int
+
+    @property
+    def streams(self) -> bool:
+        """Query blocks beyond the trained length see far keys nearer."""
+        return self.spec.trained_length is not None
+
+    @property
+    def segment(self) -> int:
+        """Keys that are moved together."""
+        return segment_length(self.spec.trained_length or 0)
 
     @property
     def reach(self) -> float:

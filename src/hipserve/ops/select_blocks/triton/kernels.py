@@ -11,6 +11,7 @@ from hipserve.ops._triton.rows import kv_head_of, load_position, load_query_bloc
 from hipserve.ops.select_blocks.triton.baseline import store_baselines
 from hipserve.ops.select_blocks.triton.bound import search_bound
 from hipserve.ops.select_blocks.triton.codes import coded_keys, coded_runs
+from hipserve.ops.select_blocks.triton.far import far_keys
 from hipserve.ops.select_blocks.triton.item import (
     Item,
     program_item,
@@ -37,6 +38,7 @@ def baseline_kernel(
     refresh,
     indices,
     query_codes,
+    rope,
     num_blocks,
     window_start,
     GEOMETRY: tl.constexpr,
@@ -63,7 +65,8 @@ def baseline_kernel(
     part = tl.program_id(0) % TILING.baseline_programs
     codes = query_codes_of(*query_codes, row, part, GEOMETRY, TILING)
     q_strides = rows.RowStrides(*q_strides)
-    queries = queries_of(q, q_strides, block, item.head, baselines, codes, GEOMETRY)
+    far = far_keys(rope, block, end, GEOMETRY)
+    queries = queries_of(q, q_strides, block, item.head, baselines, codes, far, GEOMETRY)
     rows_of_keys = coded_keys(*keys, kv_head, table, page_size)
     begin = GEOMETRY.spec.num_sink_tokens
     if part == 0:
@@ -92,6 +95,7 @@ def search_kernel(
     refresh,
     indices,
     query_codes,
+    rope,
     num_blocks,
     bounds,
     scores,
@@ -114,8 +118,9 @@ def search_kernel(
     table = block_table + block.seq.to(tl.int64) * table_stride
     codes = query_codes_of(*query_codes, row, 0, GEOMETRY, TILING)
     q_strides = rows.RowStrides(*q_strides)
+    far = far_keys(rope, block, end, GEOMETRY)
     item = Item(
-        queries=queries_of(q, q_strides, block, item_id.head, baselines, codes, GEOMETRY),
+        queries=queries_of(q, q_strides, block, item_id.head, baselines, codes, far, GEOMETRY),
         keys=coded_keys(*keys, kv_head, table, page_size),
         bounds=coded_runs(*bounds, kv_head, table, page_size),
         scratch=scratch_of(scores, lists, arrivals, row, GEOMETRY),

@@ -10,6 +10,7 @@ import triton.language as tl
 from hipserve.ops._triton.pages import PagedRows, key_offsets
 from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.select_blocks.triton.codes import key_code_scores
+from hipserve.ops.select_blocks.triton.far import shifts_of
 from hipserve.ops.select_blocks.triton.queries import load_queries
 
 
@@ -75,16 +76,38 @@ def score_keys(first, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.conste
     for tile in tl.range(TILES, num_stages=1):
         q = first
         if TILES > 1:
-            q = load_queries(queries, tile, GEOMETRY, TILING)
+            q = load_queries(queries, tile, 0, GEOMETRY, TILING)
         s = products(k_tile, q, GEOMETRY)
         best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
     return best
 
 
 @triton.jit
-def score_blocks(first, queries, k_tile, there, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`[KEYS // key_block_size]`: the maximum score of each block of the keys in a tile."""
-    best = score_keys(first, queries, k_tile, GEOMETRY, TILING)
+def score_far_keys(shifts, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """`score_keys` of keys that are seen nearer, segment by segment, by their `Shifts`."""
+    best = tl.full([TILING.keys], -float("inf"), tl.float32)
+    TILES: tl.constexpr = TILING.row_tiles
+    for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
+        for tile in tl.range(TILES, num_stages=1):
+            q = load_queries(queries, tile, shift, GEOMETRY, TILING)
+            s = products(k_tile, q, GEOMETRY)
+            found = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
+            best = tl.where(shifts.each == shift, found, best)
+    return best
+
+
+@triton.jit
+def score_blocks(
+    first, queries, k_tile, positions, there, GEOMETRY: tl.constexpr, TILING: tl.constexpr
+):
+    """`[KEYS // key_block_size]`: the maximum score of each block of the keys in a tile, which are
+    at `positions` `[KEYS]`. What moves a key is where its block begins."""
+    if GEOMETRY.streams:
+        blocks = positions // GEOMETRY.spec.key_block_size * GEOMETRY.spec.key_block_size
+        shifts = shifts_of(queries.far, blocks, there, GEOMETRY)
+        best = score_far_keys(shifts, queries, k_tile, GEOMETRY, TILING)
+    else:
+        best = score_keys(first, queries, k_tile, GEOMETRY, TILING)
     best = tl.where(there, best, -float("inf"))
     WIDTH: tl.constexpr = GEOMETRY.spec.key_block_size
     BLOCKS: tl.constexpr = TILING.keys // WIDTH

@@ -34,13 +34,14 @@ def refresh_blocks(
     refresh: `[num_query_blocks]` int32; None selects for all.
     """
     check_block_size(spec.key_block_size)
-    if inputs.rope is not None:
+    if spec.trained_length is not None and spec.code_bits < 16:
         raise BackendError(
-            'backend="triton" cannot run: extend="stream" has no kernels there yet',
-            'use extend="yarn", or a CPU',
+            'the Triton kernels search keys and no codes where extend="stream", so code_bits=16, '
+            f"not {spec.code_bits}",
+            'set code_bits=16 or use extend="yarn"',
         )
     q, codes, code_scales, summaries, summary_scales, block_table, *blocks = inputs
-    query_blocks, window_starts, _ = blocks
+    query_blocks, window_starts, rope = blocks
     indices, window_start = selection.indices, selection.window_start
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     call = Call(
@@ -62,6 +63,7 @@ def refresh_blocks(
         *(block_table, block_table.stride(0), codes.shape[1], query_blocks, window_starts),
         *(baselines, arrivals, refresh, indices),
         (query_codes, query_scales),
+        q if rope is None else rope,
     )
     bounds = (*or_nothing(summaries, q, 4), *or_nothing(summary_scales, q, 4))
     options = {"GEOMETRY": geometry, "TILING": tiling, "launch_pdl": tiling.chained}

@@ -12,11 +12,10 @@ from hipserve.ops.select_blocks.triton.threshold import keep_best
 
 
 @triton.jit
-def run_keys(i, total, item, SIZE: tl.constexpr, GEOMETRY: tl.constexpr):
-    """The `KeyRows` of the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
+def run_positions(i, total, item, SIZE: tl.constexpr):
+    """Positions of the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
     runs = level_runs(item.scratch, 0)
-    positions = tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
-    return key_rows(item.keys, positions, i < total, GEOMETRY)
+    return tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
 
 
 @triton.jit
@@ -27,16 +26,19 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     BLOCKS: tl.constexpr = TILING.keys // WIDTH
     STEP: tl.constexpr = TILING.search_programs * TILING.keys
     total = kept * SIZE
-    queries = load_queries(item.queries, 0, GEOMETRY, TILING)
+    queries = load_queries(item.queries, 0, 0, GEOMETRY, TILING)
     begin = tl.program_id(0) % TILING.search_programs * TILING.keys
     i = tl.arange(0, TILING.keys)
-    rows = run_keys(begin + i, total, item, SIZE, GEOMETRY)
+    positions = run_positions(begin + i, total, item, SIZE)
+    rows = key_rows(item.keys, positions, begin + i < total, GEOMETRY)
     for start in range(begin, total, STEP):
         there = start + i < total
         k_tile = load_keys(rows, there, GEOMETRY)
         # What is next is looked up while these are on their way.
-        rows = run_keys(start + STEP + i, total, item, SIZE, GEOMETRY)
-        best = score_blocks(queries, item.queries, k_tile, there, GEOMETRY, TILING)
+        own, c = positions, start + STEP + i
+        positions = run_positions(c, total, item, SIZE)
+        rows = key_rows(item.keys, positions, c < total, GEOMETRY)
+        best = score_blocks(queries, item.queries, k_tile, own, there, GEOMETRY, TILING)
         block = start // WIDTH + tl.arange(0, BLOCKS)
         tl.store(item.scratch.block_scores + block, best, mask=block < total // WIDTH)  # [BLOCKS]
 

@@ -52,13 +52,14 @@ def reach_out(rows, REACH: tl.constexpr):
 
 
 @triton.jit
-def load_run_queries(queries, tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """The `RunQueries` of tile number `tile`; the `RunQueryCode` beside coded summaries."""
+def load_run_queries(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """The `RunQueries` of tile number `tile`, which see runs `shift` positions nearer; the
+    `RunQueryCode` beside coded summaries."""
     baseline = load_baseline(queries, tile, TILING)
     if GEOMETRY.spec.code_bits < 16:
         return load_run_query_code(queries.codes, baseline, tile, GEOMETRY, TILING)
     else:
-        rows, _ = load_rows(queries, tile, GEOMETRY, TILING)  # [ROWS, DIM]
+        rows, _ = load_rows(queries, tile, shift, GEOMETRY, TILING)  # [ROWS, DIM]
         return RunQueries(rows, reach_out(rows, GEOMETRY.reach), baseline)
 
 
@@ -101,7 +102,21 @@ def score_runs(first, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.con
     for tile in tl.range(TILES, num_stages=1):
         q = first
         if TILES > 1:
-            q = load_run_queries(queries, tile, GEOMETRY, TILING)
+            q = load_run_queries(queries, tile, 0, GEOMETRY, TILING)
         s = products(summaries, q, GEOMETRY)
         best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
+    return best
+
+
+@triton.jit
+def score_far_runs(shifts, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """`score_runs` of runs that are seen nearer, segment by segment, by their `Shifts`."""
+    best = tl.full([summaries.center.shape[0]], -float("inf"), tl.float32)
+    TILES: tl.constexpr = TILING.row_tiles
+    for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
+        for tile in tl.range(TILES, num_stages=1):
+            q = load_run_queries(queries, tile, shift, GEOMETRY, TILING)
+            s = products(summaries, q, GEOMETRY)
+            found = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
+            best = tl.where(shifts.each == shift, found, best)
     return best

@@ -84,11 +84,13 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     rows = max(min(most_rows(geometry.dim, call.element_size), power_of_2(stacked)), 16)
     row_tiles = -(-stacked // rows)
     tile = tile_keys(geometry.dim, rows, row_tiles)
+    if geometry.streams and rows > 16:  # query rows are turned in float32, beside their summaries
+        tile = TileSizes(keys=min(tile.keys, 64), runs=16, read_keys=32, stages=1)
     tile = tile._replace(keys=max(tile.keys, spec.key_block_size))
     few = max(PROGRAMS // max(call.blocks * call.heads, 1), 1)
     few = min(few, most_sharers(call.device))
     sharing = geometry.share(call, tile, most=few, few_rows=rows == 16)
-    wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1)
+    wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1 or geometry.streams)
     return Tiling(
         rows=rows,
         row_tiles=row_tiles,

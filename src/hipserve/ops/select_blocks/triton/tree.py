@@ -116,7 +116,7 @@ def score_halves(
         positions, there = block * SIZE + i % SIZE, c < 2 * BEAM
         rows = key_rows(item.keys, positions, there, GEOMETRY)
         k_tile = load_keys(rows, there, GEOMETRY)
-        best = score_blocks(queries, item.queries, k_tile, there, GEOMETRY, TILING)  # [BLOCKS]
+        best = score_blocks(queries, item.queries, k_tile, positions, there, GEOMETRY, TILING)
         c = start + tl.arange(0, BLOCKS)
         left, right = halves(c, item.scratch, 2 * BEAM)
         best = tl.where(left < right, best, -float("inf"))
@@ -145,7 +145,7 @@ def search_tree(item, item_id, indices, GEOMETRY: tl.constexpr, TILING: tl.const
     BEAM: tl.constexpr = GEOMETRY.spec.max_selected
     first, count = item.begin // SIZE, item.end // SIZE - item.begin // SIZE
     divide(item.scratch, first, count, BEAM, GEOMETRY)
-    queries = load_queries(item.queries, 0, GEOMETRY, TILING)
+    queries = load_queries(item.queries, 0, 0, GEOMETRY, TILING)
     longest = (count + BEAM - 1) // BEAM
     while longest > 1:
         score_halves(item, queries, first, item.end // SIZE, BEAM, GEOMETRY, TILING)

@@ -1,0 +1,107 @@
+"""The Triton kernels beyond the trained length, as `test_kernels.py` runs the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hipserve import BackendError, HiPConfig
+from hipserve.ops import block_sparse_attention, select_blocks
+from hipserve.ops.rope import pack_rope
+from hipserve.platform import interpreting
+from hipserve.testing.cases import Case, Shape, make_case
+from hipserve.types import BlockSelection
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not (GPU or interpreting()), reason="no GPU and no interpreter")
+DEVICE = "cuda" if GPU else "cpu"
+STREAM = HiPConfig(
+    budget=64,
+    num_sink_tokens=16,
+    sliding_window=32,
+    query_block_size=16,
+    dense_below=0,
+    extend="stream",
+    trained_length=256,
+)
+SHAPES = {
+    "prefill": Shape((700, 200), (20, 17), group_size=3, head_dim=80),
+    "decode": Shape((1300, 250, 300), (1, 1, 1), group_size=2, page_size=256),
+}
+
+
+def make_rope(head_dim: int, neighbours: bool = False) -> Tensor:
+    """`[2, head_dim]`: theta 10,000, three quarters of the channels."""
+    count = head_dim * 3 // 8
+    first, second = torch.arange(count), torch.arange(count) + count
+    if neighbours:
+        first, second = 2 * first, 2 * first + 1
+    frequency = 10000.0 ** -(torch.arange(count).double() / count)
+    partner, radians = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.float64)
+    partner[first], partner[second] = second, first
+    radians[first], radians[second] = -frequency, frequency
+    return pack_rope(partner, radians)
+
+
+def case_of(shape: str, config: HiPConfig) -> Case:
+    return make_case(SHAPES[shape], config.index_form)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"selector": "tree"}, {"share_group": False, "query_stride": 1}, {"rerank": 0}],
+    ids=str,
+)
+def test_searches_see_far_keys_as_defined(shape: str, changes: dict[str, Any]) -> None:
+    config = STREAM.replace(**changes)
+    case, rope = case_of(shape, config), make_rope(SHAPES[shape].head_dim)
+    there = case.on(DEVICE)
+    options: dict[str, Any] = {"config": config, "rope": rope.to(DEVICE)}
+    got = select_blocks(there.q, there.index, there.layout, backend="triton", **options)
+    options["rope"] = rope
+    expected = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    assert torch.equal(got.indices.cpu(), expected.indices)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_sees_its_keys_as_defined(shape: str, neighbours: bool) -> None:
+    case, rope = case_of(shape, STREAM), make_rope(SHAPES[shape].head_dim, neighbours)
+    options: dict[str, Any] = {"config": STREAM, "rope": rope}
+    chosen = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    expected, _ = block_sparse_attention(
+        case.q, case.pool, case.layout, chosen, backend="reference", **options
+    )
+    there = case.on(DEVICE)
+    selection = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
+    options["rope"] = rope.to(DEVICE)
+    got, _ = block_sparse_attention(
+        there.q, there.pool, there.layout, selection, backend="triton", **options
+    )
+    plain, _ = block_sparse_attention(
+        there.q,
+        there.pool,
+        there.layout,
+        selection,
+        config=STREAM.replace(extend="none"),
+        backend="triton",
+    )
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-6)
+    beyond = torch.zeros(len(got), dtype=torch.bool)
+    for _, row, rows, position in case.layout.query_blocks(16).tolist():
+        beyond[row : row + rows] = position >= 256
+    assert torch.equal(got[~beyond], plain[~beyond])
+    assert not torch.allclose(got[beyond], plain[beyond], atol=1e-3)
+
+
+def test_codes_are_refused() -> None:
+    config = STREAM.replace(code_bits=4)
+    case = make_case(replace(SHAPES["decode"], head_dim=64), config.index_form).on(DEVICE)
+    options: dict[str, Any] = {"config": config, "rope": make_rope(64).to(DEVICE)}
+    with pytest.raises(BackendError, match="code_bits=16"):
+        select_blocks(case.q, case.index, case.layout, backend="triton", **options)
