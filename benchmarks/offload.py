@@ -5,9 +5,8 @@
         --device cpu --backend reference            # the same on a CPU: compared, not timed
 
 The layers have the shape of an 8B model's (32/8 heads of 128, bfloat16), and between them are its
-matrix products with random weights. Keys are about planted topics, and queries drift: each is the
-one of the step before mixed with a new one, and now and then it jumps to another topic (`--drift`,
-`--jump`). Outputs are compared bit for bit in every step; steps are replayed as CUDA graphs.
+matrix products with random weights. Queries are those of texts, whose words recur. Outputs are
+compared bit for bit in every step; steps are replayed as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from offload_layers import (
     Batch,
     Layers,
     Matrices,
-    drifting,
     keys_of,
+    recurring,
     topics,
 )
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hipserve.cache.host import PinnedMemory
-from hipserve.cache.staging import StagedPages
+from hipserve.cache.staging import Staging
 from hipserve.cache.store import PageStore, ResidentPages
 from hipserve.cache.tiles import TiledPages, row_tiles
 from hipserve.cli.numbers import parse_count
@@ -83,10 +82,12 @@ class Bench:
         self.k, self.v = (
             torch.randn(shape, generator=g, device=self.device).to(self.dtype) for _ in range(2)
         )
-        self.sides = [self._layers(make, matrices) for make in (self._resident, self._offloaded)]
+        makes = {"resident": self._resident, "offloaded": self._offloaded}
+        self.slots = 0
+        self.sides = {name: self._layers(makes[name](), matrices) for name in options.sides}
 
-    def _layers(self, make: Callable[[], list[PageStore]], matrices: Matrices | None) -> Layers:
-        stores, began = make(), time.perf_counter()
+    def _layers(self, stores: list[PageStore], matrices: Matrices | None) -> Layers:
+        began = time.perf_counter()
         for store in stores:
             store.grow(0, self.batch.count * self.batch.per_seq, self.k[0])
         self.growing = time.perf_counter() - began
@@ -101,7 +102,7 @@ class Bench:
         itemsize, floor = self.k.element_size(), row_tiles(self.config.replace(refresh_interval=8))
         wanted = int(options.arena * batch.count * batch.length / 16)
         self.slots = max(wanted, batch.count * floor)
-        staged = StagedPages(PAGE, self.k[0])
+        staging = Staging(PAGE, self.k[0])
         nbytes = batch.count * batch.per_seq * PAGE // 16 * KV_HEADS * TILE_BYTES * itemsize
         return [
             TiledPages(
@@ -110,7 +111,7 @@ class Bench:
                 self.k[0],
                 memory=PinnedMemory(nbytes, pinned=self.k.is_cuda),
                 device_bytes=self.slots * slot_bytes(KV_HEADS, DIM, itemsize),
-                staged=staged,
+                staging=staging,
                 floor=floor,
                 backend=options.backend,
             )
@@ -129,33 +130,31 @@ class Bench:
         def read(side: Layers, begin: int, end: int) -> Tensor:
             for start in range(begin, end, chunk):
                 stop = min(start + chunk, end)
-                out = side.read(
-                    q[: stop - start], k[:, start:stop], v[:, start:stop], start, stop
-                )
+                out = side.read(q[: stop - start], k[:, start:stop], v[:, start:stop], start, stop)
             return out
 
-        seconds: list[list[float]] = []
-        outs: list[Tensor] = []
-        for side in self.sides:
+        result: dict[str, Any] = {"batch": self.batch.count, "growing_s": self.growing}
+        outs: list[list[Tensor]] = []
+        for name, side in self.sides.items():
             side.configure(self.config)
             read(side, 0, min(2 * chunk, tokens))  # compiles
             read(side, tokens, more)
             times = [synchronized(self.device)]
-            outs.append(read(side, 0, tokens).clone())
+            text = read(side, 0, tokens).clone()
             times.append(synchronized(self.device))
-            outs.append(read(side, tokens, more).clone())
+            question = read(side, tokens, more).clone()
             times.append(synchronized(self.device))
-            seconds.append([times[1] - times[0], times[2] - times[1]])
-        for resident, offloaded in zip(outs[:2], outs[2:], strict=True):
-            assert torch.equal(resident, offloaded), "reading differs"
+            outs.append([text, question])
+            result[name] = {"reading_s": times[1] - times[0], "question_s": times[2] - times[1]}
+        for first, second in zip(outs[0], outs[-1], strict=True):
+            assert torch.equal(first, second), "reading differs"
         self._copy_sequences()
-        reading, question = zip(*seconds, strict=True)
-        return {"reading_s": reading, "ratio": reading[1] / reading[0], "question_s": question}
+        return result
 
     def _copy_sequences(self) -> None:
         """All sequences get the pages of the first: what they hold does not change the speed."""
         per_seq = self.batch.per_seq
-        for side in self.sides:
+        for side in self.sides.values():
             for store in side.stores:
                 for x in (store.pool.k_cache, store.pool.v_cache, *store.index.tensors()):
                     for seq in range(1, self.batch.count):
@@ -164,10 +163,11 @@ class Bench:
     def decode(self, interval: int) -> dict[str, Any]:
         """Steps of both sides in turn, whose outputs are equal, and what they take."""
         options, batch = self.options, self.batch
-        queries = drifting(self.of, batch.count, options.steps, options.drift, options.jump)
+        queries = recurring(self.of, batch.count, options.steps)
         replays: list[Callable[[], None]] = []
         held: list[Tensor] = []
-        for side in self.sides:
+        sides = [*self.sides.values()]
+        for side in sides:
             side.configure(self.config.replace(refresh_interval=interval))
             for _ in range(2):
                 side.step(self.q, self.k, self.v)
@@ -175,57 +175,65 @@ class Bench:
             replay, out = captured(lambda s=side: s.step(self.q, self.k, self.v), self.device)
             replays.append(replay)
             held.append(out)
-        times: list[list[float]] = [[], []]
+        times: list[list[float]] = [[] for _ in sides]
         skipped = options.steps // 4  # they find an empty arena
         before = self.loads()
         for i, q in enumerate(queries):
             self.q.copy_(q)
             if i == skipped:
                 before = self.loads()
-            for side, replay, took in zip(self.sides, replays, times, strict=True):
+            for side, replay, took in zip(sides, replays, times, strict=True):
                 side.due.fill_(int(i % interval == 0))
                 began = synchronized(self.device)
                 replay()
                 took.append(synchronized(self.device) - began)
-            assert torch.equal(*held), f"step {i} differs"
+            assert torch.equal(held[0], held[-1]), f"step {i} differs"
         needed, loaded = (b - a for a, b in zip(before, self.loads(), strict=True))
-        warm = [statistics.fmean(t[skipped:]) * 1e3 for t in times]
         tile = TILE_BYTES * self.k.element_size()
-        result = {
-            "batch": batch.count,
-            "refresh_interval": interval,
-            "step_ms": warm,
-            "speed": warm[0] / warm[1],
-            "hit_ratio": 1 - loaded / max(needed, 1),
-            "loaded_bytes_a_step": loaded * tile / (options.steps - skipped),
-            "p99_ms": [sorted(t)[int(len(t) * 0.99)] * 1e3 for t in times],
-        }
-        if self.device.type == "cuda":
-            result["kernels_us"] = [kernels(replay) for replay in replays]
-            result["link_bytes_a_second"] = self.link(replays[1])
+        result: dict[str, Any] = {"batch": batch.count, "refresh_interval": interval}
+        for name, replay, took in zip(self.sides, replays, times, strict=True):
+            step = statistics.fmean(took[skipped:])
+            p99 = sorted(took[skipped:])[int((options.steps - skipped) * 0.99)]
+            result[name] = {
+                "step_ms": step * 1e3,
+                "p99_ms": p99 * 1e3,
+                "tokens_a_s": batch.count / step,
+            }
+            if self.device.type == "cuda":
+                result[name]["kernels_us"] = kernels(replay)
+        if "offloaded" in self.sides:
+            result["hit_ratio"] = 1 - loaded / max(needed, 1)
+            result["loaded_bytes_a_step"] = loaded * tile / (options.steps - skipped)
+            if self.device.type == "cuda":
+                result["link_bytes_a_second"] = self.link(replays[-1])
+        if len(sides) == 2:
+            result["speed"] = result["resident"]["step_ms"] / result["offloaded"]["step_ms"]
         return result
 
     def loads(self) -> tuple[int, int]:
-        counts = [store.count_loads() for store in self.sides[1].stores]
+        """Tiles needed and loaded so far."""
+        sides = self.sides.values()
+        counts = [store.count_loads() for side in sides for store in side.stores]
         return sum(n for n, _ in counts), sum(m for _, m in counts)
 
     def link(self, replay: Callable[[], None]) -> float:
         """Bytes a second while tiles are loaded, in a step whose tiles are all missing."""
-        for store in self.sides[1].stores:
+        for store in self.sides["offloaded"].stores:
             store.arena.where.fill_(-1)  # type: ignore[attr-defined]
         before = self.loads()[1]
         took = kernels(replay, 1)["load_kernel"]
         tiles = (self.loads()[1] - before) / self.options.layers
         return tiles * TILE_BYTES * self.k.element_size() / (took * 1e-6)
 
-    def nbytes(self) -> dict[str, int]:
-        stores = self.sides[1].stores
-        return {
-            "slots": self.slots,
-            "host_bytes": sum(store.host_nbytes for store in stores),
-            "device_bytes": sum(store.device_nbytes for store in stores),
-            "resident_bytes": sum(store.device_nbytes for store in self.sides[0].stores),
-        }
+    def nbytes(self) -> dict[str, Any]:
+        """Of keys, values and their index, and what the card holds at most."""
+        found: dict[str, Any] = {"slots": self.slots}
+        for name, side in self.sides.items():
+            host = sum(store.host_nbytes for store in side.stores)
+            found[f"{name}_bytes"] = [sum(store.device_nbytes for store in side.stores), host]
+        if self.device.type == "cuda":
+            found["card_bytes"] = torch.cuda.max_memory_allocated()
+        return found
 
 
 def kernels(replay: Callable[[], None], times: int = 4) -> dict[str, float]:
@@ -234,9 +242,14 @@ def kernels(replay: Callable[[], None], times: int = 4) -> dict[str, float]:
         for _ in range(times):
             replay()
         torch.cuda.synchronize()
-    means = {}
+    means: dict[str, float] = {}
     for event in found.key_averages():
-        if "gemm" not in event.key and "nvjet" not in event.key and event.count >= times:
+        if (
+            "gemm" not in event.key
+            and "nvjet" not in event.key
+            and event.count >= times
+            and event.device_time_total
+        ):
             name = event.key.split("<")[0][-40:]
             means[name] = round(event.device_time_total / event.count, 2)
     return means
@@ -248,19 +261,24 @@ def main() -> None:
 
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--tokens", type=parse_count, default=131072)
-    parse.add_argument("--chunk", type=parse_count, default=16384, help="rows that are read at a time")
+    parse.add_argument(
+        "--chunk", type=parse_count, default=16384, help="rows that are read at a time"
+    )
     parse.add_argument("--question", type=int, default=64, help="rows of a question")
     parse.add_argument("--layers", type=int, default=32)
     parse.add_argument("--batches", type=counts, default=[1, 8])
     parse.add_argument("--intervals", type=counts, default=[1, 8])
     parse.add_argument("--steps", type=int, default=256)
     parse.add_argument("--arena", type=float, default=0.2, help="share of the keys and values")
-    parse.add_argument("--drift", type=float, default=0.3)
-    parse.add_argument("--jump", type=float, default=0.02)
+    parse.add_argument("--sides", type=lambda x: x.split(","), default=["resident", "offloaded"])
+    parse.add_argument("--card-memory", type=parse_count, help="bytes of the card that may be used")
     parse.add_argument("--no-matrices", action="store_true", help="attention alone")
     parse.add_argument("--device", default="cuda")
     parse.add_argument("--backend", default="auto")
     options = parse.parse_args()
+    if options.card_memory:
+        share = options.card_memory / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     like = torch.empty(0, dtype=dtype, device=options.device)
     matrices = None if options.no_matrices else Matrices(options.layers, like)
@@ -272,7 +290,7 @@ def main() -> None:
     with torch.no_grad():
         for count in options.batches:
             bench = Bench(options, count, matrices)
-            show({"batch": count, "pinning_s": bench.growing, **bench.fill(), **bench.nbytes()})
+            show({**bench.fill(), **bench.nbytes()})
             for interval in options.intervals:
                 show(bench.decode(interval))
             del bench

@@ -15,7 +15,7 @@ from hipserve.cache.store import PageStore, Write
 from hipserve.config import HiPConfig
 from hipserve.ops import refresh_blocks, select_blocks
 from hipserve.plan import BatchLayout, pruning_rule
-from hipserve.types import BlockSelection, KeyPool
+from hipserve.types import BlockSelection
 
 KV_HEADS, GROUP, DIM, PAGE = 8, 4, 128, 256
 HIDDEN, MLP, VOCABULARY, ALL_LAYERS = 4096, 14336, 128256, 32
@@ -59,25 +59,27 @@ def keys_of(of: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return 0.4 * of[about] + noise
 
 
-def drifting(of: Tensor, count: int, steps: int, drift: float, jump: float) -> Tensor:
-    """`[steps, count, KV_HEADS * GROUP, DIM]`: queries that are like those of the step before."""
+THEME, WORDS, NEW = 0.84, 64, 0.14
+"""Share of a sequence's theme in its queries, how many words follow, and the share of what is new:
+so a cache of 64, 256, 1,024 blocks a head hits .27, .65, .93 at 128k, and one in four repeats
+from step to step. A trained model on text had .34, .69, .93 and one in three."""
+
+
+def recurring(of: Tensor, count: int, steps: int) -> Tensor:
+    """`[steps, count, KV_HEADS * GROUP, DIM]`: queries of texts, in which words recur."""
     g = torch.Generator(of.device).manual_seed(2)
-    queries: list[Tensor] = []
 
-    def fresh() -> Tensor:
-        about = torch.randint(TOPICS, (count,), generator=g, device=of.device)
-        shape = (count, KV_HEADS, GROUP, DIM)
-        noise = torch.randn(shape, generator=g, device=of.device)
-        return 0.6 * of[about][:, :, None] + noise
+    def fresh(n: int) -> Tensor:
+        about = torch.randint(TOPICS, (n, count), generator=g, device=of.device)
+        shape = (n, count, KV_HEADS, GROUP, DIM)
+        return 0.6 * of[about][:, :, :, None] + torch.randn(shape, generator=g, device=of.device)
 
-    q = fresh()
-    for _ in range(steps):
-        new = fresh()
-        jumps = torch.rand(count, 1, 1, 1, generator=g, device=of.device) < jump
-        mixed = math.sqrt(1 - drift**2) * q + drift * new
-        q = torch.where(jumps, new, mixed)
-        queries.append(q.flatten(1, 2))
-    return torch.stack(queries)
+    words = THEME * fresh(1) + math.sqrt(1 - THEME**2) * fresh(WORDS)
+    often = 1 / torch.arange(1, WORDS + 1, device=of.device)
+    said = torch.multinomial(often.expand(count, -1), steps, replacement=True, generator=g)
+    known = words[said.T, torch.arange(count, device=of.device)]  # [steps, count, ...]
+    queries = [math.sqrt(1 - NEW**2) * q + NEW * fresh(1)[0] for q in known]
+    return torch.stack(queries).flatten(2, 3)
 
 
 class Matrices:
@@ -94,6 +96,7 @@ class Matrices:
         shapes += [(HIDDEN, 2 * MLP), (MLP, HIDDEN)]
         self._layers = [[self._random(*shape, like) for shape in shapes] for _ in range(layers)]
         self._last = self._random(HIDDEN, VOCABULARY * layers // ALL_LAYERS, like)
+        self._embedding = torch.empty_like(self._last)  # takes memory, and no time
 
     @staticmethod
     def _random(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -202,5 +205,3 @@ class Layers:
     def _select(self, q: Tensor, store: PageStore, layout: BatchLayout) -> BlockSelection:
         options: dict[str, Any] = {"config": self.config, "rule": self.rule}
         return select_blocks(q, store.index, layout, check=False, backend=self.backend, **options)
-
-

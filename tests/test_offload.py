@@ -20,7 +20,7 @@ from hipserve.attention.crossover import rule_of
 from hipserve.cache import OffloadedLayers, PagedLayer, offload
 from hipserve.cache.host import MappedFile, PinnedMemory
 from hipserve.cache.mapped import MappedPages
-from hipserve.cache.staging import StagedPages, runs_of
+from hipserve.cache.staging import Staging, runs_of
 from hipserve.cache.tiles import TILED_ROWS, TiledPages, row_tiles
 from hipserve.config import IndexForm
 from hipserve.host import HostMemory
@@ -169,7 +169,7 @@ def tiled(slots: int, backend: str) -> PagedLayer:
     """Everything that a GPU does, in the memory of a CPU, poisoned."""
 
     def make_store(page_size: int, form: IndexForm, k: Tensor) -> TiledPages:
-        memory, staged = PinnedMemory(2**23, pinned=k.is_cuda), StagedPages(page_size, k)
+        memory, staging = PinnedMemory(2**23, pinned=k.is_cuda), Staging(page_size, k)
         memory.tensor().view(torch.float32).fill_(torch.nan)
         store = TiledPages(
             page_size,
@@ -177,7 +177,7 @@ def tiled(slots: int, backend: str) -> PagedLayer:
             k,
             memory=memory,
             device_bytes=slots * slot_bytes(HEADS, DIM, 4),
-            staged=staged,
+            staging=staging,
             floor=row_tiles(CONFIG),
             backend=backend,
         )
@@ -235,7 +235,7 @@ def test_layers_that_are_alike_share_one_buffer(monkeypatch: pytest.MonkeyPatch)
     layers = OffloadedLayers(Offload("24MiB", "12MiB"), 3, CONFIG)
     wide = torch.empty(1, HEADS, 2 * DIM)
     stores = [layers._tiled(PAGE, CONFIG.index_form, k) for k in (wide, keys(1, 1)[0], wide)]
-    staged = [store._staged for store in stores]  # type: ignore[attr-defined]
+    staged = [store._staging for store in stores]  # type: ignore[attr-defined]
     assert staged[0] is staged[2] is not staged[1]
     assert [store.arena.num_slots for store in stores] == [  # type: ignore[attr-defined]
         2**22 // slot_bytes(HEADS, dim, 4) for dim in (2 * DIM, DIM, 2 * DIM)

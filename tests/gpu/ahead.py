@@ -207,7 +207,7 @@ def main() -> None:
     driver.set_active(NamedTarget(capability))
     knobs.nvidia.dump_ptxas_log = True
     attention_tiling.gpu_shared_memory = lambda device: SHARED[capability]
-    for module in (attention_tiling, selection_tiling):
+    for module in (attention_tiling, selection_tiling, loading):
         module.chains_launches = lambda device: capability >= 90
     barrier.gpu_processors = lambda device: 132
     found: dict[str, dict[str, int]] = {}

@@ -168,6 +168,8 @@ class PinnedMemory:
 
 
 def _unregister(pieces: list[int]) -> None:
+    if pieces:
+        torch.cuda.synchronize()  # kernels and copies may still use them
     for pointer in pieces:
         _cudart().cudaHostUnregister(pointer)
 

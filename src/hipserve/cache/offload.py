@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hipserve.cache.host import GRANULARITY, MappedFile, PinnedMemory, check_memory
 from hipserve.cache.mapped import MappedPages
-from hipserve.cache.staging import StagedPages
+from hipserve.cache.staging import Staging
 from hipserve.cache.store import PageStore
 from hipserve.cache.tiles import TiledPages, row_tiles
 from hipserve.config import HiPConfig, IndexForm
@@ -39,7 +39,7 @@ class OffloadedLayers:
             raise ArgumentError("offload", expected, f"{offload.host_bytes} bytes")
         self._config, self._device_share = config, offload.device_bytes // max(num_layers, 1)
         self._file: MappedFile | None = None
-        self._staged: dict[object, StagedPages] = {}  # of layers whose pages are alike
+        self._staging: dict[object, Staging] = {}  # of layers whose pages are alike
         if offload.file is None:
             check_memory(offload.host_bytes)
         else:
@@ -76,14 +76,14 @@ class OffloadedLayers:
                 expected = f"{name} in steps of {TILE_SIZE}, the keys of a tile"
                 raise ArgumentError("offload", expected, str(value), f"change {name}")
         kind = (page_size, k.shape[-2:], k.dtype, k.device)
-        if kind not in self._staged:
-            self._staged[kind] = StagedPages(page_size, k)
+        if kind not in self._staging:
+            self._staging[kind] = Staging(page_size, k)
         return TiledPages(
             page_size,
             form,
             k,
             memory=PinnedMemory(self._share),
             device_bytes=self._device_share,
-            staged=self._staged[kind],
+            staging=self._staging[kind],
             floor=row_tiles(config),
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import weakref
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hipserve.cache.store import ordinary_tensors
+from hipserve.cache.transfers import CopyStream, sent
 from hipserve.types import KeyPool
 
 
@@ -64,12 +66,6 @@ class StagedPages:
         self.places = torch.zeros(0, dtype=torch.int32, device=k.device)
         self.held: dict[int, int] = {}
         self.pool = pool_of(self.pages, self.places)
-        self._owner: object = None
-
-    def take(self, owner: object) -> None:
-        """The copies are of the owner's pages from here on."""
-        if self._owner is not owner:
-            self._owner, self.held = owner, {}
 
     @property
     def nbytes(self) -> int:
@@ -77,13 +73,12 @@ class StagedPages:
 
     def hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
         """Makes the pages `wanted` present; those that are not, and were `written`, are copied."""
-        enough = host.pages.shape[0] <= self.places.shape[0]
-        if not enough or any(p not in self.held for p in wanted):
+        self.make_room(len(wanted), host.pages.shape[0])
+        if any(p not in self.held for p in wanted):
             self._hold(wanted, host, written)
 
     @ordinary_tensors
     def _hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
-        self._make_room(len(wanted), host.pages.shape[0])
         keep = {p: place for p in wanted if (place := self.held.get(p)) is not None}
         free = iter(sorted({*range(self.pages.shape[0])} - {*keep.values()}))
         new = {p: next(free) for p in wanted if p not in keep}
@@ -93,17 +88,19 @@ class StagedPages:
         for page, place, count in runs_of(copied, host.cuts):
             source = host.pages[page : page + count]
             self.pages[place : place + count].copy_(source, non_blocking=True)
-        ints = torch.tensor([[*new], [*new.values()]], device=self.places.device)
+        ints = sent([[*new], [*new.values()]], self.places.device)
         self.places[ints[0]] = ints[1].int()
 
-    def _make_room(self, count: int, num_pages: int) -> None:
+    @ordinary_tensors
+    def make_room(self, count: int, num_pages: int) -> None:
         """For `count` pages at a time, of so many; larger memory forgets what it held."""
+        if count <= self.pages.shape[0] and num_pages <= self.places.shape[0]:
+            return
         if count > self.pages.shape[0]:
             self.pages = self.pages.new_empty((count, *self.pages.shape[1:]))
             self.held = {}
-        if num_pages > self.places.shape[0]:
-            self.places = self.places.new_zeros(num_pages)
-            self.held = {}
+        more = max(num_pages - self.places.shape[0], 0)
+        self.places = torch.cat([self.places, self.places.new_zeros(more)])
         self.pool = pool_of(self.pages, self.places)
 
     def forget(self, pages: Collection[int]) -> None:
@@ -116,3 +113,112 @@ class StagedPages:
         for page, place, count in runs_of([(p, self.held[p]) for p in changed], host.cuts):
             source = self.pages[place : place + count]
             host.pages[page : page + count].copy_(source, non_blocking=True)
+
+
+class PagesOwner(Protocol):
+    """A layer whose pages are staged."""
+
+    @property
+    def host(self) -> HostPages:
+        """All its pages, in memory of the host."""
+        ...
+
+
+class Buffer:
+    """Staged pages, and the layer whose pages they are copies of."""
+
+    def __init__(self, page_size: int, k: Tensor) -> None:
+        self.pages = StagedPages(page_size, k)
+        self.owner: weakref.ref[PagesOwner] | None = None
+
+    def belongs_to(self, layer: PagesOwner) -> bool:
+        return self.owner is not None and self.owner() is layer
+
+    def take(self, layer: PagesOwner) -> None:
+        if not self.belongs_to(layer):
+            self.owner = weakref.ref(layer)
+            self.pages.held = {}
+
+
+class Staging:
+    """Two buffers that layers use in turn: while one computes, the pages of the next one travel,
+    and those that the one before has written.
+
+    Layers are referred to weakly: their memory is free as soon as their cache is gone.
+
+    Args:
+        page_size: keys in a page.
+        k: `[..., num_kv_heads, head_dim]`, keys as the pages hold them.
+    """
+
+    def __init__(self, page_size: int, k: Tensor) -> None:
+        self._page_size, self._like = page_size, k.new_empty((0, *k.shape[-2:]))
+        self._copies = CopyStream(k.device)
+        self._layers: list[weakref.ref[PagesOwner]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._buffers = [Buffer(self._page_size, self._like) for _ in range(2)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.pages.nbytes for buffer in self._buffers)
+
+    def join(self, layer: PagesOwner) -> None:
+        """Layers join in the order in which they compute."""
+        self._layers.append(weakref.ref(layer))
+
+    def stage(
+        self, layer: PagesOwner, wanted: Sequence[int], written: Collection[int]
+    ) -> StagedPages:
+        """The pages `wanted` of the layer; of those that were not `written`, only the room.
+
+        The copies of the layer before are given up.
+        """
+        self._copies.wait()
+        current, other = sorted(self._buffers, key=lambda b: not b.belongs_to(layer))
+        current.take(layer)
+        current.pages.hold(wanted, layer.host, written)
+        self._buffers = [other, current]  # the next layer's, if it has none yet, is the other one
+        following = self._following(layer)
+        if following is not None and written and not other.belongs_to(following):
+            self._prefetch(other, following, wanted, written)
+        return current.pages
+
+    def _following(self, layer: PagesOwner) -> PagesOwner | None:
+        joined = [known() for known in self._layers]
+        at = joined.index(layer) + 1
+        return joined[at] if at < len(joined) else None
+
+    def _prefetch(
+        self, buffer: Buffer, layer: PagesOwner, wanted: Sequence[int], written: Collection[int]
+    ) -> None:
+        """What a layer will want that has as many sequences in the same pages; if it wants
+        something else, that is copied when it does."""
+        host = layer.host
+        there = [p for p in wanted if p in written and p < host.pages.shape[0]]
+        buffer.take(layer)
+        buffer.pages.make_room(len(wanted), host.pages.shape[0])
+        with self._copies.behind(buffer.pages.pages, buffer.pages.places):
+            buffer.pages.hold(there, host, written)
+
+    def store(self, pages: StagedPages, changed: Sequence[int], host: HostPages) -> None:
+        """Copies pages back to the host, behind what is computed meanwhile."""
+        with self._copies.behind(pages.pages):
+            pages.store(changed, host)
+
+    def forget(self, layer: PagesOwner, pages: Collection[int]) -> None:
+        """Copies of these pages of the layer are out of date."""
+        for buffer in self._buffers:
+            if buffer.belongs_to(layer):
+                buffer.pages.forget(pages)
+
+    def wait(self) -> None:
+        """Pages on the host have what was stored, for what is launched from here on."""
+        self._copies.wait()
+
+    def release(self) -> None:
+        """Gives up all copies and their memory."""
+        if self.nbytes:
+            self._copies.wait()
+            self._clear()

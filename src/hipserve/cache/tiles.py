@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hipserve.cache.host import PIECE
 from hipserve.cache.mapped import check_room, host_pages
-from hipserve.cache.staging import HostPages, StagedPages, pool_of
+from hipserve.cache.staging import HostPages, StagedPages, Staging, pool_of
 from hipserve.cache.store import Write, empty_index, grown, larger_index, ordinary_tensors
+from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
 from hipserve.offload import TAIL_PAGES, TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
@@ -50,7 +51,7 @@ class TiledPages:
         k: `[..., num_kv_heads, head_dim]`, keys as the pages will hold them.
         memory: of the host.
         device_bytes: for tiles.
-        staged: shared by all layers of a cache.
+        staging: shared by all layers of a cache, which are made in the order they compute in.
         floor: tiles of a head that one row reads.
         backend: of the operations.
 
@@ -66,7 +67,7 @@ class TiledPages:
         *,
         memory: Memory,
         device_bytes: int,
-        staged: StagedPages,
+        staging: Staging,
         floor: int,
         backend: str = "auto",
     ) -> None:
@@ -85,7 +86,8 @@ class TiledPages:
                 "raise device_memory, or lower budget or sliding_window",
             )
         self.arena = TileArena.empty(slots, 0, k)
-        self._tail, self._staged = StagedPages(page_size, k), staged
+        self._tail, self._staging = StagedPages(page_size, k), staging
+        staging.join(self)
         self._writes: Sequence[Write] = ()
 
     @property
@@ -136,34 +138,34 @@ class TiledPages:
                 changed += table[first:last]
                 few = few and last - first <= TAIL_PAGES
             written.update(table[: -(-begin // size)])
-        host = self._pages
         if few:
-            self._tail.hold(changed, host, written)
+            self._staging.wait()
+            self._tail.hold(changed, self.host, written)
             write_kv(k, v, self._tail.pool, self.index, slots, backend=self.backend, check=False)
-            store_rows(k, v, self.arena, host.pages, slots, backend=self.backend)
-            self._staged.forget(changed)
+            store_rows(k, v, self.arena, self.host.pages, slots, backend=self.backend)
+            self._staging.forget(self, changed)
             return
         self._forget(changed)
-        self._stage(written)
-        write_kv(k, v, self._staged.pool, self.index, slots, backend=self.backend, check=False)
-        self._staged.store(changed, host)
+        staged = self._stage(written)
+        write_kv(k, v, staged.pool, self.index, slots, backend=self.backend, check=False)
+        self._staging.store(staged, changed, self.host)
 
     @property
-    def _pages(self) -> HostPages:
+    def host(self) -> HostPages:
+        """All pages, in memory of the host."""
         return HostPages(self._host[: self._held], self._cuts)
 
-    def _stage(self, written: set[int]) -> None:
+    def _stage(self, written: set[int]) -> StagedPages:
         """All pages of the sequences; those without rows from before are not copied."""
         every = [p for table, _, end in self._writes for p in table[: -(-end // self.page_size)]]
-        self._staged.take(self)
-        self._staged.hold([*dict.fromkeys(every)], self._pages, written)
+        return self._staging.stage(self, [*dict.fromkeys(every)], written)
 
     def _forget(self, pages: list[int]) -> None:
         """Tiles and copies of these pages are out of date."""
         self._tail.forget(pages)
         per_page = self.page_size // TILE_SIZE
         where = self.arena.where.view(len(self.arena.where), -1, per_page)
-        where[:, torch.tensor(pages, device=where.device)] = -1
+        where[:, sent(pages, where.device)] = -1
 
     @ordinary_tensors
     def copy(self, source: int, target: int) -> None:
@@ -173,7 +175,7 @@ class TiledPages:
         for pages in self.index.tensors():
             pages[target] = pages[source]
         self._forget([target])
-        self._staged.forget([target])
+        self._staging.forget(self, [target])
 
     def fetch(
         self,
@@ -190,11 +192,11 @@ class TiledPages:
         if not fits:
             self._check_rows(lists, group, layout, config)
         if not fits or most_rows(layout, config) > TILED_ROWS:
-            self._stage({p for table, _, _ in self._writes for p in table})
-            return self._staged.pool
+            return self._stage({p for table, _, _ in self._writes for p in table}).pool
+        self._staging.release()
         return load_tiles(
             self.arena,
-            self._pages.pages,
+            self.host.pages,
             layout,
             selection,
             config=config,

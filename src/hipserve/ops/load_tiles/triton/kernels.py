@@ -1,8 +1,8 @@
 """The three kernels: which tiles to load, loading them, and writing rows through.
 
-`resolve_kernel` has one program for each KV head. It passes three times over the lists of a step:
-tiles that are there are stamped, and the first entry that misses a tile claims it; every claim gets
-a slot from the clock; every entry reads its slot.
+`resolve_kernel` has one program for each KV head. It passes over the lists of a step: tiles that
+are there are stamped, and the first entry that misses a tile claims it. Where tiles are missing, it
+passes twice more: every claim gets a slot from the clock; every entry that missed reads its slot.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton.chain import dependent_launch_signal, dependent_launch_wait
 from hipserve.ops._triton.rows import RowStrides
 
 
@@ -22,6 +23,20 @@ class PageStrides(NamedTuple):
     head: Any
     plane: Any
     """From keys to values."""
+
+
+class Reading(NamedTuple):
+    """What lists are made of: the record of the same name in `hipserve.ops.load_tiles.reading`."""
+
+    num_lists: Any
+    """Of one KV head."""
+    max_tiles: Any
+    query_blocks: Any
+    indices: Any
+    window_start: Any
+    block_table: Any
+    table_stride: Any
+    page_size: Any
 
 
 class Entries(NamedTuple):
@@ -36,47 +51,35 @@ class Entries(NamedTuple):
 
 
 @triton.jit
-def entries_of(head, first, start, num_lists, max_tiles, LISTS: tl.constexpr):
+def entries_of(head, first, start, reading, LISTS: tl.constexpr):
     """The `Entries` [start, start + WIDTH) of the head's lists [first, first + ROWS)."""
     row = first + tl.arange(0, LISTS.rows)[:, None]
     entry = start + tl.arange(0, LISTS.width)[None, :]
     of_all = row // LISTS.group * LISTS.heads + head * LISTS.group + row % LISTS.group
-    exists = (row < num_lists) & (entry < max_tiles)
+    exists = (row < reading.num_lists) & (entry < reading.max_tiles)
+    max_tiles = reading.max_tiles
     return Entries(of_all * max_tiles + entry, row * max_tiles + entry, exists)
 
 
 @triton.jit
-def tiles_of(
-    head,
-    first,
-    start,
-    num_lists,
-    max_tiles,
-    query_blocks,
-    indices,
-    window_start,
-    block_table,
-    table_stride,
-    page_size,
-    LISTS: tl.constexpr,
-):
+def tiles_of(head, first, start, reading, LISTS: tl.constexpr):
     """`[ROWS, WIDTH]` int32: the tiles of these entries; -1 behind the last of a list."""
     row = first + tl.arange(0, LISTS.rows)
-    there = row < num_lists
+    there = row < reading.num_lists
     block = row // LISTS.group
-    seq = tl.load(query_blocks + 4 * block, mask=there, other=0).to(tl.int64)  # [ROWS]
-    last = tl.load(query_blocks + 4 * block + 2, mask=there, other=0)  # [ROWS]
-    last += tl.load(query_blocks + 4 * block + 3, mask=there, other=0)
+    seq = tl.load(reading.query_blocks + 4 * block, mask=there, other=0).to(tl.int64)  # [ROWS]
+    last = tl.load(reading.query_blocks + 4 * block + 2, mask=there, other=0)  # [ROWS]
+    last += tl.load(reading.query_blocks + 4 * block + 3, mask=there, other=0)
     n = (start + tl.arange(0, LISTS.width)) * LISTS.tile  # [WIDTH]
     if LISTS.max_selected > 0:
         of_head = head * LISTS.group + row % LISTS.group
-        blocks = indices + (block * LISTS.heads + of_head).to(tl.int64) * LISTS.max_selected
+        blocks = reading.indices + (block * LISTS.heads + of_head).to(tl.int64) * LISTS.max_selected
         i = tl.arange(0, LISTS.selected)
         inside = there[:, None] & (i < LISTS.max_selected)[None, :]
         found = tl.load(blocks[:, None] + i[None, :], mask=inside, other=-1)  # [ROWS, SELECTED]
         chosen = tl.sum((found >= 0).to(tl.int32), axis=1) * LISTS.key_block_size
         sinks = tl.minimum(LISTS.num_sink_tokens, last)
-        window = tl.load(window_start + block, mask=there, other=0)  # [ROWS]
+        window = tl.load(reading.window_start + block, mask=there, other=0)  # [ROWS]
         window = tl.maximum(tl.minimum(window, last), sinks)
         length = sinks + chosen + last - window
         behind = n[None, :] - sinks[:, None]
@@ -89,11 +92,19 @@ def tiles_of(
     else:
         length = last
         position = tl.broadcast_to(n[None, :], [LISTS.rows, LISTS.width])
-    read = (n[None, :] < length[:, None]) & (n[None, :] < max_tiles * LISTS.tile) & there[:, None]
-    at = block_table + seq[:, None] * table_stride + position // page_size
+    read = (n[None, :] < length[:, None]) & there[:, None]
+    read &= n[None, :] < reading.max_tiles * LISTS.tile
+    at = reading.block_table + seq[:, None] * reading.table_stride + position // reading.page_size
     page = tl.load(at, mask=read, other=0)  # [ROWS, WIDTH]
-    tile = page * (page_size // LISTS.tile) + position % page_size // LISTS.tile
+    tile = page * (reading.page_size // LISTS.tile) + position % reading.page_size // LISTS.tile
     return tl.where(read, tile, -1)
+
+
+@triton.jit
+def missing_tiles(lists, entries):
+    """`[ROWS, WIDTH]` int32: the tiles of those of the entries that missed them; -1 elsewhere."""
+    entry = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
+    return tl.where(entry < -1, -2 - entry, -1)
 
 
 @triton.jit
@@ -136,21 +147,17 @@ def resolve_kernel(
     counts,
     victims,
     lists,
-    num_lists,
-    max_tiles,
-    query_blocks,
-    indices,
-    window_start,
-    block_table,
-    table_stride,
-    page_size,
+    reading,
     LISTS: tl.constexpr,
 ):
     """Finds a slot for every tile that the lists of one KV head need, and notes what to load.
 
     where[tile] is a slot, -1, or, between the passes, the number of the entry that claimed the
-    tile, minus CLAIM. lists holds tiles after the first pass, and slots after the last.
+    tile, minus CLAIM. lists holds slots, between the passes -2 - tile for each that is missing.
     """
+    dependent_launch_wait(LISTS.chained)
+    dependent_launch_signal(LISTS.chained)
+    reading = Reading(*reading)
     CLAIM: tl.constexpr = 1 << 30
     N: tl.constexpr = LISTS.rows * LISTS.width
     head = tl.program_id(0)
@@ -161,62 +168,52 @@ def resolve_kernel(
     loads += head.to(tl.int64) * num_slots * 2
     step = tl.load(state + 3 * head) + 1
     hand = tl.load(state + 3 * head + 1)
-    needed = 0
-    for first in range(0, num_lists, LISTS.rows):
-        for start in range(0, max_tiles, LISTS.width):
-            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
-            tile = tiles_of(
-                head,
-                first,
-                start,
-                num_lists,
-                max_tiles,
-                query_blocks,
-                indices,
-                window_start,
-                block_table,
-                table_stride,
-                page_size,
-                LISTS,
-            )
+    needed, absent = 0, 0
+    for first in range(0, reading.num_lists, LISTS.rows):
+        for start in range(0, reading.max_tiles, LISTS.width):
+            entries = entries_of(head, first, start, reading, LISTS)
+            tile = tiles_of(head, first, start, reading, LISTS)
             there = tile >= 0
-            slot = tl.load(where + tile, mask=there, other=0, cache_modifier=".cg")
+            slot = tl.load(where + tile, mask=there, other=-1, cache_modifier=".cg")
             tl.store(stamp + slot, tl.zeros_like(slot) + step, mask=there & (slot >= 0))
             tl.atomic_min(where + tile, entries.order - CLAIM, mask=there & (slot < 0))
-            tl.store(lists + entries.at, tile, mask=entries.exists)
+            missing = there & (slot < 0)
+            entry = tl.where(missing, -2 - tile, tl.where(there, slot, -1))
+            tl.store(lists + entries.at, entry, mask=entries.exists)
             needed += tl.sum(tl.sum(there.to(tl.int32), axis=1), axis=0)
+            absent += tl.sum(tl.sum(missing.to(tl.int32), axis=1), axis=0)
     tl.debug_barrier()
 
     loaded = 0
-    for first in range(0, num_lists, LISTS.rows):
-        for start in range(0, max_tiles, LISTS.width):
-            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
-            tile = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
-            found = tl.load(where + tile, mask=tile >= 0, other=0, cache_modifier=".cg")
-            wins = (tile >= 0) & (found == entries.order - CLAIM)
-            wins, tile = tl.reshape(wins, [N]), tl.reshape(tile, [N])
-            wanted = tl.sum(wins.to(tl.int32), axis=0)
-            rank = tl.cumsum(wins.to(tl.int32), axis=0) - 1
-            hand = sweep(stamp, victims, num_slots, hand, step, wanted, LISTS.sweep)
-            slot = tl.load(victims + rank, mask=wins, other=0, cache_modifier=".cg")  # [N]
-            before = tl.load(owner + slot, mask=wins, other=-1)
-            held = tl.load(where + before, mask=before >= 0, other=-1, cache_modifier=".cg")
-            tl.store(
-                where + before, tl.full([N], -1, tl.int32), mask=(before >= 0) & (held == slot)
-            )
-            tl.store(owner + slot, tile, mask=wins)
-            tl.store(where + tile, slot, mask=wins)
-            tl.store(loads + 2 * (loaded + rank), slot, mask=wins)
-            tl.store(loads + 2 * (loaded + rank) + 1, tile, mask=wins)
-            loaded += wanted
-            tl.debug_barrier()
+    if absent > 0:
+        for first in range(0, reading.num_lists, LISTS.rows):
+            for start in range(0, reading.max_tiles, LISTS.width):
+                entries = entries_of(head, first, start, reading, LISTS)
+                tile = missing_tiles(lists, entries)
+                found = tl.load(where + tile, mask=tile >= 0, other=0, cache_modifier=".cg")
+                wins = (tile >= 0) & (found == entries.order - CLAIM)
+                wins, tile = tl.reshape(wins, [N]), tl.reshape(tile, [N])
+                wanted = tl.sum(wins.to(tl.int32), axis=0)
+                rank = tl.cumsum(wins.to(tl.int32), axis=0) - 1
+                hand = sweep(stamp, victims, num_slots, hand, step, wanted, LISTS.sweep)
+                slot = tl.load(victims + rank, mask=wins, other=0, cache_modifier=".cg")  # [N]
+                before = tl.load(owner + slot, mask=wins, other=-1)
+                held = tl.load(where + before, mask=before >= 0, other=-1, cache_modifier=".cg")
+                stale = (before >= 0) & (held == slot)
+                tl.store(where + before, tl.full([N], -1, tl.int32), mask=stale)
+                tl.store(owner + slot, tile, mask=wins)
+                tl.store(where + tile, slot, mask=wins)
+                tl.store(loads + 2 * (loaded + rank), slot, mask=wins)
+                tl.store(loads + 2 * (loaded + rank) + 1, tile, mask=wins)
+                loaded += wanted
+                tl.debug_barrier()
 
-    for first in range(0, num_lists, LISTS.rows):
-        for start in range(0, max_tiles, LISTS.width):
-            entries = entries_of(head, first, start, num_lists, max_tiles, LISTS)
-            tile = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
-            slot = tl.load(where + tile, mask=tile >= 0, other=-1, cache_modifier=".cg")
-            tl.store(lists + entries.at, slot, mask=entries.exists)
+        for first in range(0, reading.num_lists, LISTS.rows):
+            for start in range(0, reading.max_tiles, LISTS.width):
+                entries = entries_of(head, first, start, reading, LISTS)
+                tile = missing_tiles(lists, entries)
+                slot = tl.load(where + tile, mask=tile >= 0, other=-1, cache_modifier=".cg")
+                tl.store(lists + entries.at, slot, mask=tile >= 0)
     tl.store(state + 3 * head, step)
     tl.store(state + 3 * head + 1, hand)
     tl.store(state + 3 * head + 2, loaded)
@@ -240,8 +237,11 @@ def load_kernel(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Copies the tiles in `loads` from their pages: keys and values of `PAIRS` tiles together."""
+    dependent_launch_wait(CHAINED)
+    dependent_launch_signal(CHAINED)
     strides = PageStrides(*page_strides)
     head = tl.program_id(0).to(tl.int64)
     count = tl.load(state + 3 * head + 2)
@@ -284,8 +284,11 @@ def store_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Writes the rows of one token, all heads, to its page, and to its tile if that is resident."""
+    dependent_launch_wait(CHAINED)
+    dependent_launch_signal(CHAINED)
     strides = PageStrides(*page_strides)
     k_strides, v_strides = RowStrides(*k_strides), RowStrides(*v_strides)
     token = tl.program_id(0).to(tl.int64)

@@ -13,6 +13,7 @@ from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.load_tiles.reading import Reading
 from hipserve.ops.load_tiles.triton.kernels import load_kernel, resolve_kernel, store_kernel
+from hipserve.platform import chains_launches
 from hipserve.types import TileArena
 
 ENTRIES = 1024
@@ -37,6 +38,7 @@ class Lists(HashedOnce):
         selected: the same, padded to a power of two.
         rows, width: lists, and entries of each, that are looked at together.
         sweep: slots that the hand looks at together.
+        chained: a kernel may start while the one before it ends.
         tile: keys of a tile.
     """
 
@@ -50,6 +52,7 @@ class Lists(HashedOnce):
     rows: int
     width: int
     sweep: int
+    chained: bool
     tile: int = TILE_SIZE
 
 
@@ -61,6 +64,7 @@ def plan_lists(
     max_tiles: int,
     num_slots: int,
     chosen: tuple[int, ...],
+    chained: bool,
 ) -> Lists:
     """Sizes of a launch; chosen: num_sink_tokens, key_block_size and max_selected."""
     num_sink_tokens, key_block_size, max_selected = chosen
@@ -76,6 +80,7 @@ def plan_lists(
         rows=max(min(power_of_2(blocks * group), ENTRIES // width), 1),
         width=width,
         sweep=min(power_of_2(num_slots), SWEEP),
+        chained=chained,
     )
 
 
@@ -94,16 +99,21 @@ def load_tiles(arena: TileArena, pages: Tensor, reading: Reading) -> Tensor:
     indices, starts = reading.indices, reading.window_start
     selected = 0 if indices is None else indices.shape[2]
     chosen = (reading.num_sink_tokens, reading.key_block_size, selected)
-    sizes = plan_lists(heads, kv_heads, blocks, reading.max_tiles, slots, chosen)
+    chained = chains_launches(device)
+    sizes = plan_lists(heads, kv_heads, blocks, reading.max_tiles, slots, chosen, chained)
     resolve_kernel[(kv_heads,)](
         *(arena.where, arena.where.stride(0), arena.owner, arena.stamp, slots),
         *(arena.state, arena.loads, arena.counts, torch.empty((kv_heads, slots), **ints)),
-        *(lists, blocks * sizes.group, reading.max_tiles, reading.query_blocks),
-        reading.query_blocks if indices is None else indices,
-        reading.query_blocks if starts is None else starts,
-        *(reading.block_table, reading.block_table.stride(0), reading.page_size),
+        lists,
+        (
+            *(blocks * sizes.group, reading.max_tiles, reading.query_blocks),
+            reading.query_blocks if indices is None else indices,
+            reading.query_blocks if starts is None else starts,
+            *(reading.block_table, reading.block_table.stride(0), reading.page_size),
+        ),
         LISTS=sizes,
         num_warps=8,
+        launch_pdl=chained,
     )
     programs = max(PROGRAMS // kv_heads, 1)
     load_kernel[(kv_heads, programs)](
@@ -114,7 +124,9 @@ def load_tiles(arena: TileArena, pages: Tensor, reading: Reading) -> Tensor:
         TILE=TILE_SIZE,
         HEAD_DIM=dim,
         DIM=power_of_2(dim),
+        CHAINED=chained,
         num_warps=4,
+        launch_pdl=chained,
     )
     return lists
 
@@ -124,6 +136,7 @@ def store_rows(k: Tensor, v: Tensor, arena: TileArena, pages: Tensor, slot_mappi
     `[num_pages, num_kv_heads, 2, page_size, head_dim]`, slot_mapping `[num_tokens]`."""
     tokens, heads, dim = k.shape
     if tokens:
+        chained = chains_launches(k.device)
         store_kernel[(tokens,)](
             *(k, k.stride()[:2], v, v.stride()[:2]),
             *(arena.tiles, arena.tiles.stride(1), arena.tiles.stride(0)),
@@ -133,5 +146,7 @@ def store_rows(k: Tensor, v: Tensor, arena: TileArena, pages: Tensor, slot_mappi
             HEADS=power_of_2(heads),
             HEAD_DIM=dim,
             DIM=power_of_2(dim),
+            CHAINED=chained,
             num_warps=2,
+            launch_pdl=chained,
         )
