@@ -142,7 +142,10 @@ class PinnedMemory:
     def __init__(self, nbytes: int, *, pinned: bool = True) -> None:
         self.nbytes, self._reserved, self._pinned = nbytes, 0, pinned
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._bytes = torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+        memory = mmap.mmap(-1, nbytes, flags=flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to touch and to pin
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.pieces: list[int] = []
         if pinned:
             weakref.finalize(self, _unregister, self.pieces)

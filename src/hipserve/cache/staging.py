@@ -65,31 +65,44 @@ class StagedPages:
         self.pages = torch.empty((0, heads, 2, page_size, dim), dtype=k.dtype, device=k.device)
         self.places = torch.zeros(0, dtype=torch.int32, device=k.device)
         self.held: dict[int, int] = {}
+        self._moved: dict[int, int] = {}  # those that `places` does not know yet
         self.pool = pool_of(self.pages, self.places)
 
     @property
     def nbytes(self) -> int:
         return self.pages.nbytes + self.places.nbytes
 
+    def holds(self, wanted: Sequence[int], host: HostPages) -> bool:
+        """The pages `wanted` are present."""
+        enough = host.pages.shape[0] <= self.places.shape[0]
+        return enough and all(p in self.held for p in wanted)
+
+    @ordinary_tensors
     def hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
         """Makes the pages `wanted` present; those that are not, and were `written`, are copied."""
         self.make_room(len(wanted), host.pages.shape[0])
-        if any(p not in self.held for p in wanted):
-            self._hold(wanted, host, written)
+        self.copy(wanted, host, written)
+        if self._moved:
+            ints = sent([[*self._moved], [*self._moved.values()]], self.places.device)
+            self.places[ints[0]] = ints[1].int()
+            self._moved = {}
 
     @ordinary_tensors
-    def _hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+    def copy(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+        """What `hold` copies, and no kernel: kernels would wait for those that compute. For no more
+        pages than there was made room for."""
+        if all(p in self.held for p in wanted):
+            return
         keep = {p: place for p in wanted if (place := self.held.get(p)) is not None}
         free = iter(sorted({*range(self.pages.shape[0])} - {*keep.values()}))
         new = {p: next(free) for p in wanted if p not in keep}
         taken = {*new.values()}
         self.held = {p: at for p, at in self.held.items() if at not in taken} | new
+        self._moved |= new
         copied = [(p, at) for p, at in new.items() if p in written]
         for page, place, count in runs_of(copied, host.cuts):
             source = host.pages[page : page + count]
             self.pages[place : place + count].copy_(source, non_blocking=True)
-        ints = sent([[*new], [*new.values()]], self.places.device)
-        self.places[ints[0]] = ints[1].int()
 
     @ordinary_tensors
     def make_room(self, count: int, num_pages: int) -> None:
@@ -137,7 +150,7 @@ class Buffer:
     def take(self, layer: PagesOwner) -> None:
         if not self.belongs_to(layer):
             self.owner = weakref.ref(layer)
-            self.pages.held = {}
+            self.pages.held.clear()
 
 
 class Staging:
@@ -159,6 +172,7 @@ class Staging:
 
     def _clear(self) -> None:
         self._buffers = [Buffer(self._page_size, self._like) for _ in range(2)]
+        self._held = False
 
     @property
     def nbytes(self) -> int:
@@ -175,6 +189,7 @@ class Staging:
 
         The copies of the layer before are given up.
         """
+        self._held = True
         self._copies.wait()
         current, other = sorted(self._buffers, key=lambda b: not b.belongs_to(layer))
         current.take(layer)
@@ -199,8 +214,8 @@ class Staging:
         there = [p for p in wanted if p in written and p < host.pages.shape[0]]
         buffer.take(layer)
         buffer.pages.make_room(len(wanted), host.pages.shape[0])
-        with self._copies.behind(buffer.pages.pages, buffer.pages.places):
-            buffer.pages.hold(there, host, written)
+        with self._copies.behind(buffer.pages.pages):
+            buffer.pages.copy(there, host, written)
 
     def store(self, pages: StagedPages, changed: Sequence[int], host: HostPages) -> None:
         """Copies pages back to the host, behind what is computed meanwhile."""
@@ -219,6 +234,6 @@ class Staging:
 
     def release(self) -> None:
         """Gives up all copies and their memory."""
-        if self.nbytes:
+        if self._held:
             self._copies.wait()
             self._clear()

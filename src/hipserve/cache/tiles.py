@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -130,23 +130,22 @@ class TiledPages:
         `[num_tokens]`."""
         self._writes = writes
         size, changed = self.page_size, list[int]()
-        written: set[int] = set()  # pages that have rows from before
         few = True
         for table, begin, end in writes:
             first, last = begin // size, -(-end // size)
             if begin < end:
                 changed += table[first:last]
                 few = few and last - first <= TAIL_PAGES
-            written.update(table[: -(-begin // size)])
         if few:
             self._staging.wait()
-            self._tail.hold(changed, self.host, written)
+            if not self._tail.holds(changed, self.host):
+                self._tail.hold(changed, self.host, self._written())
             write_kv(k, v, self._tail.pool, self.index, slots, backend=self.backend, check=False)
             store_rows(k, v, self.arena, self.host.pages, slots, backend=self.backend)
             self._staging.forget(self, changed)
             return
         self._forget(changed)
-        staged = self._stage(written)
+        staged = self._stage(self._written())
         write_kv(k, v, staged.pool, self.index, slots, backend=self.backend, check=False)
         self._staging.store(staged, changed, self.host)
 
@@ -154,6 +153,10 @@ class TiledPages:
     def host(self) -> HostPages:
         """All pages, in memory of the host."""
         return HostPages(self._host[: self._held], self._cuts)
+
+    def _written(self) -> set[int]:
+        """Pages that have rows from before."""
+        return {p for table, begin, _ in self._writes for p in table[: -(-begin // self.page_size)]}
 
     def _stage(self, written: set[int]) -> StagedPages:
         """All pages of the sequences; those without rows from before are not copied."""
@@ -187,11 +190,13 @@ class TiledPages:
         group = 1
         if selection is not None:
             group = selection.indices.shape[1] // self.arena.tiles.shape[0]
-        lists = tiles_read(layout, config, rule if selection is not None else None)
-        fits = sum(lists) * group <= self.arena.num_slots
+        rule = rule if selection is not None else None
+        asked = ("tiles", config, rule)
+        reads = layout.once(asked, lambda: TilesRead.of(layout, config, rule))
+        fits = reads.total * group <= self.arena.num_slots
         if not fits:
-            self._check_rows(lists, group, layout, config)
-        if not fits or most_rows(layout, config) > TILED_ROWS:
+            self._check_rows(reads, group, layout, config)
+        if not fits or reads.most_rows > TILED_ROWS:
             return self._stage({p for table, _, _ in self._writes for p in table}).pool
         self._staging.release()
         return load_tiles(
@@ -200,18 +205,18 @@ class TiledPages:
             layout,
             selection,
             config=config,
-            max_tiles=-(-max(lists) // 16) * 16,
+            max_tiles=-(-reads.most_tiles // 16) * 16,
             backend=self.backend,
             check=False,
         )
 
     def _check_rows(
-        self, lists: list[int], group: int, layout: BatchLayout, config: HiPConfig
+        self, reads: TilesRead, group: int, layout: BatchLayout, config: HiPConfig
     ) -> None:
         """Raises FitError where single rows, all of them pruned, are too many for the arena."""
         pruned = row_tiles(config)
-        if len(lists) == layout.num_seqs and max(lists) <= pruned:
-            needs = f"{len(lists)} rows that read {pruned} tiles of a head each"
+        if reads.blocks == layout.num_seqs and reads.most_tiles <= pruned:
+            needs = f"{reads.blocks} rows that read {pruned} tiles of a head each"
             room = f"device_memory has room for {self.arena.num_slots} in every layer"
             raise FitError(
                 f"{needs}, {group} times, and {room}",
@@ -234,20 +239,36 @@ def row_tiles(config: HiPConfig, rows: int = 0) -> int:
     )
 
 
-def most_rows(layout: BatchLayout, config: HiPConfig) -> int:
-    """Maximum rows of a query block that so many blocks of so many rows may have."""
-    rows = [rows for _, rows in layout.spans(config.query_block_size)]
-    return min(config.query_block_size, sum(rows) - len(rows) + 1)
+class TilesRead(NamedTuple):
+    """What the query blocks of a step read.
+
+    Attributes:
+        blocks: how many query blocks.
+        most_rows: maximum rows of one, for any split of so many rows into so many blocks.
+        most_tiles: maximum tiles of a head that one reads.
+        total: of all blocks.
+    """
+
+    blocks: int
+    most_rows: int
+    most_tiles: int
+    total: int
+
+    @classmethod
+    def of(cls, layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> TilesRead:
+        """Without a rule, every block reads all keys."""
+        spans = layout.spans(config.query_block_size)
+        rows = sum(rows for _, rows in spans)
+        tiles = [_tiles_of(position, rows, config, rule) for position, rows in spans]
+        most_rows = min(config.query_block_size, rows - len(spans) + 1)
+        return cls(len(spans), most_rows, max(tiles), sum(tiles))
 
 
-def tiles_read(layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> list[int]:
-    """Maximum tiles of a head that every query block reads; without a rule, all keys."""
-    lists: list[int] = []
-    kept = config.refresh_interval - 1  # a row may use a selection from before it was pruned
-    for position, rows in layout.spans(config.query_block_size):
-        every = -(-(position + rows) // TILE_SIZE)
-        age = kept if rows == 1 else 0
-        if rule is not None and rule.prunes(position - age, rows):
-            every = min(every, row_tiles(config, 0 if rows == 1 else rows))
-        lists.append(every)
-    return lists
+def _tiles_of(position: int, rows: int, config: HiPConfig, rule: PruningRule | None) -> int:
+    """Maximum tiles of a head that the query block of so many rows from `position` on reads."""
+    every = -(-(position + rows) // TILE_SIZE)
+    # a row may use a selection from before it was pruned
+    age = config.refresh_interval - 1 if rows == 1 else 0
+    if rule is None or not rule.prunes(position - age, rows):
+        return every
+    return min(every, row_tiles(config, 0 if rows == 1 else rows))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from hipserve.plan.rule import PruningRule
 
 Lengths = tuple[Sequence[int], Sequence[int]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,18 @@ class BatchLayout:
 
     def spans(self, query_block_size: int) -> list[tuple[int, int]]:
         """Position and number of rows of every query block, on the host."""
-        asked = ("spans", query_block_size)
-        if asked not in self._made:
+
+        def make() -> list[tuple[int, int]]:
             lengths = self.lengths or (self.seq_lens.tolist(), self.cu_seqlens_q.tolist())
             blocks: list[list[int]] = split_rows(*lengths, query_block_size).tolist()
-            self._made[asked] = [(position, rows) for _, _, rows, position in blocks]
+            return [(position, rows) for _, _, rows, position in blocks]
+
+        return self.once(("spans", query_block_size), make)
+
+    def once(self, asked: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns: made once for all layers of a step, whose layouts are alike."""
+        if asked not in self._made:
+            self._made[asked] = make()
         return self._made[asked]
 
     def window_starts(self, rule: PruningRule) -> Tensor:
