@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hipserve.cache.store import PageStore, ResidentPages, Write, ordinary_tensors
+from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks
@@ -151,7 +152,7 @@ class PagedLayer:
         if self._block_table is None:
             columns = max(1, *map(len, self._tables))
             rows = [[*table, *[0] * (columns - len(table))] for table in self._tables]
-            self._block_table = torch.tensor(rows, dtype=torch.int32, device=self._device)
+            self._block_table = sent(rows, self._device).int()
         return BatchLayout.of(self._block_table, self.lengths, query_lens)
 
     def truncate(self, count: int) -> None:
@@ -237,8 +238,8 @@ class PagedLayer:
         inside = torch.arange(size, device=device)
         parts: list[Tensor] = []
         for table, begin, end in writes:
-            pages = torch.tensor(table[begin // size : -(-end // size)], device=device)
-            every = (pages.long()[:, None] * size + inside).flatten()
+            pages = sent(table[begin // size : -(-end // size)], device)
+            every = (pages[:, None] * size + inside).flatten()
             parts.append(every.narrow(0, begin % size, end - begin))
         return torch.cat(parts)
 

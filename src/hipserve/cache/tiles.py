@@ -26,6 +26,10 @@ TILED_ROWS = 16
 which reads pages only and rounds differently: they read staged pages, as resident ones."""
 
 
+AHEAD = 4096
+"""Keys for which host memory is taken ahead: taking it is slow, and moves nothing."""
+
+
 class Memory(Protocol):
     """Memory of the host that the device reads and writes."""
 
@@ -106,14 +110,17 @@ class TiledPages:
         Raises:
             FitError: host_memory has no room for so much.
         """
-        check_room(wanted, self._host.shape[0], self.page_size)
-        count = min(grown(held, wanted, self.page_size), self._host.shape[0])
+        capacity = self._host.shape[0]
+        check_room(wanted, capacity, self.page_size)
+        count = min(wanted + AHEAD // self.page_size, capacity)
         self._reserve(count)
-        self.index = larger_index(self.index, held, count, self.form, self.pool.k_cache)
-        where = self.arena.where
-        table = where.new_full((where.shape[0], count * (self.page_size // TILE_SIZE)), -1)
-        table[:, : where.shape[1]] = where
-        self.arena = replace(self.arena, where=table)
+        per_page, where = self.page_size // TILE_SIZE, self.arena.where
+        if count * per_page > where.shape[1]:
+            room = min(max(grown(held, wanted, self.page_size), count), capacity)
+            self.index = larger_index(self.index, held, room, self.form, self.pool.k_cache)
+            table = where.new_full((where.shape[0], room * per_page), -1)
+            table[:, : where.shape[1]] = where
+            self.arena = replace(self.arena, where=table)
         self._held = count
         return count
 
@@ -168,7 +175,7 @@ class TiledPages:
         self._tail.forget(pages)
         per_page = self.page_size // TILE_SIZE
         where = self.arena.where.view(len(self.arena.where), -1, per_page)
-        where[:, sent(pages, where.device)] = -1
+        where.index_fill_(1, sent(pages, where.device), -1)  # to assign would wait for the device
 
     @ordinary_tensors
     def copy(self, source: int, target: int) -> None:
