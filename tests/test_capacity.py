@@ -223,7 +223,7 @@ def test_offload_moves_keys_and_leaves_the_index() -> None:
     assert after.arena == there.step_tiles * 32 * slot
     assert after.table == 32 * there.tokens // 256 * 4 * (8 * 256 // TILE_SIZE + 2)
     layer, tails = 131072 * 2 * 8 * 128 * 2, 32 * 2 * 256 * 2 * 8 * 128 * 2
-    assert after.staging == layer + tails
+    assert after.staging == 2 * layer + tails
     rule = pruning_rule(config.replace(decode_dense_below=0), "cuda")
     read = []
     for position in range(60_000, 60_064):

@@ -95,6 +95,11 @@ TAIL_PAGES = 2
 """Pages of a sequence that a step may write without staging all that it has."""
 
 
+STAGED_LAYERS = 2
+"""Layers whose pages are on the device while a text is read: the one that computes, and the next or
+the one before."""
+
+
 def page_bytes(heads: int, page_size: int, head_dim: int, itemsize: int) -> int:
     """Keys and values of one page, in host memory or staged on the device."""
     return 2 * heads * page_size * head_dim * itemsize

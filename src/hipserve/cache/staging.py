@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hipserve.cache.store import ordinary_tensors
 from hipserve.cache.transfers import CopyStream, sent
+from hipserve.offload import STAGED_LAYERS
 from hipserve.types import KeyPool
 
 
@@ -171,7 +172,7 @@ class Staging:
         self._clear()
 
     def _clear(self) -> None:
-        self._buffers = [Buffer(self._page_size, self._like) for _ in range(2)]
+        self._buffers = [Buffer(self._page_size, self._like) for _ in range(STAGED_LAYERS)]
         self._held = False
 
     @property

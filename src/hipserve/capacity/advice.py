@@ -22,6 +22,9 @@ WORTH = 1.5
 OFFLOAD_CODE_BITS = 4
 """With offload a search reads codes of the keys; 4 bits lose what 8 lose (docs/quality.md)."""
 
+OFFLOAD_RERANK = 8
+"""Codes cost a quarter of the keys, so twice the candidates are ranked, and less is lost."""
+
 STREAM_SHARE = 10
 """A prompt is loaded as fast as it is computed where a chunk is one part in so many of it
 (8B shape, one H100's speed and link: arithmetic, not measured)."""
@@ -155,8 +158,8 @@ class Plan:
         chunk = -(-service.context // STREAM_SHARE // 1024) * 1024
         if service.chunk < chunk:
             yield (
-                f"prompts wait for the link with chunks of {service.chunk:,} tokens: "
-                f"--max-num-batched-tokens {chunk} (a tenth of the context) hides it"
+                f"prompts wait for the link in chunks of {service.chunk:,} tokens: one pass, or "
+                f"chunks of {chunk:,} (a tenth of the context), hide it"
             )
 
     def _elsewhere(self) -> Plan | None:

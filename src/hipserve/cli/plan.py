@@ -5,12 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hipserve.capacity.advice import ANY_FILE, OFFLOAD_CODE_BITS, Machine, Plan, readable
+from hipserve.capacity.advice import (
+    ANY_FILE,
+    OFFLOAD_CODE_BITS,
+    OFFLOAD_RERANK,
+    Machine,
+    Plan,
+    readable,
+)
 from hipserve.capacity.cards import CARDS, find_card, recognise
 from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
@@ -91,6 +99,8 @@ def plan(
     if code_bits is None and config is None and kv_offload:
         code_bits = OFFLOAD_CODE_BITS
     settings = options.make_config(config, preset, budget, selector, code_bits)
+    if kv_offload and machine.on_gpu and config is None and preset == "default":
+        settings = settings.replace(rerank=OFFLOAD_RERANK)
     if kv_offload and settings.code_bits == 16:
         expected = "4 or 8 with --kv-offload: a search cannot read keys on the host"
         raise ArgumentError("code_bits", expected, "16")
@@ -184,10 +194,10 @@ def lines(made: Plan, name: str, command: list[str]) -> Iterator[str]:
         if not service.offload or not made.machine.on_gpu:
             yield _line("command", shlex.join(command))
         else:
-            bits = service.config.code_bits if service.config else 16
+            search = {key: getattr(service.config, key) for key in ("code_bits", "rerank")}
             sizes = f"host_memory={parts.pool}, device_memory={made.arena}"
             yield _line("command", f"HiPCache(model.config, offload=Offload({sizes}))")
-            yield _line("", f"in transformers, with code_bits={bits}; no server yet")
+            yield _line("", f"in transformers, with model.config.hip = {dumps(search)}")
     else:
         yield from (_line("", text) for text in made.nearest())
     yield from (_line("note", text) for text in made.notes())
@@ -229,7 +239,7 @@ def _memory_lines(made: Plan, parts: Parts) -> Iterator[str]:
         "layers with a window": (parts.windows, ""),
         "arena": (made.arena, tiles),
         "table of tiles": (parts.table, ""),
-        "staging": (parts.staging, "a layer of one context, and last pages"),
+        "staging": (parts.staging, "two layers of one context, and last pages"),
         "activations": (parts.activations, f"steps of {service.chunk:,} tokens"),
         "graphs, processes": (RESERVE, "a flat sum"),
     }
