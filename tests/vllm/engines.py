@@ -238,6 +238,7 @@ def offloaded(report: dict[str, Any]) -> None:
     layers = runner(llm).compilation_config.static_forward_context.values()
     report["block bytes"] = sum(x.kv_cache[0].nbytes for x in layers)
     report["file left"] = Path(file).exists()
+    report["counts"] = counts(llm)
     end(llm)
     llm = engine("CUSTOM", hip, num_gpu_blocks_override=10, max_model_len=2048)
     seen = preemptions(llm)

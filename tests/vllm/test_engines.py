@@ -85,6 +85,10 @@ def test_keys_in_a_file_give_the_tokens_of_keys_in_memory(
     assert offloaded["preemptions"] > 0
     assert not offloaded["file left"]
     assert 0.05 < offloaded["block bytes"] / BLOCK_BYTES < 0.1
+    counts = offloaded["counts"]
+    assert counts["hipserve_pool_bytes"] == 48 * BLOCK_BYTES
+    assert counts["hipserve_pool_read_bytes"] > BLOCK_BYTES
+    assert counts["hipserve_pool_stalls"] >= 0
 
 
 def test_the_number_of_blocks_is_what_host_memory_holds(offloaded: dict[str, Any]) -> None:

@@ -45,6 +45,9 @@ class MappedPages:
 
     What the operating system keeps of the file in memory is the cache of tiles. `fetch` asks for
     all that a step reads at once, so a disk has many requests to work on, and not one fault.
+
+    Attributes:
+        last_read_bytes: what the last step needed of the file.
     """
 
     def __init__(self, page_size: int, form: IndexForm, k: Tensor, memory: FileMemory) -> None:
@@ -52,7 +55,7 @@ class MappedPages:
         self._memory, self._pages = memory, host_pages(memory.tensor(), page_size, k)
         self.pool = pool_of(self._pages)
         self.index = empty_index(0, page_size, form, self.pool.k_cache)
-        self._held = 0
+        self._held = self.last_read_bytes = 0
 
     @property
     def host_nbytes(self) -> int:
@@ -106,7 +109,9 @@ class MappedPages:
         def start(i: int) -> int:
             return (i // per_row * size + i % per_row * TILE_SIZE) * row
 
-        self._memory.will_need([(start(begin), start(end)) for begin, end in ranges_of(both)])
+        ranges = [(start(begin), start(end)) for begin, end in ranges_of(both)]
+        self.last_read_bytes = sum(end - begin for begin, end in ranges)
+        self._memory.will_need(ranges)
         return self.pool
 
 

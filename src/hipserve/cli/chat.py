@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hipserve.cli import options
+from hipserve.cli import offloading, options
 from hipserve.cli.output import err, say
 from hipserve.cli.run import (
     as_text,
@@ -36,21 +36,34 @@ def chat(
     config: options.ConfigFile = None,
     extend: options.Extend = None,
     extend_factor: options.ExtendFactor = None,
+    kv_offload: offloading.KvOffload = False,
+    kv_file: offloading.KvFile = None,
+    host_kv_memory: offloading.HostKvMemory = None,
+    kv_device_memory: offloading.KvDeviceMemory = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     allow_control_tokens: options.ControlTokens = False,
 ) -> None:
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
     standard_input()
+    sizes = (kv_file, host_kv_memory, kv_device_memory)
+    offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device)
     stream = open_document(doc) if doc is not None else None
     settings = options.make_config(
         config, preset, budget, selector, extend=extend, extend_factor=extend_factor
     )
+    if offloaded:
+        settings = offloading.searching_codes(settings, config, preset)
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
 
     loaded = replace(loaded, control_tokens=allow_control_tokens)
-    talk = Conversation(loaded, system=as_text("system", system), pin_system=pin_system)
+    talk = Conversation(
+        loaded,
+        system=as_text("system", system),
+        pin_system=pin_system,
+        offload=offloading.make_offload(loaded, *sizes) if offloaded else None,
+    )
     if doc is not None and stream is not None:
         talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
         loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)

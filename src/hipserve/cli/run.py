@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
 
-from hipserve.cli import options
+from hipserve.cli import offloading, options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import progress_bar, result, result_json, say
 from hipserve.errors import ArgumentError, FitError
@@ -35,6 +35,10 @@ def run(
     extend: options.Extend = None,
     extend_factor: options.ExtendFactor = None,
     dense: Annotated[bool, typer.Option("--dense", help="Dense attention instead of HiP.")] = False,
+    kv_offload: offloading.KvOffload = False,
+    kv_file: offloading.KvFile = None,
+    host_kv_memory: offloading.HostKvMemory = None,
+    kv_device_memory: offloading.KvDeviceMemory = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     allow_control_tokens: options.ControlTokens = False,
@@ -48,17 +52,26 @@ def run(
     if dense:
         options.refuse_with_dense(config, preset, budget, selector)
     question = as_text("question", words[-1])
+    sizes = (kv_file, host_kv_memory, kv_device_memory)
+    offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)
     stream = open_document(doc)
     settings = options.make_config(
         config, preset, budget, selector, extend=extend, extend_factor=extend_factor
     )
+    if offloaded:
+        settings = offloading.searching_codes(settings, config, preset)
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
     if dense:
         loaded.use(None)
     from hipserve.models import Conversation
 
     loaded = replace(loaded, control_tokens=allow_control_tokens)
-    talk = Conversation(loaded, system=as_text("system", system), pin_system=pin_system)
+    talk = Conversation(
+        loaded,
+        system=as_text("system", system),
+        pin_system=pin_system,
+        offload=offloading.make_offload(loaded, *sizes) if offloaded else None,
+    )
     talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
     answer = ask(
         talk,
@@ -148,10 +161,15 @@ def report(talk: Conversation) -> None:
     """What the last answer cost, on stderr."""
     statistics = talk.statistics
     assert statistics is not None
+    cache = format_bytes(statistics.cache_bytes)
+    if statistics.offloaded_bytes:
+        cache += f", {format_bytes(statistics.offloaded_bytes)} of it offloaded"
+    if statistics.tiles_needed:
+        cache += f", {statistics.tiles_found:.1%} of the tiles on the GPU when they were needed"
     say(
         f"{statistics.prompt_tokens:,} tokens in ({statistics.cached_tokens:,} already read), "
         f"first token after {statistics.first_token_seconds:.2f} s, "
         f"then {statistics.decode_tokens_per_second:.1f} tokens/s; keys read: "
         f"{statistics.prefill_share:.1%} in prefill, {statistics.decode_share:.1%} in decode; "
-        f"cache {format_bytes(statistics.cache_bytes)}; attention: {talk.loaded.backend}"
+        f"cache {cache}; attention: {talk.loaded.backend}"
     )

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import Cache, TextStreamer
+from transformers import Cache, DynamicCache, TextStreamer
 
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.loading import LoadedModel, Turn
-from hipserve.models.passes import make_cache, read, shorten
+from hipserve.models.passes import OFFLOADED_CHUNK, make_cache, read, shorten
+from hipserve.offload import Offload
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +32,9 @@ class Statistics:
         decode_seconds: from the first to the last token.
         prefill_share, decode_share: keys read, of those that dense attention reads.
         cache_bytes: keys, values and index of all paged layers.
+        offloaded_bytes: those of them in host memory or in a file.
+        tiles_needed, tiles_loaded: tiles of offloaded keys and values that steps needed on a GPU,
+            and those that were not there.
     """
 
     prompt_tokens: int
@@ -41,6 +45,14 @@ class Statistics:
     prefill_share: float
     decode_share: float
     cache_bytes: int
+    offloaded_bytes: int = 0
+    tiles_needed: int = 0
+    tiles_loaded: int = 0
+
+    @property
+    def tiles_found(self) -> float:
+        """Share of the tiles that were on the GPU when a step needed them."""
+        return 1 - self.tiles_loaded / max(self.tiles_needed, 1)
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -58,16 +70,25 @@ class Conversation:
     'The pass key is 83724.'
     """
 
-    def __init__(self, loaded: LoadedModel, *, system: str = "", pin_system: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        system: str = "",
+        pin_system: bool = False,
+        offload: Offload | None = None,
+    ) -> None:
         """Begins a conversation.
 
         Args:
             system: the system prompt; none if empty.
             pin_system: every row reads the system prompt, however long the conversation: the sinks
                 of the model's attention cover it from now on, in other conversations as well.
+            offload: where keys and values are kept apart from the model, as in `HiPCache`.
 
         Raises:
-            ArgumentError: there is no system prompt to pin.
+            ArgumentError: there is no system prompt to pin, or the search reads what is offloaded.
+            FitError: `offload` asks for more than there is.
         """
         self.loaded = loaded
         self.turns: list[Turn] = [{"role": "system", "content": system}] if system else []
@@ -75,7 +96,13 @@ class Conversation:
             self._pin(system)
         self.statistics: Statistics | None = None
         self._ids = torch.empty(1, 0, dtype=torch.long, device=loaded.device)
-        self._cache = make_cache(self.loaded)
+        self._offload = offload
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty cache. The one before is gone first: there may be no room for two."""
+        self._cache: Cache = DynamicCache()
+        self._cache = make_cache(self.loaded, self._offload)
 
     def _pin(self, system: str) -> None:
         if not system:
@@ -113,17 +140,18 @@ class Conversation:
         self.loaded.check_fit(ids.shape[1], max_new_tokens)
         began = time.perf_counter()
         cached = self._keep_common_prefix(ids)
-        before = self._keys()
+        before, loads = self._keys(), self._loads()
         watch = _Watch(self.loaded.tokenizer, on_text)
         try:
             self._prefill(ids, on_prefill)
             middle = self._keys()
             new = self._generate(ids, watch, max_new_tokens, options)
         except BaseException:  # layers may hold different keys now
-            self._cache, self._ids = make_cache(self.loaded), self._ids[:, :0]
+            self._ids = self._ids[:, :0]
+            self._begin()
             raise
         self._ids = torch.cat([ids, new[:, :-1]], dim=1)
-        after = self._keys()
+        after, tiles = self._keys(), self._loads()
         text = self.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         self.turns = [*turns, {"role": "assistant", "content": text}]
         self.statistics = Statistics(
@@ -135,6 +163,9 @@ class Conversation:
             prefill_share=_share(before, middle),
             decode_share=_share(middle, after),
             cache_bytes=_nbytes(self._cache),
+            offloaded_bytes=self._cache.host_nbytes if isinstance(self._cache, HiPCache) else 0,
+            tiles_needed=tiles[0] - loads[0],
+            tiles_loaded=tiles[1] - loads[1],
         )
         return text
 
@@ -145,14 +176,15 @@ class Conversation:
         keep = int(same.sum())
         if shorten(self._cache, keep):
             return keep
-        self._cache = make_cache(self.loaded)
+        self._begin()
         return 0
 
     @torch.inference_mode()
     def _prefill(self, ids: torch.Tensor, on_prefill: Progress | None) -> None:
         """Reads all but the last token, which `generate` reads."""
         begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
-        for step in read(self.loaded, ids[:, begin:end], self._cache):
+        rows = OFFLOADED_CHUNK if self._offload and self.loaded.device.type == "cuda" else None
+        for step in read(self.loaded, ids[:, begin:end], self._cache, rows=rows):
             if on_prefill:
                 on_prefill(step.stop - begin, end - begin)
 
@@ -174,6 +206,9 @@ class Conversation:
 
     def _keys(self) -> tuple[float, float]:
         return self._cache.count_keys() if isinstance(self._cache, HiPCache) else (0.0, 0.0)
+
+    def _loads(self) -> tuple[int, int]:
+        return self._cache.count_loads() if isinstance(self._cache, HiPCache) else (0, 0)
 
 
 class _Watch(TextStreamer):

@@ -66,6 +66,14 @@ class LoadedModel:
         own = getattr(config, "head_dim", None)
         return own or config.hidden_size // config.num_attention_heads
 
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of a token's keys and values, were all layers to keep them."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        row = 2 * heads * self.head_dim * self.model.dtype.itemsize
+        return config.num_hidden_layers * row
+
     def use(self, config: HiPConfig | None) -> None:
         """Switches to HiP attention with `config`, or with None to transformers' dense SDPA.
 

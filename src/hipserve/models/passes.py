@@ -10,9 +10,13 @@ from transformers import Cache, DynamicCache
 
 from hipserve.integrations.transformers import HiPCache
 from hipserve.models.loading import LoadedModel
+from hipserve.offload import Offload
 
 CHUNK = 4096
 """Rows of one prefill step: enough to fill the cores, little enough to show progress."""
+
+OFFLOADED_CHUNK = 16384
+"""The same where a GPU is lent the keys and values of all that came before, in every step."""
 
 
 class Pass(NamedTuple):
@@ -27,11 +31,11 @@ class Pass(NamedTuple):
     logits: Tensor
 
 
-def make_cache(loaded: LoadedModel) -> Cache:
-    """The cache that goes with the model's attention."""
+def make_cache(loaded: LoadedModel, offload: Offload | None = None) -> Cache:
+    """The cache that goes with the model's attention; a HiPCache offloads."""
     config = loaded.model.config
     pruned = config._attn_implementation == "hip"
-    return HiPCache(config) if pruned else DynamicCache(config=config)
+    return HiPCache(config, offload=offload) if pruned else DynamicCache(config=config)
 
 
 def read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.longest = vllm_config.model_config.max_model_len
         self.indexed = any(layer.impl.keeps_index(layer) for layer in self.layers.values())
         self.offload = settings.offload_of(vllm_config)
+        self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         self._check_spec(kv_cache_spec)
         if self.offload is not None:
             self._host(vllm_config, self.offload, BlockLayout.of(kv_cache_spec, self.config))
@@ -152,6 +154,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         for layer in self.layers.values():
             if layer.impl.hosted is None:
                 layer.impl.hosted = HostedLayer.make(offload, layout, blocks)
+                self.tally.add("hipserve_pool_bytes", blocks * layout.content_bytes)
 
     def build(
         self,
@@ -160,6 +163,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         fast_build: bool = False,  # noqa: ARG002
     ) -> HiPStep:
         common = common_attn_metadata
+        if self.offload is not None:
+            self._count_stalls()
         requests = step_requests(common)
         self.schedule.forget(requests.ended)
         plan, selects = self._plan(common, requests)
@@ -167,6 +172,12 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         count = int(common.query_start_loc_cpu[-1])
         slots = common.slot_mapping[:count]
         return HiPStep(count, slots, plan, selects, self.counted_layer, pages)
+
+    def _count_stalls(self) -> None:
+        """Of the steps before, in this process."""
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        self.tally.add("hipserve_pool_stalls", faults - self.faults)
+        self.faults = faults
 
     def _found_pages(
         self, common: CommonAttentionMetadata, requests: StepRequests, replayed: bool

@@ -127,6 +127,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
         keys = BlockKeys(pages, step, new, found, hosted and hosted.pages)
         q = first_rows(query, step.num_tokens)
         out, _ = self._layer_of(layer, step).forward(q, keys)
+        if hosted:
+            self.tally.add("hipserve_pool_read_bytes", hosted.pages.last_read_bytes)
         first_rows(output, step.num_tokens).copy_(out)
         return output
 

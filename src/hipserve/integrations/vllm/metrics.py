@@ -58,6 +58,9 @@ METRICS = (
     Metric("hipserve_dense_query_blocks", _DENSE, "model_window"),
     Metric("hipserve_dense_query_blocks", _DENSE, "short"),
     Metric("hipserve_page_bound_bytes", "Memory of the index inside the KV blocks.", gauge=True),
+    Metric("hipserve_pool_bytes", "Keys and values in a file, apart from KV blocks.", gauge=True),
+    Metric("hipserve_pool_read_bytes", "Bytes of that file that steps needed, summed over layers."),
+    Metric("hipserve_pool_stalls", "Page faults of workers with such a file that read a disk."),
 )
 _PLACES = {(metric.name, metric.reason): place for place, metric in enumerate(METRICS)}
 
