@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from hipserve import ArgumentError, HiPConfig
 from hipserve.cli import offloading
 from hipserve.cli.main import app
 from hipserve.host import HostMemory
-from typer.testing import CliRunner
 
 FACT = "The pass key is 83724. Remember it. 83724 is the pass key."
 
@@ -44,7 +44,11 @@ def test_run_answers_from_a_file_what_it_answers_from_memory(tmp_path: Path) -> 
     ("given", "device", "said"),
     [
         ((False, None, 2**30, None), "cpu", "host_kv_memory: expected --kv-offload or --kv-file"),
-        ((False, None, None, 2**30), "cuda", "kv_device_memory: expected --kv-offload or --kv-file"),
+        (
+            (False, None, None, 2**30),
+            "cuda",
+            "kv_device_memory: expected --kv-offload or --kv-file",
+        ),
         ((True, None, None, None), "cpu", "kv_offload: expected a model on a GPU"),
         ((False, Path("kv"), None, None), "cuda:0", "kv_file: expected a model on a CPU"),
         ((True, Path("kv"), None, None), "cuda", "kv_file: expected a model on a CPU"),

@@ -121,7 +121,8 @@ def test_offload_is_proposed_where_it_helps_and_refused_where_it_does_not() -> N
     little = ("--gpu", "h100-80g", "--kv-offload", "--max-model-len", "448k")
     done = invoke(SHAPE, *little, "--host-kv-memory", "64GiB")
     assert re.search(r"offload buys little here: contexts of 524,032 tokens instead", done.stdout)
-    assert "--max-num-batched-tokens 46080 (a tenth of the context) hides it" in done.stdout
+    assert "chunks of 46,080 (a tenth of the context), hide it" in done.stdout
+    assert 'with model.config.hip = {"code_bits": 4, "rerank": 8}\n' in done.stdout
     much = invoke(SHAPE, *little, "--host-kv-memory", "256GiB")
     assert "buys little" not in much.stdout
     short = invoke(SHAPE, *little, "--host-kv-memory", "8GiB")

@@ -78,8 +78,9 @@ def is_asked_for(
     return True
 
 
-def searching_codes(settings: HiPConfig, config: Path | None, preset: str) -> HiPConfig:
-    """The settings for offloading, unless a file says what they are: a search on codes."""
+def searching_codes(settings: HiPConfig, config: Path | None, preset: str | None) -> HiPConfig:
+    """The settings for offloading, unless a file says what they are: a search on codes, and of more
+    candidates where nobody chose how many."""
     if config is not None:
         return settings
     rerank = OFFLOAD_RERANK if preset == "default" else settings.rerank

@@ -11,19 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from hipserve.capacity.advice import (
-    ANY_FILE,
-    OFFLOAD_CODE_BITS,
-    OFFLOAD_RERANK,
-    Machine,
-    Plan,
-    readable,
-)
+from hipserve.capacity.advice import ANY_FILE, Machine, Plan, readable
 from hipserve.capacity.cards import CARDS, find_card, recognise
 from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
 from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
+from hipserve.cli.offloading import searching_codes
 from hipserve.cli.output import result, result_json
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
@@ -96,11 +90,9 @@ def plan(
         raise ArgumentError("dtype", f"one of auto, {', '.join(DTYPE_BYTES)}", repr(dtype))
     shape = ModelShape.of(read_config(name), dtype)
     machine = find_machine(gpu, device_memory)
-    if code_bits is None and config is None and kv_offload:
-        code_bits = OFFLOAD_CODE_BITS
     settings = options.make_config(config, preset, budget, selector, code_bits)
-    if kv_offload and machine.on_gpu and config is None and preset == "default":
-        settings = settings.replace(rerank=OFFLOAD_RERANK)
+    if kv_offload and code_bits is None:
+        settings = searching_codes(settings, config, preset if machine.on_gpu else None)
     if kv_offload and settings.code_bits == 16:
         expected = "4 or 8 with --kv-offload: a search cannot read keys on the host"
         raise ArgumentError("code_bits", expected, "16")

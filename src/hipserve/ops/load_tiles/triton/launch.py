@@ -63,11 +63,10 @@ def plan_lists(
     blocks: int,
     max_tiles: int,
     num_slots: int,
-    chosen: tuple[int, ...],
-    chained: bool,
+    rest: tuple[int, int, int, bool],
 ) -> Lists:
-    """Sizes of a launch; chosen: num_sink_tokens, key_block_size and max_selected."""
-    num_sink_tokens, key_block_size, max_selected = chosen
+    """Sizes of a launch; rest: num_sink_tokens, key_block_size, max_selected, and chained."""
+    num_sink_tokens, key_block_size, max_selected, chained = rest
     group = heads // num_kv_heads
     width = min(power_of_2(max_tiles), ENTRIES)
     return Lists(
@@ -98,9 +97,9 @@ def load_tiles(arena: TileArena, pages: Tensor, reading: Reading) -> Tensor:
     kv_heads, slots, _, _, dim = arena.tiles.shape
     indices, starts = reading.indices, reading.window_start
     selected = 0 if indices is None else indices.shape[2]
-    chosen = (reading.num_sink_tokens, reading.key_block_size, selected)
     chained = chains_launches(device)
-    sizes = plan_lists(heads, kv_heads, blocks, reading.max_tiles, slots, chosen, chained)
+    rest = (reading.num_sink_tokens, reading.key_block_size, selected, chained)
+    sizes = plan_lists(heads, kv_heads, blocks, reading.max_tiles, slots, rest)
     resolve_kernel[(kv_heads,)](
         *(arena.where, arena.where.stride(0), arena.owner, arena.stamp, slots),
         *(arena.state, arena.loads, arena.counts, torch.empty((kv_heads, slots), **ints)),
