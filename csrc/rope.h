@@ -40,13 +40,11 @@ class Turn {
   }
 
   template <class T> void apply(const T* row, T* out) const {
-    float x[kMaxDim];
+    float x[kMaxDim], turned[kMaxDim];
     to_floats(row, (int)dim_, x);
-    for (int64_t c = 0; c < dim_; c += kLanes) {
-      float turned[kLanes];
-      store(turned, load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c));
-      for (int i = 0; i < kLanes; ++i) from_float(turned[i], out + c + i);
-    }
+    for (int64_t c = 0; c < dim_; c += kLanes)
+      store(turned + c, load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c));
+    for (int64_t c = 0; c < dim_; ++c) from_float(turned[c], out + c);
   }
 
  private:
