@@ -4,8 +4,10 @@
 
 The bundled model, and one of the 8B Llama shape with random weights (its speed is a trained one's).
 Dense is torch's SDPA with transformers' own cache, HiP is `attn_implementation="hip"` with a
-`HiPCache`, both in the same process, in turn. `logit_difference` is how far the logits of the first
-token lie apart, relative to their norm, and `same_token` whether both choose the same one.
+`HiPCache`, in the same process, in turn; HiP's decode steps run one launch after the other, then as
+CUDA graphs (`capture_decode`). `logit_difference` is how far the logits of the first token lie
+apart, relative to their norm, `same_token` whether both choose the same one, `step_difference` the
+same of all steps with and without a graph. `record_s` is the step that records the graph.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from hipserve.integrations.transformers import HiPCache, register
+from hipserve.integrations.transformers import HiPCache, capture_decode, register
 from hipserve.lab.text import language_reference
 from hipserve.models import load
 
-STEPS = 24
+STEPS = 48
+SETTLED = 12
+"""Steps after which one is recorded."""
 
 
 def llama_8b() -> Any:
@@ -56,9 +61,23 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+@dataclass
+class Run:
+    """What one kind of attention took, and what it answered."""
+
+    first: float
+    steps: list[float]
+    tokens: list[Tensor]
+    logits: list[Tensor]
+
+    @property
+    def per_second(self) -> float:
+        return 1 / statistics.median(self.steps[SETTLED:])
+
+
 @torch.inference_mode()
-def run(model: Any, ids: Tensor, implementation: str) -> tuple[float, float, Tensor]:
-    """Seconds to the first token, median seconds a further token, logits of the first."""
+def run(model: Any, ids: Tensor, implementation: str, tokens: list[Tensor]) -> Run:
+    """A prompt twice, then single tokens: these, or the likeliest."""
     register()
     model.set_attn_implementation(implementation)
     make = HiPCache if implementation == "hip" else lambda config: DynamicCache(config=config)
@@ -69,33 +88,67 @@ def run(model: Any, ids: Tensor, implementation: str) -> tuple[float, float, Ten
 
     prefill()  # compiles kernels, warms the allocator
     first, (cache, logits) = timed(prefill)
-    token = logits.argmax()[None, None]
-    steps: list[float] = []
-    for _ in range(STEPS):
+    made = Run(first, [], [], [logits])
+    for i in range(STEPS):
+        token = tokens[i] if tokens else made.logits[-1].argmax()[None, None]
         seconds, out = timed(lambda t=token: model(t, past_key_values=cache))
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        steps.append(seconds)
-    return first, statistics.median(steps[4:]), logits
+        made.steps.append(seconds)
+        made.tokens.append(token)
+        made.logits.append(out.logits[0, -1].float())
+    return made
+
+
+@torch.inference_mode()
+def generate(model: Any, ids: Tensor) -> float:
+    """Tokens a second of `model.generate` behind a prompt that a cache holds."""
+    cache = HiPCache(model.config)
+    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    begin = ids
+    seconds = 0.0
+    for count in (16, 128):  # the first one records
+        seconds, begin = timed(
+            lambda n=count, x=begin: model.generate(
+                x, past_key_values=cache, max_new_tokens=n, **options
+            )
+        )
+    return 128 / seconds
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / a.norm())
 
 
 def compare(name: str, model: Any, ids: Tensor) -> dict[str, Any]:
-    results: dict[str, tuple[float, float, Tensor]] = {}
-    for implementation in ("sdpa", "hip"):
-        results[implementation] = run(model, ids, implementation)
-        gc.collect()
-        torch.cuda.empty_cache()
-    (dense_first, dense_step, dense), (hip_first, hip_step, hip) = results.values()
+    model.__dict__.pop("forward", None)  # a model that was loaded is captured already
+    dense = run(model, ids, "sdpa", [])
+    torch.cuda.empty_cache()
+    eager = run(model, ids, "hip", [])
+    torch.cuda.empty_cache()
+    capture_decode(model)
+    graph = run(model, ids, "hip", eager.tokens)
+    torch.cuda.empty_cache()
+    generated = generate(model, ids)
+    del model.forward
+    gc.collect()
+    torch.cuda.empty_cache()
     return {
         "model": name,
         "length": ids.shape[1],
-        "dense_ttft_s": round(dense_first, 4),
-        "hip_ttft_s": round(hip_first, 4),
-        "ttft_ratio": round(dense_first / hip_first, 2),
-        "dense_tokens_per_s": round(1 / dense_step, 1),
-        "hip_tokens_per_s": round(1 / hip_step, 1),
-        "decode_ratio": round(dense_step / hip_step, 2),
-        "logit_difference": round(float((dense - hip).norm() / dense.norm()), 4),
-        "same_token": bool(dense.argmax() == hip.argmax()),
+        "dense_ttft_s": round(dense.first, 4),
+        "hip_ttft_s": round(eager.first, 4),
+        "ttft_ratio": round(dense.first / eager.first, 2),
+        "dense_tokens_per_s": round(dense.per_second, 1),
+        "hip_eager_tokens_per_s": round(eager.per_second, 1),
+        "hip_tokens_per_s": round(graph.per_second, 1),
+        "generate_tokens_per_s": round(generated, 1),
+        "decode_ratio": round(graph.per_second / dense.per_second, 2),
+        "record_s": round(max(graph.steps[:SETTLED]), 3),
+        "logit_difference": round(apart(dense.logits[0], eager.logits[0]), 4),
+        "same_token": bool(dense.logits[0].argmax() == eager.logits[0].argmax()),
+        "step_difference": round(
+            max(apart(a, b) for a, b in zip(eager.logits, graph.logits, strict=True)), 4
+        ),
     }
 
 

@@ -12,7 +12,7 @@ from hipserve.offload import Offload
 
 if TYPE_CHECKING:
     from hipserve.attention.hip import hip_attention
-    from hipserve.integrations.transformers import HiPCache, register
+    from hipserve.integrations.transformers import HiPCache, capture_decode, register
 
 __version__ = _version("hipserve")
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "HiPConfig",
     "HipserveError",
     "Offload",
+    "capture_decode",
     "hip_attention",
     "register",
 ]
@@ -33,6 +34,7 @@ __getattr__ = _loader(
     {
         "hip_attention": "hipserve.attention.hip",
         "HiPCache": "hipserve.integrations.transformers",
+        "capture_decode": "hipserve.integrations.transformers",
         "register": "hipserve.integrations.transformers",
     },
 )

@@ -133,6 +133,14 @@ class PagedLayer:
         else:
             k, v = k[valid], v[valid]
         self.store.write(k, v, slots, writes)
+        self.advance(counts)
+
+    def reserve(self, counts: list[int]) -> None:
+        """Gives every sequence pages for so many more keys, which someone else writes there."""
+        self._reserve(self.pool.k_cache, counts)
+
+    def advance(self, counts: list[int]) -> None:
+        """So many keys more were written of every sequence."""
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def _check(self, k: Tensor) -> None:
@@ -149,11 +157,21 @@ class PagedLayer:
 
     def layout(self, query_lens: list[int]) -> BatchLayout:
         """The batch as operations take it, the last `query_lens` positions being the queries."""
+        return BatchLayout.of(self.block_table, self.lengths, query_lens)
+
+    @property
+    def block_table(self) -> Tensor:
+        """`[num_seqs, columns]` int32: pages of each sequence in order; the same tensor until they
+        change."""
         if self._block_table is None:
             columns = max(1, *map(len, self._tables))
             rows = [[*table, *[0] * (columns - len(table))] for table in self._tables]
             self._block_table = sent(rows, self._device).int()
-        return BatchLayout.of(self._block_table, self.lengths, query_lens)
+        return self._block_table
+
+    def shares_table(self, other: PagedLayer) -> bool:
+        """Its sequences have the same pages as those of `other`."""
+        return self._tables == other._tables
 
     def truncate(self, count: int) -> None:
         """Forgets the last `count` keys of every sequence."""

@@ -15,7 +15,12 @@ from transformers.utils import logging as transformers_logging
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
-from hipserve.integrations.transformers import check_model, extend_positions, register
+from hipserve.integrations.transformers import (
+    capture_decode,
+    check_model,
+    extend_positions,
+    register,
+)
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.gguf import load_gguf
@@ -199,8 +204,9 @@ def load(
     except (OSError, ValueError, KeyError, ImportError, IndexError) as error:
         raise _unknown(name, _first_line(error)) from error
     trained = int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length)
+    model = model.to(place).eval()
     loaded = LoadedModel(
-        model.to(place).eval(),
+        capture_decode(model) if place.type == "cuda" else model,
         tokenizer,
         name,
         extended_length(config or config_of(settings), trained),

@@ -143,15 +143,14 @@ class DecodeBuffers:
         window_starts = self.window_starts[:rows]
         window_starts.copy_(rule.window_start(blocks[:, 3], blocks[:, 2]))
         if decisions is not None:
-            self._decide(slots, refresh, decisions)
+            self.decide(decisions, rows)
         made = {rule.query_block_size: blocks, rule: window_starts}
         layout = replace(layout, lengths=None, _made=made)
         return CapturedPlan(layout, rule, slots, refresh)
 
-    def _decide(
-        self, slots: Tensor, refresh: Tensor, decisions: Sequence[tuple[int, bool]]
-    ) -> None:
-        real = len(decisions)
+    def decide(self, decisions: Sequence[tuple[int, bool]], rows: int) -> None:
+        """Writes which of the next step's `rows` select again; those without a decision do not."""
+        real, slots, refresh = len(decisions), self.slots[:rows], self.refresh[:rows]
         own = [slot if slot >= 0 else self.num_slots for slot, _ in decisions]
         slots[:real].copy_(torch.tensor(own), non_blocking=True)
         slots[real:] = self.num_slots

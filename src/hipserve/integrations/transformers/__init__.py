@@ -6,6 +6,7 @@ it HiP attention runs over the tensors that transformers' own caches hand out.
 """
 
 from hipserve.integrations.transformers.cache import HiPCache, HiPCacheLayer, PagedHandle
+from hipserve.integrations.transformers.capture import capture_decode
 from hipserve.integrations.transformers.forward import hip_forward
 from hipserve.integrations.transformers.masks import MaskDescription, describe_mask
 from hipserve.integrations.transformers.positions import extend_positions
@@ -18,6 +19,7 @@ __all__ = [
     "HiPCacheLayer",
     "MaskDescription",
     "PagedHandle",
+    "capture_decode",
     "check_model",
     "config_of",
     "describe_mask",

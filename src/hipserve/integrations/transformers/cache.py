@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.offload import Offload
-from hipserve.plan import BatchLayout, PruningRule, bound_levels
-from hipserve.types import BlockSelection, KeyIndex, KeyPool
+from hipserve.plan import bound_levels
+
+if TYPE_CHECKING:
+    from hipserve.integrations.transformers.keys import CapturedKeys
 
 PAGE_SIZE = 256
 
@@ -63,7 +66,9 @@ class HiPCacheLayer(CacheLayerMixin):
         super().__init__()
         self.pages = PagedLayer(page_size, *form, make_store)
         self.reuse, self.account = SelectionReuse(), Account()
+        self.captured: CapturedKeys | None = None  # while a step is run for a graph
         self.seen = 0
+        self.num_orders = 0  # how often sequences changed places
         self._fresh: tuple[Tensor, Tensor] | None = None
         self.padded: list[
             tuple[int, Tensor]
@@ -94,7 +99,8 @@ class HiPCacheLayer(CacheLayerMixin):
         if self._fresh is not None:
             raise _unfinished()
         self._fresh = (key_states, value_states)
-        self.seen += key_states.shape[2]
+        if self.captured is None:  # else the host counts, as for replays
+            self.seen += key_states.shape[2]
         return PagedHandle(self, key_states), PagedHandle(self, value_states)
 
     @property
@@ -110,11 +116,18 @@ class HiPCacheLayer(CacheLayerMixin):
         if self._fresh is None:
             return None
         k, v = (x.transpose(1, 2) for x in self._fresh)
-        self.pages.append(k, v, valid)
+        if self.captured is not None:
+            self.captured.write(k, v)
+        else:
+            self.pages.append(k, v, valid)
         self._fresh = None  # not before: a step that failed here did not end
         if valid is not None:
             self.padded.append((self.seen - k.shape[1], valid))
         return k, v
+
+    def go_by(self, captured: CapturedKeys | None) -> None:
+        """From now on steps are run for a graph, or None for one of their own."""
+        self.captured, self._fresh = captured, None
 
     def check_index(self, config: HiPConfig) -> None:
         """Raises ArgumentError where the pages keep another index than `config` reads."""
@@ -165,6 +178,7 @@ class HiPCacheLayer(CacheLayerMixin):
         self._take(torch.arange(len(self.pages.lengths))[indices.cpu()])
 
     def _take(self, order: Tensor) -> None:
+        self.num_orders += 1
         if self.pages.lengths:
             self.pages.reorder(order)
             self.reuse.reorder(order)
@@ -181,48 +195,6 @@ class HiPCacheLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Pages stay where they are."""
-
-
-@dataclass(slots=True)
-class PageKeys:
-    """The pages of a `HiPCache` layer in one call: `LayerKeys`.
-
-    Attributes:
-        layer: holds them.
-        query_len: rows of each sequence.
-        valid: `[batch, query_len]` bool, False for padding; None where all rows count.
-        fresh: what was appended, if the layer holds nothing else.
-    """
-
-    layer: HiPCacheLayer
-    query_len: int
-    valid: Tensor | None
-    fresh: tuple[Tensor, Tensor] | None = None
-
-    def append(self) -> None:
-        written = self.layer.write(self.valid)
-        first = self.query_len == self.layer.seen and self.valid is None
-        self.fresh = written if first else None
-
-    @property
-    def layout(self) -> BatchLayout:
-        pages = self.layer.pages
-        if self.valid is None:
-            return pages.layout([self.query_len] * len(pages.lengths))
-        return pages.layout(self.valid.sum(1).tolist())
-
-    @property
-    def index(self) -> KeyIndex:
-        return self.layer.pages.index
-
-    def fetch(
-        self,
-        selection: BlockSelection | None,
-        layout: BatchLayout,
-        config: HiPConfig,
-        rule: PruningRule | None,
-    ) -> KeyPool:
-        return self.layer.pages.fetch(selection, layout, config, rule)
 
 
 def _unfinished() -> ArgumentError:
@@ -265,6 +237,8 @@ class HiPCache(Cache):
             fits = run_size is None or PAGE_SIZE % bound_levels(PAGE_SIZE, run_size)[-1] == 0
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
         self._step: tuple[int | None, int] | None = None  # tokens held and new at the last update
+        self._captured_read: Tensor | None = None  # keys that captured steps read, on the device
+        self._captured_keys = [0, 0]  # those that the host knows of: read, visible
         own = DynamicCache(config=config).layers
         paged = {i for i, layer in enumerate(own) if type(layer) is DynamicLayer}
         moved = paged - {*hip.dense_layers} if offload else set[int]()
@@ -309,7 +283,7 @@ class HiPCache(Cache):
             ArgumentError: a step failed half-way, or some of these tokens are padding.
         """
         self._check_even(_length(self.layers[0]))
-        if any(layer.unfinished for layer in self._paged()):
+        if any(layer.unfinished for layer in self.paged_layers):
             raise _unfinished()
         self._step = None
         super().crop(tokens_to_remove)
@@ -326,26 +300,68 @@ class HiPCache(Cache):
     @property
     def host_nbytes(self) -> int:
         """Those of them that are offloaded: in host memory or in a file."""
-        return sum(layer.pages.host_nbytes for layer in self._paged())
+        return sum(layer.pages.host_nbytes for layer in self.paged_layers)
 
     @property
     def device_nbytes(self) -> int:
         """Those beside the model."""
-        return sum(layer.pages.device_nbytes for layer in self._paged())
+        return sum(layer.pages.device_nbytes for layer in self.paged_layers)
 
     def count_keys(self) -> tuple[float, float]:
         """Keys read by all rows of the pruned layers so far, and those a dense layer would read."""
-        accounts = [layer.account for layer in self._paged()]
-        read = sum(account.keys_read for account in accounts)
-        return read, sum(account.keys_visible for account in accounts)
+        accounts = [layer.account for layer in self.paged_layers]
+        read, visible = self._captured_keys
+        counted = 0.0 if self._captured_read is None else float(self._captured_read)
+        return (
+            sum(account.keys_read for account in accounts) + read + counted,
+            sum(account.keys_visible for account in accounts) + visible,
+        )
 
     def count_loads(self) -> tuple[int, int]:
         """Tiles of offloaded keys and values that all steps needed, and that they had to load.
 
         Of models on a GPU; a tile is `hipserve.offload.TILE_SIZE` keys of one head.
         """
-        counts = [layer.pages.count_loads() for layer in self._paged()]
+        counts = [layer.pages.count_loads() for layer in self.paged_layers]
         return sum(needed for needed, _ in counts), sum(loaded for _, loaded in counts)
 
-    def _paged(self) -> list[HiPCacheLayer]:
+    @property
+    def paged_layers(self) -> list[HiPCacheLayer]:
+        """Those that are no sliding-window layers of the model, in order."""
         return [layer for layer in self.layers if isinstance(layer, HiPCacheLayer)]
+
+    @contextlib.contextmanager
+    def captured(self, keys: Sequence[CapturedKeys]) -> Generator[None]:
+        """Within, each paged layer goes by its entry of `keys`, and the host counts no tokens."""
+        layers = self.paged_layers
+        for layer, own in zip(layers, keys, strict=True):
+            layer.go_by(own)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.go_by(None)
+
+    def reserve_step(self) -> None:
+        """Makes room for one more token of every sequence."""
+        for layer in self.paged_layers:
+            layer.pages.reserve([1] * len(layer.pages.lengths))
+
+    def advance_step(self) -> list[int]:
+        """One more token of every sequence was written in every layer; returns the lengths."""
+        for layer in self.paged_layers:
+            layer.pages.advance([1] * len(layer.pages.lengths))
+            layer.seen += 1
+        return self.paged_layers[0].pages.lengths
+
+    def captured_read(self, device: torch.device) -> Tensor:
+        """`[]` float64, to which captured steps add the keys that they read."""
+        if self._captured_read is None:
+            self._captured_read = torch.zeros((), dtype=torch.float64, device=device)
+        return self._captured_read
+
+    def count_captured(self, visible: int, *, everything: bool) -> None:
+        """Adds the keys that dense attention would read in a captured step; it reads everything or
+        counts on the device."""
+        self._captured_keys[0] += visible if everything else 0
+        self._captured_keys[1] += visible

@@ -8,14 +8,21 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hipserve.attention import AttentionLayer, HeldKeys, WholeKeys, absorb_sinks
+from hipserve.attention import (
+    AttentionLayer,
+    HeldKeys,
+    StepSelections,
+    WholeKeys,
+    absorb_sinks,
+)
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.hip import check_whole, rule_of_whole
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.padding import attend_columns, without_padding
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
-from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle, PageKeys
+from hipserve.integrations.transformers.cache import HiPCacheLayer, PagedHandle
+from hipserve.integrations.transformers.keys import CapturedKeys, PageKeys
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.positions import rope_of
 from hipserve.integrations.transformers.settings import config_of
@@ -93,6 +100,8 @@ def _attention_layer(
     if window or (dense and not config.streams):
         return AttentionLayer(sliding_window=window, **scores)
     paged = key.layer if isinstance(key, PagedHandle) else None
+    if paged is not None and paged.captured is not None:
+        return _captured_layer(paged.captured, config, scores)
     q = query.transpose(1, 2)
     rule = (rule_of if paged else rule_of_whole)(config, q, key.shape[1])
     if rule is not None and dense:
@@ -101,6 +110,15 @@ def _attention_layer(
     if paged is None:
         return AttentionLayer(config, rule, **scores)
     return AttentionLayer(config, rule, selections=paged.reuse, account=paged.account, **scores)
+
+
+def _captured_layer(
+    keys: CapturedKeys, config: HiPConfig, scores: dict[str, Any]
+) -> AttentionLayer:
+    """How a layer attends in a step that a graph repeats."""
+    rule = keys.plan.rule if keys.prunes else None
+    selections = StepSelections(keys.requests, keys.plan)
+    return AttentionLayer(config, rule, selections=selections, account=keys.counter, **scores)
 
 
 def _refuse(
@@ -125,6 +143,8 @@ def _attend_pages(
     rows = query.transpose(1, 2)
     if layer.rule is not None:
         cache.check_index(layer.config)
+    if cache.captured is not None:
+        return layer.forward_batch(rows, cache.captured)[0]
     valid = _pages_mask(cache, query, mask, layer)
     keys = PageKeys(cache, rows.shape[1], valid)
     if valid is None:

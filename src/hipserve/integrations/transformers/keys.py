@@ -1,0 +1,103 @@
+"""The keys of one `HiPCache` layer in one call of the attention function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hipserve.attention import KeyCounter, RequestSelections
+from hipserve.config import HiPConfig
+from hipserve.integrations.transformers.cache import HiPCacheLayer
+from hipserve.ops import write_kv
+from hipserve.plan import BatchLayout, CapturedPlan, PruningRule
+from hipserve.types import BlockSelection, KeyIndex, KeyPool
+
+
+@dataclass(slots=True)
+class PageKeys:
+    """The pages of a `HiPCache` layer in one call: `LayerKeys`.
+
+    Attributes:
+        layer: holds them.
+        query_len: rows of each sequence.
+        valid: `[batch, query_len]` bool, False for padding; None where all rows count.
+        fresh: what was appended, if the layer holds nothing else.
+    """
+
+    layer: HiPCacheLayer
+    query_len: int
+    valid: Tensor | None
+    fresh: tuple[Tensor, Tensor] | None = None
+
+    def append(self) -> None:
+        written = self.layer.write(self.valid)
+        first = self.query_len == self.layer.seen and self.valid is None
+        self.fresh = written if first else None
+
+    @property
+    def layout(self) -> BatchLayout:
+        pages = self.layer.pages
+        if self.valid is None:
+            return pages.layout([self.query_len] * len(pages.lengths))
+        return pages.layout(self.valid.sum(1).tolist())
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.layer.pages.index
+
+    def fetch(
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,
+    ) -> KeyPool:
+        return self.layer.pages.fetch(selection, layout, config, rule)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedKeys:
+    """The pages of a `HiPCache` layer in a step that a graph repeats: `LayerKeys`.
+
+    Attributes:
+        layer: holds them.
+        slots: `[batch]` int64, where the new keys go.
+        plan: the batch, at addresses that stay from step to step.
+        prunes: some row may be pruned before the graph is recorded again.
+        requests: selections that later steps use again.
+        counter: counts the keys that are read.
+    """
+
+    layer: HiPCacheLayer
+    slots: Tensor
+    plan: CapturedPlan
+    prunes: bool
+    requests: RequestSelections
+    counter: KeyCounter
+    fresh: None = None
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Writes k and v `[batch, 1, num_kv_heads, head_dim]` and their index."""
+        pages = self.layer.pages
+        write_kv(k[:, 0], v[:, 0], pages.pool, pages.index, self.slots, check=False)
+
+    def append(self) -> None:
+        self.layer.write(None)
+
+    @property
+    def layout(self) -> BatchLayout:
+        return self.plan.layout
+
+    @property
+    def index(self) -> KeyIndex:
+        return self.layer.pages.index
+
+    def fetch(
+        self,
+        selection: BlockSelection | None,  # noqa: ARG002
+        layout: BatchLayout,  # noqa: ARG002
+        config: HiPConfig,  # noqa: ARG002
+        rule: PruningRule | None,  # noqa: ARG002
+    ) -> KeyPool:
+        return self.layer.pages.pool
