@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import typer
+from rich.table import Table
 from typer.testing import CliRunner, Result
 
 from hipserve.cli import main as command
+from hipserve.cli import output
 from hipserve.cli.demo import FACTS
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
 from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
@@ -583,3 +585,19 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_tables_lose_nothing_in_pipes_and_narrow_terminals(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    table = Table(*(f"measure{i}" for i in range(9)))
+    table.add_row(*(f"+{i}.1234567" for i in range(9)))
+    output.show(table)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert columns or all(f"+{i}.1234567" in shown for i in range(9))
+    assert all(len(line) <= int(columns or 400) for line in shown.splitlines())

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from hipserve.errors import HipserveError
 
 err = Console(stderr=True)
+
+WIDEST = 400
+"""Characters of a line of what is no terminal."""
 
 
 def tolerate_any_text() -> None:
@@ -36,8 +41,14 @@ def result_json(value: Any) -> None:
 
 
 def show(renderable: Any) -> None:
-    """A table or another rich object, on stdout."""
-    Console(file=_stdout()).print(renderable)
+    """A table or another rich object, on stdout: folded where a terminal is narrow, and as wide as
+    it is in a file or a pipe."""
+    stream = _stdout()
+    if isinstance(renderable, Table):
+        for column in renderable.columns:
+            column.overflow = "fold"
+    narrow = stream.isatty() or "COLUMNS" in os.environ
+    Console(file=stream, width=None if narrow else WIDEST).print(renderable)
 
 
 def _stdout() -> TextIO:

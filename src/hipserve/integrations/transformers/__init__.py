@@ -2,7 +2,8 @@
 
 `register` makes the implementation known to transformers. `HiPCache`, passed as `past_key_values`,
 keeps keys and values in pages, and a decode step neither copies nor reads the whole cache. Without
-it HiP attention runs over the tensors that transformers' own caches hand out.
+it HiP attention runs over the tensors that transformers' own caches hand out. `capture_decode`
+records the decode steps of a model on a GPU.
 """
 
 from hipserve.integrations.transformers.cache import HiPCache, HiPCacheLayer, PagedHandle
