@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from hipserve.attention import Account, SelectionReuse
 from hipserve.cache import MakeStore, OffloadedLayers, PagedLayer, ResidentPages
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
+from hipserve.integrations.transformers.keys import CapturedKeys
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.offload import Offload
 from hipserve.plan import bound_levels
-
-if TYPE_CHECKING:
-    from hipserve.integrations.transformers.keys import CapturedKeys
 
 PAGE_SIZE = 256
 

@@ -19,9 +19,9 @@ from hipserve.cache.store import grown, ordinary_tensors
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.cache import HiPCache
-from hipserve.integrations.transformers.forward import hip_forward
 from hipserve.integrations.transformers.keys import CapturedKeys
 from hipserve.integrations.transformers.masks import MaskDescription
+from hipserve.integrations.transformers.registration import Registered
 from hipserve.integrations.transformers.settings import NAME, config_of
 from hipserve.plan import BatchLayout, CapturedPlan, DecodeBuffers, RefreshSchedule, SequenceStep
 from hipserve.types import BlockSelection
@@ -45,7 +45,8 @@ def capture_decode(model: Any, record: Recorder | None = None) -> Any:
     Without it the host launches some hundred kernels a step, which takes longer than the GPU needs
     for one sequence. Nothing else changes: `model(...)` and `model.generate(...)` are called as
     before. A step is recorded where every sequence has one new token, every layer keeps its keys in
-    pages in the model's memory, and gradients are off; it is recorded again when a cache gets more
+    pages in the model's memory (no layer has a window of its own), `extend` is not "stream" and
+    gradients are off; it is recorded again when a cache gets more
     memory. All other calls, such as prompts, run as before. `del model.forward` undoes it.
 
     Args:
@@ -114,17 +115,18 @@ class _Capture:
             return None
         if not isinstance(past_key_values, HiPCache) or torch.is_grad_enabled():
             return None
-        if AttentionInterface().get(NAME) is not hip_forward:  # someone watches every call
+        if not isinstance(AttentionInterface().get(NAME), Registered):  # someone watches every call
             return None
         if not all(isinstance(value, OPTIONS) for value in options.values()):
             return None
         cache = past_key_values
         if not _records(cache, input_ids) or not _hides_nothing(cache, attention_mask, input_ids):
             return None
-        cache.reserve_step()
-        key = (config_of(self.config), self.config._attn_implementation, options)
-        if key[1] != NAME:
+        config = config_of(self.config)
+        if self.config._attn_implementation != NAME or config.streams:
             return None
+        cache.reserve_step()
+        key = (config, options)
         if self.step is None or not self.step.fits(cache, key):
             self.step = None  # frees the memory of the former graph first
             self.step = DecodeStep(self, cache, key)
@@ -156,7 +158,15 @@ def _hides_nothing(cache: HiPCache, mask: Any, ids: Tensor) -> bool:
     if not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
         return False
     held = cache.paged_layers[0].seen
-    described = MaskDescription(len(ids), 1, held + 1, held, 0, 0, mask)
+    described = MaskDescription(
+        batch_size=len(ids),
+        q_length=1,
+        kv_length=held + 1,
+        q_offset=held,
+        kv_offset=0,
+        sliding_window=0,
+        key_valid=mask,
+    )
     described.check_held(held, cache.paged_layers[0].padded)
     return described.valid_rows(held + 1, 1, ids.device) is None
 
@@ -321,7 +331,7 @@ class DecodeStep:
                 position_ids=self.positions,
                 past_key_values=self.cache,
                 attention_mask=None,
-                **self.key[2],
+                **self.key[1],
             )
         self.counter.count(plan, self.config)
         return out

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hipserve.attention import KeyCounter, RequestSelections
 from hipserve.config import HiPConfig
-from hipserve.integrations.transformers.cache import HiPCacheLayer
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, CapturedPlan, PruningRule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
+
+if TYPE_CHECKING:
+    from hipserve.integrations.transformers.cache import HiPCacheLayer
 
 
 @dataclass(slots=True)
