@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from hipserve.attention import RequestSelections
 from hipserve.attention.crossover import rule_for
 from hipserve.cache.store import grown, ordinary_tensors
+from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers.cache import HiPCache
@@ -298,13 +299,15 @@ class DecodeStep:
         first = self.cache.paged_layers[0]
         table = first.pages.block_table
         if table is not self._table:
+            if not all(first.pages.shares_table(x.pages) for x in self.cache.paged_layers):
+                raise RuntimeError("layers of one cache keep the same tokens in different pages")
             self._table = table
             self.layout.block_table[:, : table.shape[1]] = table
         if first.num_orders != self._num_orders:  # then all select again
             self._num_orders = first.num_orders
             self.schedule.forget(range(len(ids)))
         lengths = [n + 1 for n in first.pages.lengths]
-        self.layout.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+        self.layout.seq_lens.copy_(sent(lengths, ids.device))
         self.ids.copy_(ids)
         if positions is None:
             self.positions.fill_(first.seen)
