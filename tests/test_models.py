@@ -290,6 +290,25 @@ def test_windowed_layers_that_cannot_be_cropped_are_read_again(tmp_path: Path) -
     assert talk.statistics.cached_tokens == 0
 
 
+def test_sdpa_reads_windowed_layers_in_small_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It computes all of a chunk and the window before it; the answer is the same."""
+    path = tiny(tmp_path, Gemma3TextConfig(**SIZES, sliding_window=16))
+    model = load(path, device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(passes, "WINDOWED_CHUNK", 64)
+    ids = torch.arange(150)[None] % 100
+    steps: dict[str, list[Any]] = {}
+    for name, config in (("sdpa", None), ("hip", PRUNED)):
+        model.use(config)
+        steps[name] = list(passes.read(model, ids, passes.make_cache(model)))
+    assert [step.stop for step in steps["sdpa"]] == [64, 128, 150]
+    assert [step.stop for step in steps["hip"]] == [150]
+    model.use(None)
+    (whole,) = passes.read(model, ids, passes.make_cache(model), rows=4096)
+    torch.testing.assert_close(steps["sdpa"][-1].logits, whole.logits)
+
+
 def test_switching_attention_is_complete(loaded: LoadedModel) -> None:
     loaded.use(None)
     assert loaded.backend == "torch SDPA"

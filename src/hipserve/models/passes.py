@@ -18,6 +18,9 @@ CHUNK = 4096
 OFFLOADED_CHUNK = 16384
 """The same where a GPU is lent the keys and values of all that came before, in every step."""
 
+WINDOWED_CHUNK = 1024
+"""The same where SDPA reads layers with a window."""
+
 
 class Pass(NamedTuple):
     """One step of reading.
@@ -48,10 +51,11 @@ def read(
 ) -> Iterator[Pass]:
     """Reads `ids` `[1, tokens]` behind what the cache holds, chunk by chunk.
 
-    Chunks end at multiples of `rows` positions (`CHUNK` if None), as those of one pass over
-    everything do. Logits are made from position `first` on, and always of a chunk's last row.
+    Chunks end at multiples of `rows` positions (`CHUNK` or `WINDOWED_CHUNK` if None), as those of
+    one pass over everything do. Logits are made from position `first` on, and always of a chunk's
+    last row.
     """
-    rows = rows or CHUNK
+    rows = rows or _chunk(cache)
     begin = start = cache.get_seq_length()
     end = begin + ids.shape[1]
     while start < end:
@@ -61,6 +65,13 @@ def read(
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": count}
         yield Pass(stop, loaded.model(chunk, **options).logits)
         start = stop
+
+
+def _chunk(cache: Cache) -> int:
+    """Of SDPA in layers with a window: it computes all of a chunk and the window before it."""
+    layers = () if isinstance(cache, HiPCache) else cache.layers
+    windowed = any(getattr(layer, "is_sliding", False) for layer in layers)
+    return WINDOWED_CHUNK if windowed else CHUNK
 
 
 def shorten(cache: Cache, length: int) -> bool:
