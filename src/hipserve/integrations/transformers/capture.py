@@ -36,6 +36,9 @@ FIRST_STEPS = 8
 """Steps of a cache that run before one is recorded, which takes as long as several: a short answer
 does without."""
 
+ALIGNED = 16
+"""Columns of a block table are a multiple of it: Triton compiles other kernels for other numbers."""
+
 OPTIONS = bool | int | str | None
 """What a recorded call may be passed besides the tensors of a step."""
 
@@ -233,7 +236,7 @@ class DecodeStep:
         keys, batch = self.pools[0].k_cache, len(first.lengths)
         device = keys.device
         columns = first.block_table.shape[1]
-        columns = grown(columns, columns, first.page_size)
+        columns = -(-grown(columns, columns, first.page_size) // ALIGNED) * ALIGNED
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
