@@ -37,7 +37,7 @@ FIRST_STEPS = 8
 does without."""
 
 ALIGNED = 16
-"""Columns of a block table are a multiple of it: Triton compiles other kernels for other numbers."""
+"""Columns of a block table are a multiple of it: for others Triton compiles other kernels."""
 
 OPTIONS = bool | int | str | None
 """What a recorded call may be passed besides the tensors of a step."""
