@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -155,6 +158,24 @@ def test_outputs_of_a_step_outlive_the_next() -> None:
     assert torch.equal(first.logits, logits)
     assert not torch.equal(second.logits, logits)
     assert len(second.hidden_states) == 4
+
+
+def test_a_cache_is_freed_with_its_last_use() -> None:
+    """Its recorded step holds no reference to it, and nor does the model."""
+    model = capture_decode(build("llama", PRUNED), lambda call: functools.partial(list, [call()]))
+    cache = HiPCache(model.config)
+    with torch.no_grad():
+        model(IDS[:1], past_key_values=cache)
+        out = model(IDS[1:, :1], past_key_values=cache)
+    assert out.past_key_values is cache
+    assert cache.recorded is not None
+    alive = weakref.ref(cache), weakref.ref(cache.recorded)
+    gc.disable()
+    try:
+        del cache, out
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_captured_runs_as_before() -> None:

@@ -235,6 +235,7 @@ class HiPCache(Cache):
             fits = run_size is None or PAGE_SIZE % bound_levels(PAGE_SIZE, run_size)[-1] == 0
             page_size = PAGE_SIZE if fits else 16 * hip.bound_block_size
         self._step: tuple[int | None, int] | None = None  # tokens held and new at the last update
+        self.recorded: object = None  # the decode step that `capture_decode` keeps for it
         self._captured_read: Tensor | None = None  # keys that captured steps read, on the device
         self._captured_keys = [0, 0]  # those that the host knows of: read, visible
         own = DynamicCache(config=config).layers

@@ -51,7 +51,8 @@ def capture_decode(model: Any, record: Recorder | None = None) -> Any:
     before. A step is recorded where every sequence has one new token, every layer keeps its keys in
     pages in the model's memory (no layer has a window of its own), `extend` is not "stream" and
     gradients are off; it is recorded again when a cache gets more
-    memory. All other calls, such as prompts, run as before. `del model.forward` undoes it.
+    memory, and for every new cache: exchange modules, such as adapters, between caches and not
+    within one. All other calls, such as prompts, run as before. `del model.forward` undoes it.
 
     Args:
         model: a transformers model with `attn_implementation="hip"` on a GPU.
@@ -89,18 +90,17 @@ def _graph(call: Call) -> Call:
 
 
 class _Capture:
-    """The forward call of one model, with the step that was recorded last."""
+    """The forward call of one model, and how its steps are recorded."""
 
     def __init__(self, forward: Callable[..., Any], config: Any, record: Recorder) -> None:
         self.forward, self.config, self.record = forward, config, record
-        self.step: DecodeStep | None = None
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         asked = self._decode_step(*args, **options)
         if asked is None:
             return self.forward(*args, **options)
-        step, ids, positions = asked
-        return step.run(ids, positions)
+        step, cache, ids, positions = asked
+        return step.run(cache, ids, positions)
 
     def _decode_step(
         self,
@@ -112,8 +112,8 @@ class _Capture:
         inputs_embeds: Any = None,
         labels: Any = None,
         **options: Any,
-    ) -> tuple[DecodeStep, Tensor, Tensor | None] | None:
-        """The step to run, its tokens and positions; None for a call that is not recorded."""
+    ) -> tuple[DecodeStep, HiPCache, Tensor, Tensor | None] | None:
+        """The step to run, its cache, tokens and positions; None where nothing is recorded."""
         plain = not args and inputs_embeds is None and labels is None and self.record is not None
         if not plain or not isinstance(input_ids, Tensor) or input_ids.shape[1:] != (1,):
             return None
@@ -131,10 +131,11 @@ class _Capture:
             return None
         cache.reserve_step()
         key = (config, options)
-        if self.step is None or not self.step.fits(cache, key):
-            self.step = None  # frees the memory of the former graph first
-            self.step = DecodeStep(self, cache, key)
-        return self.step, input_ids, position_ids
+        step = cache.recorded
+        if not isinstance(step, DecodeStep) or not step.fits(self, cache, key):
+            cache.recorded = step = None  # frees the memory of the former graph first
+            cache.recorded = step = DecodeStep(self, cache, key)
+        return step, cache, input_ids, position_ids
 
     def refuse(self, error: Exception) -> None:
         """No step of this model is recorded any more."""
@@ -218,7 +219,8 @@ class DecodeStep:
     """One recorded step: a new token of every sequence of a cache.
 
     What a replay reads is written to tensors that stay where they are; the pages that the graph
-    reads and writes have to stay as well, so that a cache that grows is recorded again.
+    reads and writes have to stay as well, so that a cache that grows is recorded again. The cache
+    holds its step, and not the other way round: both are freed with the last use of the cache.
 
     Args:
         capture: the model's call, and how it is recorded.
@@ -228,7 +230,7 @@ class DecodeStep:
 
     @ordinary_tensors
     def __init__(self, capture: _Capture, cache: HiPCache, key: tuple[Any, ...]) -> None:
-        self.capture, self.cache, self.key = capture, cache, key
+        self.capture, self.key = capture, key
         self.config: HiPConfig = key[0]
         layers = cache.paged_layers
         first = layers[0].pages
@@ -259,50 +261,51 @@ class DecodeStep:
         self._num_steps = 0
         self._replay: Call | None = None
 
-    def fits(self, cache: HiPCache, key: tuple[Any, ...]) -> bool:
+    def fits(self, capture: _Capture, cache: HiPCache, key: tuple[Any, ...]) -> bool:
         """The recorded launches are those that this call needs, and its memory is there."""
         pages = [layer.pages for layer in cache.paged_layers]
-        same = cache is self.cache and key == self.key
         return (
-            same
+            (capture, key) == (self.capture, self.key)
             and len(pages[0].lengths) == len(self.ids)
             and pages[0].block_table.shape[1] <= self.layout.block_table.shape[1]
             and all(p.pool is pool for p, pool in zip(pages, self.pools, strict=True))
         )
 
-    def run(self, ids: Tensor, positions: Tensor | None) -> Any:
+    def run(self, cache: HiPCache, ids: Tensor, positions: Tensor | None) -> Any:
         """The model's output for one new token of every sequence.
 
         Args:
+            cache: the one that this step was made for.
             ids: `[batch, 1]` int64.
             positions: the same shape, or `[1, 1]`; None for the number of tokens before.
         """
-        self._write(ids, positions)
+        self._write(cache, ids, positions)
         if self._replay is not None:
             out = self._replay()
         else:
-            out = self._forward()
-            self._record()
-        lengths = self.cache.advance_step()
-        self.cache.count_captured(self.num_pruned * sum(lengths), everything=not self.prunes)
-        return _copied(out)
+            out = self._forward(cache)
+            self._record(cache)
+        lengths = cache.advance_step()
+        cache.count_captured(self.num_pruned * sum(lengths), everything=not self.prunes)
+        # The next replay overwrites the tensors of this one.
+        return _each(out, lambda x: x.clone() if isinstance(x, Tensor) else _put(x, cache))
 
-    def _record(self) -> None:
+    def _record(self, cache: HiPCache) -> None:
         """Records the step that ran last, if more are likely to follow."""
         self._num_steps += 1
         if self._num_steps < FIRST_STEPS:
             return
         try:
-            self._replay = self.capture.record(self._forward)
+            self._replay = self.capture.record(lambda: self._forward(cache))
         except RuntimeError as error:  # the model waits for the device somewhere
             self.capture.refuse(error)
 
-    def _write(self, ids: Tensor, positions: Tensor | None) -> None:
+    def _write(self, cache: HiPCache, ids: Tensor, positions: Tensor | None) -> None:
         """What the launches of the next step read."""
-        first = self.cache.paged_layers[0]
+        first = cache.paged_layers[0]
         table = first.pages.block_table
         if table is not self._table:
-            if not all(first.pages.shares_table(x.pages) for x in self.cache.paged_layers):
+            if not all(first.pages.shares_table(x.pages) for x in cache.paged_layers):
                 raise RuntimeError("layers of one cache keep the same tokens in different pages")
             self._table = table
             self.layout.block_table[:, : table.shape[1]] = table
@@ -320,35 +323,41 @@ class DecodeStep:
             steps = [SequenceStep(i, n, self.rule.prunes(n - 1, 1)) for i, n in enumerate(lengths)]
             self.buffers.decide(self.schedule.step(steps), len(ids))
 
-    def _forward(self) -> Any:
+    def _forward(self, cache: HiPCache) -> Any:
         """One step of the model, over tensors that stay where they are."""
-        pages = self.cache.paged_layers[0].pages
+        page_size = cache.paged_layers[0].pages.page_size
         plan = self.buffers.plan(self.layout, self.rule)
         last = self.layout.seq_lens.long()[:, None] - 1
-        page = self.layout.block_table.gather(1, last // pages.page_size)
-        self.slots.copy_((page * pages.page_size + last % pages.page_size)[:, 0])
+        page = self.layout.block_table.gather(1, last // page_size)
+        self.slots.copy_((page * page_size + last % page_size)[:, 0])
         keys = [
             CapturedKeys(layer, self.slots, plan, self.prunes, requests, self.counter)
-            for layer, requests in zip(self.cache.paged_layers, self.requests, strict=True)
+            for layer, requests in zip(cache.paged_layers, self.requests, strict=True)
         ]
-        with self.cache.captured(keys):
+        with cache.captured(keys):
             out = self.capture.forward(
                 input_ids=self.ids,
                 position_ids=self.positions,
-                past_key_values=self.cache,
+                past_key_values=cache,
                 attention_mask=None,
                 **self.key[1],
             )
         self.counter.count(plan, self.config)
-        return out
+        return _each(out, lambda x: THE_CACHE if x is cache else x)
 
 
-def _copied(out: Any) -> Any:
-    """The output of a step in memory of its own: the next replay overwrites what this one wrote."""
-    if isinstance(out, Tensor):
-        return out.clone()
-    if isinstance(out, tuple | list):
-        return type(out)(map(_copied, out))
+THE_CACHE = object()
+"""Stands for the cache in an output that is kept."""
+
+
+def _put(x: Any, cache: HiPCache) -> Any:
+    return cache if x is THE_CACHE else x
+
+
+def _each(out: Any, change: Callable[[Any], Any]) -> Any:
+    """A model's output with every entry changed."""
     if isinstance(out, ModelOutput):
-        return type(out)(**{name: _copied(value) for name, value in out.items()})
-    return out
+        return type(out)(**{name: _each(value, change) for name, value in out.items()})
+    if isinstance(out, tuple | list):
+        return type(out)(_each(x, change) for x in out)
+    return change(out)
