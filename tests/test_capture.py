@@ -178,6 +178,21 @@ def test_a_cache_is_freed_with_its_last_use() -> None:
         gc.enable()
 
 
+@torch.no_grad()
+def test_a_recorded_step_keeps_no_memory_that_its_cache_gives_up() -> None:
+    _, model, recorder = pair()
+    recorder.cache = cache = HiPCache(model.config, page_size=16)
+    model(IDS[:1, :16], past_key_values=cache)
+    steps(model, cache, IDS[1, :2])
+    before = [weakref.ref(layer.pages.pool.k_cache) for layer in cache.paged_layers]
+    cache.reserve_step()
+    for layer in cache.paged_layers:
+        layer.pages.reserve([16 * layer.pages.pool.k_cache.shape[0]])
+    assert [ref() for ref in before] == [None] * 3
+    steps(model, cache, IDS[1, 2:4])
+    assert recorder.recorded == 2
+
+
 def test_what_cannot_be_captured_runs_as_before() -> None:
     """Layers with a window of their own, no cache of ours, gradients, and a model that waits."""
     plain, model, recorder = pair(family="gemma3")

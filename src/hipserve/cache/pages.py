@@ -204,7 +204,7 @@ class PagedLayer:
         """Gives every sequence its own pages for the keys that it is about to write."""
         shared = [seq for seq, count in enumerate(counts) if count and self._shares(seq)]
         ends = [self._used(n + count) for n, count in zip(self.lengths, counts, strict=True)]
-        missing = [end - len(table) for end, table in zip(ends, self._tables, strict=True)]
+        missing = [max(end - len(t), 0) for end, t in zip(ends, self._tables, strict=True)]
         if self._store is not None and not shared and not any(missing):
             return
         free = self._take(len(shared) + sum(missing), k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -123,6 +124,8 @@ class _Capture:
             return None
         if not all(isinstance(value, OPTIONS) for value in options.values()):
             return None
+        if position_ids is not None and position_ids.ndim != 2:  # positions of several axes
+            return None
         cache = past_key_values
         if not _records(cache, input_ids) or not _hides_nothing(cache, attention_mask, input_ids):
             return None
@@ -234,8 +237,9 @@ class DecodeStep:
         self.config: HiPConfig = key[0]
         layers = cache.paged_layers
         first = layers[0].pages
-        self.pools = [layer.pages.pool for layer in layers]
-        keys, batch = self.pools[0].k_cache, len(first.lengths)
+        # Weak: memory that a cache gives up when it grows is free at once.
+        self.keys = [weakref.ref(layer.pages.pool.k_cache) for layer in layers]
+        keys, batch = first.pool.k_cache, len(first.lengths)
         device = keys.device
         columns = first.block_table.shape[1]
         columns = -(-grown(columns, columns, first.page_size) // ALIGNED) * ALIGNED
@@ -268,7 +272,7 @@ class DecodeStep:
             (capture, key) == (self.capture, self.key)
             and len(pages[0].lengths) == len(self.ids)
             and pages[0].block_table.shape[1] <= self.layout.block_table.shape[1]
-            and all(p.pool is pool for p, pool in zip(pages, self.pools, strict=True))
+            and all(p.pool.k_cache is keys() for p, keys in zip(pages, self.keys, strict=True))
         )
 
     def run(self, cache: HiPCache, ids: Tensor, positions: Tensor | None) -> Any:
