@@ -11,6 +11,7 @@ from backends import NATIVE
 from hipserve import ArgumentError, HiPConfig, hip_attention
 from hipserve.ops import select_blocks
 from hipserve.ops.block_sparse_attention import operator as attention
+from hipserve.ops.rope import pack_rope
 from hipserve.ops.select_blocks import operator as selection
 from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.ops.write_kv import api as writing
@@ -59,15 +60,22 @@ def case(config: HiPConfig = CONFIG) -> Case:
     return make_case(Shape((700, 130), (100, 1)), config.index_form)
 
 
+def rope(c: Case) -> torch.Tensor:
+    """Some turns of pairs in halves."""
+    dim = c.q.shape[-1]
+    return pack_rope(torch.arange(dim).roll(dim // 2), torch.linspace(-1, 1, dim).double())
+
+
 @every
 def test_select_blocks_is_a_lawful_operator(backend: str) -> None:
-    for changes in ({}, {"share_group": False}, {"selector": "tree"}, {"code_bits": 4}):
+    streams = {"extend": "stream", "trained_length": 600}
+    for changes in ({}, {"share_group": False}, {"selector": "tree"}, {"code_bits": 4}, streams):
         config = CONFIG.replace(**changes)
         c = case(config)
         blocks = c.layout.query_blocks(config.query_block_size)
         starts = c.layout.window_starts(pruning_rule(config, "cpu"))
         where = (c.layout.block_table, blocks, starts)
-        inputs = selection.search_inputs(c.q, c.index, *where, config=config)
+        inputs = selection.search_inputs(c.q, c.index, *where, config=config, rope=rope(c))
         search = search_spec(config).dumps()
         torch.library.opcheck(selection._operator, (*inputs, search, backend))
 
@@ -79,9 +87,11 @@ def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
     chosen = select_blocks(c.q, c.index, c.layout, config=CONFIG, backend=backend)
     pages = (c.kv.pool.k_cache.nan_to_num(), c.kv.pool.v_cache.nan_to_num(), c.layout.block_table)
     sizes = (CONFIG.num_sink_tokens, CONFIG.key_block_size)
-    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, None, pages[0].shape[1], backend)
+    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, None, pages[0].shape[1])
     for read in ((chosen.indices, chosen.window_start), (None, None)):
-        torch.library.opcheck(attention._operator, (c.q, *pages, blocks, *read, *numbers))
+        for positions in ((None, 0), (rope(c), 600)):
+            inputs = (c.q, *pages, blocks, *read, *numbers, *positions, backend)
+            torch.library.opcheck(attention._operator, inputs)
 
 
 @every
