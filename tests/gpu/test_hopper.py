@@ -36,6 +36,7 @@ CALL = Call(
     capped=False,
     same_strides=True,
     tiled=False,
+    streams=False,
     element_size=2,
     device=torch.device("cuda"),
 )
@@ -46,6 +47,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "float32": {"element_size": 4},
     "a model's own window": {"windowed": True},
     "softcap": {"capped": True},
+    "turned rows": {"streams": True},
     "tiles of keys in host memory": {"tiled": True},
     "small key blocks": {"key_block_size": 8},
     "sinks that are no runs of 16": {"num_sink_tokens": 8},
@@ -117,6 +119,8 @@ def test_a_hopper_takes_it_and_others_do_not(monkeypatch: pytest.MonkeyPatch) ->
                 softcap=0.0,
                 query_block_size=64,
                 lists=None,
+                rope=None,
+                trained_length=0,
                 page_size=64,
             )
     assert taken == [q.shape]

@@ -64,7 +64,7 @@ def block_sparse_attention(
         element_size=q.element_size(),
         device=q.device,
     )
-    if not call.streams and specialises_warps(q.device) and (shape := make_shape(call)):
+    if specialises_warps(q.device) and (shape := make_shape(call)):
         if can_copy(q, k_cache, v_cache) and sm_scale > 0:
             inputs = q, k_cache, v_cache, block_table, query_blocks, indices, window_start
             hopper_attention()(*inputs, out, lse, sm_scale=sm_scale, shape=shape)
