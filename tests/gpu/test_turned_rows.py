@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hipserve import BackendError, HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
-from hipserve.ops.rope import pack_rope
 from hipserve.platform import interpreting
-from hipserve.testing.cases import Case, Shape, make_case
+from hipserve.testing.cases import Case, Shape, make_case, make_rope
 from hipserve.types import BlockSelection
 
 GPU = torch.cuda.is_available()
@@ -34,17 +33,9 @@ SHAPES = {
 }
 
 
-def make_rope(head_dim: int, neighbours: bool = False) -> Tensor:
-    """`[2, head_dim]`: theta 10,000, three quarters of the channels."""
-    count = head_dim * 3 // 8
-    first, second = torch.arange(count), torch.arange(count) + count
-    if neighbours:
-        first, second = 2 * first, 2 * first + 1
-    frequency = 10000.0 ** -(torch.arange(count).double() / count)
-    partner, radians = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.float64)
-    partner[first], partner[second] = second, first
-    radians[first], radians[second] = -frequency, frequency
-    return pack_rope(partner, radians)
+def partial_rope(head_dim: int, neighbours: bool = False) -> Tensor:
+    """`[2, head_dim]`: three quarters of the channels turn."""
+    return make_rope(head_dim, head_dim * 3 // 8, neighbours=neighbours)
 
 
 def case_of(shape: str, config: HiPConfig) -> Case:
@@ -59,7 +50,7 @@ def case_of(shape: str, config: HiPConfig) -> Case:
 )
 def test_searches_see_far_keys_as_defined(shape: str, changes: dict[str, Any]) -> None:
     config = STREAM.replace(**changes)
-    case, rope = case_of(shape, config), make_rope(SHAPES[shape].head_dim)
+    case, rope = case_of(shape, config), partial_rope(SHAPES[shape].head_dim)
     there = case.on(DEVICE)
     options: dict[str, Any] = {"config": config, "rope": rope.to(DEVICE)}
     got = select_blocks(there.q, there.index, there.layout, backend="triton", **options)
@@ -71,7 +62,7 @@ def test_searches_see_far_keys_as_defined(shape: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_sees_its_keys_as_defined(shape: str, neighbours: bool) -> None:
-    case, rope = case_of(shape, STREAM), make_rope(SHAPES[shape].head_dim, neighbours)
+    case, rope = case_of(shape, STREAM), partial_rope(SHAPES[shape].head_dim, neighbours)
     options: dict[str, Any] = {"config": STREAM, "rope": rope}
     chosen = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
     expected, _ = block_sparse_attention(
@@ -102,6 +93,6 @@ def test_attention_sees_its_keys_as_defined(shape: str, neighbours: bool) -> Non
 def test_codes_are_refused() -> None:
     config = STREAM.replace(code_bits=4)
     case = make_case(replace(SHAPES["decode"], head_dim=64), config.index_form).on(DEVICE)
-    options: dict[str, Any] = {"config": config, "rope": make_rope(64).to(DEVICE)}
+    options: dict[str, Any] = {"config": config, "rope": partial_rope(64).to(DEVICE)}
     with pytest.raises(BackendError, match="code_bits=16"):
         select_blocks(case.q, case.index, case.layout, backend="triton", **options)

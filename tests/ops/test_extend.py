@@ -11,9 +11,9 @@ from torch import Tensor
 from backends import every_backend, using
 from hipserve import ArgumentError, HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
-from hipserve.ops.rope import nearest_segment, pack_rope, segment_length, turn
+from hipserve.ops.rope import nearest_segment, segment_length, turn
 from hipserve.plan import BatchLayout, pruning_rule
-from hipserve.testing.cases import Case, Pages, Shape, attend, in_pages, make_case
+from hipserve.testing.cases import Case, Pages, Shape, attend, in_pages, make_case, make_rope
 from hipserve.testing.oracle import Reading, bound, read_by
 from hipserve.types import BlockSelection
 
@@ -32,22 +32,15 @@ SHAPE = Shape((1400, 700, 300), (130, 1, 90), group_size=3, page_size=256)
 LAYOUTS = ("halves", "neighbours", "partial")
 
 
-def make_rope(layout: str, head_dim: int = 64) -> Tensor:
-    """`[2, head_dim]`: theta 10,000; pairs as Llama, GLM and Phi have them."""
-    count = head_dim // 2 if layout != "partial" else head_dim // 4
-    first, second = torch.arange(count), torch.arange(count) + count
-    if layout == "neighbours":
-        first, second = 2 * first, 2 * first + 1
-    frequency = 10000.0 ** -(torch.arange(count).double() / count)
-    partner, radians = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.float64)
-    partner[first], partner[second] = second, first
-    radians[first], radians[second] = -frequency, frequency
-    return pack_rope(partner, radians)
+def rope_like(layout: str, head_dim: int = 64) -> Tensor:
+    """`[2, head_dim]`: pairs as Llama, GLM and Phi have them."""
+    count = head_dim // 4 if layout == "partial" else None
+    return make_rope(head_dim, count, neighbours=layout == "neighbours")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_turn_is_a_rotation_of_each_pair(layout: str) -> None:
-    rope, x = make_rope(layout), torch.randn(64, dtype=torch.float64)
+    rope, x = rope_like(layout), torch.randn(64, dtype=torch.float64)
     first, second = (0, 1) if layout == "neighbours" else (0, 32 if layout == "halves" else 16)
     got = turn(x, torch.tensor(3), rope)
     angle = torch.tensor(3.0, dtype=torch.float64)  # the fastest pair turns by 1 a position
@@ -61,7 +54,7 @@ def test_a_turn_is_a_rotation_of_each_pair(layout: str) -> None:
 
 @pytest.mark.parametrize("position", [100, 30_000, 1_000_000])
 def test_turns_add_up(position: int) -> None:
-    rope, x = make_rope("halves"), torch.randn(64, dtype=torch.float64)
+    rope, x = rope_like("halves"), torch.randn(64, dtype=torch.float64)
     both = turn(turn(x, position, rope), -position + 7, rope)
     torch.testing.assert_close(both, turn(x, 7, rope), rtol=0, atol=1e-12)
 
@@ -124,7 +117,7 @@ def attend_consecutively(
 def test_attention_sees_its_keys_at_consecutive_positions(
     backend: str, layout: str, dtype: torch.dtype
 ) -> None:
-    rope = make_rope(layout)
+    rope = rope_like(layout)
     plain, case = turned_case(dtype, rope)
     options: dict[str, Any] = {"config": STREAM, "rope": rope}
     selection = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
@@ -146,7 +139,7 @@ def test_searches_agree_on_what_lies_far(
     backend: str, code_bits: int, selector: str, layout: str
 ) -> None:
     config = STREAM.replace(code_bits=code_bits, selector=selector)
-    case, rope = make_case(SHAPE, config.index_form), make_rope(layout)
+    case, rope = make_case(SHAPE, config.index_form), rope_like(layout)
     options: dict[str, Any] = {"config": config, "rope": rope}
     expected = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
     with using(backend) as name:
@@ -163,7 +156,7 @@ def test_searches_agree_on_what_lies_far(
 def test_a_far_key_is_found_where_it_would_be_trained() -> None:
     """A query that looks 200 positions back finds the key there, and one that its segment moves
     there; not the same key 200 behind another place."""
-    rope, position = make_rope("halves"), 2799
+    rope, position = rope_like("halves"), 2799
     wanted, moved = position - 200, position - 200 - 5 * segment_length(2 * TRAINED)
     unit, ks = torch.randn(64).double(), torch.randn(2800, 1, 64).double() / 10
     for at in (wanted, moved, moved + 77):
@@ -191,7 +184,7 @@ def whole(config: HiPConfig, rope: Tensor, backend: str, chunk: int) -> Tensor:
 
 @every_backend
 def test_rows_within_the_trained_length_are_as_without(backend: str) -> None:
-    rope = make_rope("halves")
+    rope = rope_like("halves")
     with using(backend) as name:
         streamed, plain = (whole(config, rope, name, 700) for config in (STREAM, NONE))
         in_chunks = whole(STREAM, rope, name, 192)
@@ -215,9 +208,9 @@ def test_rows_beyond_the_trained_length_are_pruned_wherever_dense_attention_ends
     ("changes", "rope", "names"),
     [
         ({}, None, "rope"),
-        ({"trained_length": None}, make_rope("halves"), "trained_length"),
-        ({}, make_rope("halves", 32), "rope"),
-        ({"trained_length": 300}, make_rope("halves"), "352 or more"),
+        ({"trained_length": None}, rope_like("halves"), "trained_length"),
+        ({}, rope_like("halves", 32), "rope"),
+        ({"trained_length": 300}, rope_like("halves"), "352 or more"),
     ],
 )
 def test_what_streaming_needs(changes: dict[str, Any], rope: Tensor | None, names: str) -> None:

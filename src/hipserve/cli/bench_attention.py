@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 _DENSE = {"native": "our kernel", "sdpa": "torch's SDPA"}
 
 Heads = Annotated[str, typer.Option(metavar="Q/KV", help="Query and KV heads of the layer.")]
+HeadDim = Annotated[int, typer.Option(parser=at_least(1), metavar="N")]
+Precision = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Rounds = Annotated[
+    int, typer.Option(parser=at_least(1), metavar="N", help="Maximum repetitions of a call.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(parser=at_least(1), metavar="N", help="Threads; all cores if left out."),
+]
+ClockName = Annotated[str, typer.Option(help="wall, or cpu with one thread.")]
 Csv = Annotated[
     Path | None,
     typer.Option(parser=options.parse_path, metavar="FILE", help="CSV file for every time."),
@@ -38,22 +48,17 @@ def attention(
     lengths: Annotated[str, typer.Option(metavar="TOKENS,…")] = "8k,16k,32k,64k,128k",
     phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "both",
     heads: Heads = "32/8",
-    head_dim: Annotated[int, typer.Option(parser=at_least(1), metavar="N")] = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    head_dim: HeadDim = 128,
+    dtype: Precision = "bfloat16",
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
-    rounds: Annotated[
-        int, typer.Option(parser=at_least(1), metavar="N", help="Maximum repetitions of a call.")
-    ] = 7,
-    threads: Annotated[
-        int | None,
-        typer.Option(parser=at_least(1), metavar="N", help="Threads; all cores if left out."),
-    ] = None,
-    clock: Annotated[str, typer.Option(help="wall, or cpu with one thread.")] = "wall",
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    clock: ClockName = "wall",
     csv: Csv = None,
     json: options.Json = False,
 ) -> None:

@@ -7,9 +7,19 @@ from typing import Annotated
 import typer
 
 from hipserve.cli import options
-from hipserve.cli.bench_attention import Heads, parse_clock, parse_dtype, parse_shape
+from hipserve.cli.bench_attention import (
+    ClockName,
+    HeadDim,
+    Heads,
+    Precision,
+    Rounds,
+    Threads,
+    parse_clock,
+    parse_dtype,
+    parse_shape,
+)
 from hipserve.cli.lab_shared import Svg, check_svg, show_grids, write_svg
-from hipserve.cli.numbers import at_least, parse_counts
+from hipserve.cli.numbers import parse_counts
 from hipserve.cli.output import err, result, result_json
 
 
@@ -22,20 +32,15 @@ def speed(
         ),
     ] = "",
     heads: Heads = "32/8",
-    head_dim: Annotated[int, typer.Option(parser=at_least(1), metavar="N")] = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    head_dim: HeadDim = 128,
+    dtype: Precision = "bfloat16",
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
-    rounds: Annotated[
-        int, typer.Option(parser=at_least(1), metavar="N", help="Maximum repetitions of a call.")
-    ] = 7,
-    threads: Annotated[
-        int | None,
-        typer.Option(parser=at_least(1), metavar="N", help="Threads; all cores if left out."),
-    ] = None,
-    clock: Annotated[str, typer.Option(help="wall, or cpu with one thread.")] = "wall",
+    rounds: Rounds = 7,
+    threads: Threads = None,
+    clock: ClockName = "wall",
     svg: Svg = None,
     json: options.Json = False,
 ) -> None:

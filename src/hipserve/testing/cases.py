@@ -14,10 +14,25 @@ from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
 from hipserve.config import DEFAULT, HiPConfig, IndexForm, SelectorName
 from hipserve.ops import write_kv
+from hipserve.ops.rope import pack_rope
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import BatchLayout
 from hipserve.selectors import SELECTORS
 from hipserve.types import KeyIndex, KeyPool
+
+
+def make_rope(head_dim: int, count: int | None = None, *, neighbours: bool = False) -> Tensor:
+    """`[2, head_dim]` int32, as `pack_rope` makes it: theta 10,000, `count` pairs of channels (all
+    if None), in halves or of neighbours."""
+    count = head_dim // 2 if count is None else count
+    first, second = torch.arange(count), torch.arange(count) + count
+    if neighbours:
+        first, second = 2 * first, 2 * first + 1
+    frequency = 10000.0 ** -(torch.arange(count).double() / count)
+    partner, radians = torch.arange(head_dim), torch.zeros(head_dim, dtype=torch.float64)
+    partner[first], partner[second] = second, first
+    radians[first], radians[second] = -frequency, frequency
+    return pack_rope(partner, radians)
 
 
 @dataclass(frozen=True)

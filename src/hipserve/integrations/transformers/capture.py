@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ class _Capture:
     """The forward call of one model, and how its steps are recorded."""
 
     def __init__(self, forward: Callable[..., Any], config: Any, record: Recorder) -> None:
-        self.forward, self.config, self.record = forward, config, record
+        self.forward, self.config = forward, config
+        self.record: Recorder | None = record
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         asked = self._decode_step(*args, **options)
@@ -115,8 +116,13 @@ class _Capture:
         **options: Any,
     ) -> tuple[DecodeStep, HiPCache, Tensor, Tensor | None] | None:
         """The step to run, its cache, tokens and positions; None where nothing is recorded."""
-        plain = not args and inputs_embeds is None and labels is None and self.record is not None
-        if not plain or not isinstance(input_ids, Tensor) or input_ids.shape[1:] != (1,):
+        plain = not args and inputs_embeds is None and labels is None
+        if (
+            self.record is None
+            or not plain
+            or not isinstance(input_ids, Tensor)
+            or input_ids.shape[1:] != (1,)
+        ):
             return None
         if not isinstance(past_key_values, HiPCache) or torch.is_grad_enabled():
             return None
@@ -142,7 +148,7 @@ class _Capture:
 
     def refuse(self, error: Exception) -> None:
         """No step of this model is recorded any more."""
-        self.record = cast("Recorder", None)
+        self.record = None
         logger.warning_once(f"decode steps of this model are not captured: {error}")
 
 
@@ -297,10 +303,11 @@ class DecodeStep:
     def _record(self, cache: HiPCache) -> None:
         """Records the step that ran last, if more are likely to follow."""
         self._num_steps += 1
-        if self._num_steps < FIRST_STEPS:
+        record = self.capture.record
+        if record is None or self._num_steps < FIRST_STEPS:
             return
         try:
-            self._replay = self.capture.record(lambda: self._forward(cache))
+            self._replay = record(lambda: self._forward(cache))
         except RuntimeError as error:  # the model waits for the device somewhere
             self.capture.refuse(error)
 
