@@ -230,7 +230,8 @@ void select_by_bound(Tensor q, Tensor codes, std::optional<Tensor> code_scales, 
                      Tensor block_table, Tensor query_blocks, Tensor window_starts,
                      std::optional<Tensor> rope, int64_t trained_length, int64_t budget,
                      int64_t key_block_size, int64_t query_stride, bool relative_scores,
-                     int64_t num_sink_tokens, double bound_reach, int64_t rerank, Tensor indices) {
+                     int64_t num_sink_tokens, double bound_reach, int64_t rerank,
+                     std::optional<Tensor> head_blocks, Tensor indices) {
   hipserve::DescentCall call{};
   set_search(call, q, codes, block_table, query_blocks, window_starts, rope, trained_length,
              indices);
@@ -242,6 +243,7 @@ void select_by_bound(Tensor q, Tensor codes, std::optional<Tensor> code_scales, 
   call.num_sink_tokens = num_sink_tokens;
   call.bound_reach = (float)bound_reach;
   call.rerank = rerank;
+  if (head_blocks) call.head_blocks = ints<const int32_t>(*head_blocks);
   kernels().select_by_bound(call);
 }
 
@@ -288,7 +290,7 @@ STABLE_TORCH_LIBRARY(hipserve_cpu, m) {
       "Tensor query_blocks, Tensor window_starts, Tensor? rope, int trained_length, int budget, "
       "int key_block_size, "
       "int query_stride, bool relative_scores, int num_sink_tokens, float bound_reach, int rerank, "
-      "Tensor(a!) indices) -> ()");
+      "Tensor? head_blocks, Tensor(a!) indices) -> ()");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
       "Tensor(c!)? codes, Tensor(d!)? code_scales, Tensor(e!)? summaries, "

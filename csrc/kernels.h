@@ -79,6 +79,7 @@ struct TreeCall : SelectCall {
 struct DescentCall : SelectCall {
   int64_t rerank;
   float bound_reach;
+  const int32_t* head_blocks;  // [heads]: blocks that each may choose, or null: of `budget` keys
 };
 
 struct WriteCall {

@@ -61,12 +61,13 @@ template <class Keys, class Summaries> class Descent {
     found_ = arena.take<int32_t>(size.blocks);
   }
 
-  // Blocks of `budget` keys, ascending.
+  // As many blocks as the head may choose, ascending.
   BlockList find(const QueryBlock& block, int64_t head, const Middle& middle) {
     run_rank_.begin(block, head);
     const BlockList proposed = propose(middle);
     if (!call_.rerank) return proposed;
-    const int64_t keep = call_.budget / call_.key_block_size;
+    const int64_t keep =
+        call_.head_blocks ? call_.head_blocks[head] : call_.budget / call_.key_block_size;
     const int64_t n = block_rank_.best(proposed.data, proposed.count, keep, middle, best_blocks_);
     for (int64_t i = 0; i < n; ++i) found_[i] = proposed.data[best_blocks_[i]];
     return {found_, n};

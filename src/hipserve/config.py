@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -45,6 +46,10 @@ class HiPConfig:
 
     Attributes:
         budget: keys that a query block reads between the sinks and its window.
+        budget_factors: one list a layer with a factor of `budget` for each of its KV heads, since
+            some need many keys and others few (`hipserve lab budgets` measures them); an empty list
+            means 1 for all. A head reads no more than the search re-ranks, `rerank` times `budget`.
+            One list alone is for every layer.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends through
             summaries of runs of keys: a center and a radius, channel by channel.
@@ -86,6 +91,7 @@ class HiPConfig:
     """
 
     budget: int = 1024
+    budget_factors: tuple[tuple[float, ...], ...] = ()
     selector: SelectorName = "bound"
     representative: Representative = "middle"
     query_block_size: int = 64
@@ -117,6 +123,7 @@ class HiPConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
+        object.__setattr__(self, "budget_factors", _factors(self.budget_factors))
         for name, low in _LEAST.items():
             _check_int(name, getattr(self, name), low)
         for name, low in (("dense_below", 0), ("decode_dense_below", 0), ("trained_length", 1)):
@@ -162,6 +169,13 @@ class HiPConfig:
                     value,
                     f"use {nearest} for example",
                 )
+        if self.budget_factors and not (self.selector == "bound" and self.rerank):
+            raise _wrong(
+                "budget_factors",
+                'none unless selector="bound" with a rerank of 1 or more',
+                self.budget_factors,
+                "leave them out or change selector and rerank",
+            )
         if self.query_stride > self.query_block_size:
             raise _wrong(
                 "query_stride",
@@ -192,8 +206,37 @@ class HiPConfig:
 
     @property
     def max_selected(self) -> int:
-        """Key blocks that one query block may choose."""
-        return self.budget // self.key_block_size
+        """Key blocks that one query block may choose: as many in every layer."""
+        most = self.rerank if self.budget_factors else 1
+        return most * self.budget // self.key_block_size
+
+    def of_layer(self, layer: int, heads: slice = slice(None)) -> HiPConfig:
+        """What one layer does: the same, with the factors of its own KV heads, or of some of them.
+
+        Raises:
+            ConfigError: there are factors, but none for this layer.
+        """
+        return _of_layer(self, layer, heads.start, heads.stop) if self.budget_factors else self
+
+    def head_blocks(self, num_kv_heads: int) -> tuple[int, ...]:
+        """Key blocks that each KV head of a layer may choose.
+
+        Raises:
+            ConfigError: there are factors of another number of heads, or of more than one layer.
+        """
+        if not self.budget_factors:
+            return (self.max_selected,) * num_kv_heads
+        if len(self.budget_factors) != 1:
+            got = f"{len(self.budget_factors)} lists"
+            hint = "config.of_layer(i) has those of layer i"
+            raise ConfigError("budget_factors", "those of one layer", got, hint)
+        factors = self.budget_factors[0] or (1.0,) * num_kv_heads
+        if len(factors) != num_kv_heads:
+            expected = f"a factor for each of {num_kv_heads} KV heads"
+            hint = "hipserve lab budgets measures those of a model"
+            raise ConfigError("budget_factors", expected, f"{len(factors)}", hint)
+        blocks = self.budget // self.key_block_size
+        return tuple(min(max(round(x * blocks), 1), self.max_selected) for x in factors)
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed, which nobody calibrated; unknown names are errors."""
@@ -214,7 +257,11 @@ class HiPConfig:
         values = {name: getattr(self, name) for name in _FIELDS}
         if self.calibration is None:
             del values["calibration"]
-        return {**values, "dense_layers": list(self.dense_layers)}
+        lists = {
+            "dense_layers": list(self.dense_layers),
+            "budget_factors": [list(factors) for factors in self.budget_factors],
+        }
+        return {**values, **lists}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HiPConfig:
@@ -384,6 +431,33 @@ def _layers(value: object) -> tuple[int, ...]:
     raise _wrong(
         "dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]"
     )
+
+
+def _factors(value: object) -> tuple[tuple[float, ...], ...]:
+    if isinstance(value, list | tuple):
+        layers = cast("list[object]", value)
+        if all(isinstance(layer, list | tuple) for layer in layers):
+            factors = [tuple(cast("list[object]", layer)) for layer in layers]
+            if all(_is_factor(x) for layer in factors for x in layer):
+                return tuple(tuple(float(cast("float", x)) for x in layer) for layer in factors)
+    expected = "one list a layer of factors above 0, at most 1024"
+    raise _wrong("budget_factors", expected, value, "use [[0.5, 1.5]] for two heads of every layer")
+
+
+def _is_factor(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return 0 < (cast("float", value) if is_number else math.nan) <= 1024
+
+
+@functools.lru_cache(1024)
+def _of_layer(config: HiPConfig, layer: int, begin: int | None, end: int | None) -> HiPConfig:
+    lists = config.budget_factors
+    if len(lists) > 1 and layer >= len(lists):
+        hint = "hipserve lab budgets measures those of a model"
+        expected = f"a list for each layer, {layer + 1} or more"
+        raise ConfigError("budget_factors", expected, f"{len(lists)} lists", hint)
+    own = lists[layer] if len(lists) > 1 else lists[0]
+    return dataclasses.replace(config, budget_factors=(own[begin:end],))
 
 
 DEFAULT = HiPConfig()

@@ -63,11 +63,32 @@ def search_inputs(
     rope: Tensor | None = None,
 ) -> SearchInputs:
     """Tensors as `SearchInputs` has them, `[num_tokens, num_q_heads, head_dim]` first."""
-    blocks = (block_table, query_blocks, window_starts, rope if config.streams else None)
+    heads = index.num_kv_heads if config.share_group else q.shape[1]
+    blocks = (
+        *(block_table, query_blocks, window_starts),
+        rope if config.streams else None,
+        _head_blocks(config, index.num_kv_heads, heads, q.device),
+    )
     if config.run_size is None:
         return SearchInputs(q, index.codes, index.code_scales, None, None, *blocks)
     summaries = (index.summaries, index.summary_scales)
     return SearchInputs(q, index.codes, index.code_scales, *summaries, *blocks)
+
+
+def _head_blocks(
+    config: HiPConfig, num_kv_heads: int, heads: int, device: torch.device
+) -> Tensor | None:
+    """`SearchInputs.head_blocks`; None where all heads choose equally many."""
+    if not config.budget_factors:
+        return None
+    blocks = [n for n in config.head_blocks(num_kv_heads) for _ in range(heads // num_kv_heads)]
+    make = _ints.__wrapped__ if torch.compiler.is_compiling() else _ints
+    return make(tuple(blocks), device)
+
+
+@functools.cache  # a graph that was captured reads them as long as it lives
+def _ints(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def run(inputs: SearchInputs, config: HiPConfig, backend: str) -> Tensor:
@@ -115,10 +136,11 @@ def _operator(
     query_blocks: Tensor,
     window_starts: Tensor,
     rope: Tensor | None,
+    head_blocks: Tensor | None,
     spec: str,
     backend: str,
 ) -> Tensor:
-    blocks = (block_table, query_blocks, window_starts, rope)
+    blocks = (block_table, query_blocks, window_starts, rope, head_blocks)
     inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return select(inputs, SearchSpec.loads(spec), backend)
 
@@ -134,9 +156,10 @@ def _(
     query_blocks: Tensor,
     window_starts: Tensor,
     rope: Tensor | None,
+    head_blocks: Tensor | None,
     spec: str,
     backend: str,
 ) -> Tensor:
-    blocks = (block_table, query_blocks, window_starts, rope)
+    blocks = (block_table, query_blocks, window_starts, rope, head_blocks)
     inputs = SearchInputs(q, codes, code_scales, summaries, summary_scales, *blocks)
     return q.new_empty(SearchSpec.loads(spec).selection_shape(inputs), dtype=torch.int32)

@@ -26,6 +26,8 @@ class SearchInputs(NamedTuple):
         window_starts: `[num_query_blocks]` int32: where what is searched ends.
         rope: `[2, head_dim]` int32, as in `hipserve.ops.rope`; None where no block lies beyond the
             trained length.
+        head_blocks: `[heads]` int32, key blocks that each head of a selection may choose; None for
+            `max_selected` each.
     """
 
     q: Tensor
@@ -37,6 +39,7 @@ class SearchInputs(NamedTuple):
     query_blocks: Tensor
     window_starts: Tensor
     rope: Tensor | None
+    head_blocks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class SearchSpec(HashedOnce):
 
     Attributes:
         selector: how blocks are found, with options of its own; the other fields are for all.
+        max_selected: key blocks that one query block may choose.
         trained_length: from where on query blocks see far keys nearer; None where none does.
     """
 
     __hash__ = HashedOnce.__hash__
     selector: Selector
     budget: int
+    max_selected: int
     key_block_size: int
     query_block_size: int
     query_stride: int
@@ -62,11 +67,6 @@ class SearchSpec(HashedOnce):
     share_group: bool
     num_sink_tokens: int
     trained_length: int | None
-
-    @property
-    def max_selected(self) -> int:
-        """Key blocks that one query block may choose."""
-        return self.budget // self.key_block_size
 
     def selection_shape(self, inputs: SearchInputs) -> tuple[int, int, int]:
         """Of `indices`: `[num_query_blocks, heads, max_selected]`."""

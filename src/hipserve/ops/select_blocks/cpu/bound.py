@@ -13,7 +13,7 @@ def search_bound(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> Non
     """Writes `indices` `[num_query_blocks, heads, max_selected]`."""
     options = spec.selector
     assert isinstance(options, Bound)
-    q, codes, code_scales, summaries, summary_scales, *blocks = inputs
+    q, codes, code_scales, summaries, summary_scales, *blocks, head_blocks = inputs
     torch.ops.hipserve_cpu.select_by_bound(
         q,
         codes,
@@ -31,5 +31,6 @@ def search_bound(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> Non
         spec.num_sink_tokens,
         options.bound_reach,
         options.rerank,
+        head_blocks,
         indices,
     )

@@ -15,7 +15,7 @@ def search_tree(inputs: SearchInputs, spec: SearchSpec, indices: Tensor) -> None
     """Writes `indices` `[num_query_blocks, heads, max_selected]`."""
     options = spec.selector
     assert isinstance(options, Tree)
-    q, codes, code_scales, _, _, *blocks = inputs
+    q, codes, code_scales, _, _, *blocks, _ = inputs
     torch.ops.hipserve_cpu.select_by_tree(
         q,
         codes,

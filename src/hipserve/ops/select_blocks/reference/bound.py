@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.select_blocks.reference.scores import SeenKeys
-from hipserve.ops.select_blocks.reference.search import Search, top
+from hipserve.ops.select_blocks.reference.search import Search, first_of, top
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
 from hipserve.selectors import Bound
@@ -15,8 +15,15 @@ from hipserve.selectors import Bound
 class BoundSearch(Search):
     """Keeps the best runs of every level, then the best blocks in the finest of them."""
 
-    def __init__(self, seen: SeenKeys, window_start: int, position: int, spec: SearchSpec) -> None:
-        super().__init__(seen, window_start, position, spec)
+    def __init__(
+        self,
+        seen: SeenKeys,
+        window_start: int,
+        position: int,
+        spec: SearchSpec,
+        head_blocks: Tensor,
+    ) -> None:
+        super().__init__(seen, window_start, position, spec, head_blocks)
         assert isinstance(spec.selector, Bound)
         assert spec.run_size is not None
         self.options = spec.selector
@@ -29,10 +36,10 @@ class BoundSearch(Search):
         per_run = self.lengths[0] // self.spec.key_block_size
         inside = torch.arange(per_run, device=runs.device)
         blocks = (runs[..., None] * per_run + inside).flatten(1)
-        if self.options.rerank:
-            best = top(self.block_scores(blocks), self.spec.max_selected)
-            blocks = blocks.gather(1, best)
-        return blocks
+        if not self.options.rerank:
+            return blocks
+        best = self.block_scores(blocks).sort(dim=1, descending=True, stable=True).indices
+        return first_of(blocks.gather(1, best), self.head_blocks)
 
     def fine_runs(self) -> Tensor:
         """The best runs of the finest level, `[heads, count]`."""

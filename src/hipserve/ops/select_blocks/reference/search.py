@@ -16,14 +16,22 @@ class Search:
     and runs are `[heads, count]` index tensors.
     """
 
-    def __init__(self, seen: SeenKeys, window_start: int, position: int, spec: SearchSpec) -> None:
-        """The first row of `seen` is at `position`."""
+    def __init__(
+        self,
+        seen: SeenKeys,
+        window_start: int,
+        position: int,
+        spec: SearchSpec,
+        head_blocks: Tensor,
+    ) -> None:
+        """The first row of `seen` is at `position`; each head may choose `head_blocks` `[heads]`."""
         self.rows, self.seen, self.spec = seen.rows, seen, spec
+        self.head_blocks = head_blocks
         self.begin, self.end = spec.num_sink_tokens, window_start
         self.baseline = self.best_read(position) if spec.relative_scores else 0.0
 
     def select(self) -> Tensor:
-        """The chosen key blocks, `[heads, count]` ascending, at most `max_selected`."""
+        """The chosen key blocks, `[heads, count]` ascending, then -1; at most `max_selected`."""
         raise NotImplementedError
 
     def best_read(self, position: int) -> Tensor:
@@ -42,6 +50,15 @@ class Search:
         keys = (first + torch.arange(size, device=blocks.device)).flatten(1)
         scores = self.seen.each(first.flatten(1), lambda scores: scores.of_keys(keys))
         return (scores - self.baseline).unflatten(2, (-1, size)).amax(dim=(1, 3))
+
+
+def first_of(ranked: Tensor, counts: Tensor) -> Tensor:
+    """The first `counts[h]` of the blocks `[heads, n]` of each head, ascending, then -1."""
+    count = int(counts.max())
+    beyond = torch.arange(ranked.shape[1], device=ranked.device) >= counts[:, None]
+    last = torch.iinfo(ranked.dtype).max
+    chosen = ranked.masked_fill(beyond, last).sort(dim=1).values[:, :count]
+    return chosen.masked_fill(chosen == last, -1)
 
 
 def sample_rows(q: Tensor, heads: int, stride: int) -> Tensor:

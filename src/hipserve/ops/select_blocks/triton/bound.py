@@ -245,12 +245,15 @@ def search_bound(
     item,
     item_id,
     indices,
+    head_blocks,
     FIRST: tl.constexpr,
     END: tl.constexpr,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
     """The steps [FIRST, END) of the descent; the last one writes the chosen blocks.
+
+    head_blocks: `[heads]`, how many each head may choose, or None.
 
     Each of the others keeps the best of what the one before it scored, and scores what is in them:
     runs of the next level, or at last keys.
@@ -273,4 +276,7 @@ def search_bound(
     if STEPS == END:
         if tl.program_id(0) % TILING.search_programs == 0:
             out = selected_blocks(indices, item_id, GEOMETRY)
-            choose_in_runs(item, kept, out, GEOMETRY)
+            wanted = GEOMETRY.spec.max_selected
+            if head_blocks is not None:
+                wanted = tl.load(head_blocks + item_id.head)
+            choose_in_runs(item, kept, wanted, out, GEOMETRY)

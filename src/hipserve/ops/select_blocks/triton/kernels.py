@@ -100,6 +100,7 @@ def search_kernel(
     bounds,
     scores,
     lists,
+    head_blocks,
     FIRST: tl.constexpr,
     END: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -130,4 +131,4 @@ def search_kernel(
     if GEOMETRY.spec.selector.name == "tree":
         search_tree(item, item_id, indices, GEOMETRY, TILING)
     else:
-        search_bound(item, item_id, indices, FIRST, END, GEOMETRY, TILING)
+        search_bound(item, item_id, indices, head_blocks, FIRST, END, GEOMETRY, TILING)

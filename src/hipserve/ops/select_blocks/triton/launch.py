@@ -41,7 +41,7 @@ def refresh_blocks(
             'set code_bits=16 or use extend="yarn"',
         )
     q, codes, code_scales, summaries, summary_scales, block_table, *blocks = inputs
-    query_blocks, window_starts, rope = blocks
+    query_blocks, window_starts, rope, head_blocks = blocks
     indices, window_start = selection.indices, selection.window_start
     heads, blocks = indices.shape[1], query_blocks.shape[0]
     call = Call(
@@ -74,7 +74,7 @@ def refresh_blocks(
         )
         for step in range(0, geometry.steps, tiling.together):
             search_kernel[(items * tiling.search_programs,)](
-                *(*inputs, end, bounds, scores, lists),
+                *(*inputs, end, bounds, scores, lists, head_blocks),
                 FIRST=step,
                 END=step + tiling.together,
                 num_warps=tiling.num_warps,

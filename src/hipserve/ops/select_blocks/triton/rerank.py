@@ -44,8 +44,8 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def choose_in_runs(item, kept, out, GEOMETRY: tl.constexpr):
-    """Writes the best blocks of the kept runs to `out`, ascending."""
+def choose_in_runs(item, kept, wanted, out, GEOMETRY: tl.constexpr):
+    """Writes the best `wanted` blocks of the kept runs to `out`, ascending."""
     SPEC: tl.constexpr = GEOMETRY.spec
     PER_RUN: tl.constexpr = GEOMETRY.spec.run_size // SPEC.key_block_size
     n = kept * PER_RUN
@@ -55,5 +55,5 @@ def choose_in_runs(item, kept, out, GEOMETRY: tl.constexpr):
     if not GEOMETRY.options.rerank:
         tl.store(out + c, block, mask=c < n)
     else:
-        chosen, index = keep_best(item.scratch.block_scores, n, SPEC.max_selected, GEOMETRY.blocks)
+        chosen, index = keep_best(item.scratch.block_scores, n, wanted, GEOMETRY.blocks)
         tl.store(out + index, block, mask=chosen)
