@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,17 @@ from typing import Any, Literal, NamedTuple, Self, cast, get_args
 from hipserve.errors import ConfigError, did_you_mean
 from hipserve.selectors import SELECTORS
 from hipserve.selectors.tree import Representative
+from hipserve.values import (
+    check_choice,
+    check_factor,
+    check_fraction,
+    check_int,
+    check_table,
+    factors,
+    layers,
+    toml,
+    wrong,
+)
 
 SelectorName = Literal["tree", "bound"]
 Form = Literal["toml", "json"]
@@ -46,10 +56,10 @@ class HiPConfig:
 
     Attributes:
         budget: keys that a query block reads between the sinks and its window.
-        budget_factors: one list a layer with a factor of `budget` for each of its KV heads, since
-            some need many keys and others few (`hipserve lab budgets` measures them); an empty list
-            means 1 for all. A head reads no more than the search re-ranks, `rerank` times `budget`.
-            One list alone is for every layer.
+        budget_factors: one list a layer with a factor of `budget` for each of its KV heads, as some
+            need many keys and others few; one factor is for all heads of a layer, an empty list
+            means 1, one list is for every layer, and no list leaves it to the model, which may
+            bring what was measured. A head reads at most `rerank` times `budget`.
         selector: `tree` is the paper's search (section 3): a beam over a binary tree of key-block
             ranges, each seen through one representative block. `bound` descends through
             summaries of runs of keys: a center and a radius, channel by channel.
@@ -122,38 +132,38 @@ class HiPConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
-        object.__setattr__(self, "budget_factors", _factors(self.budget_factors))
+        object.__setattr__(self, "dense_layers", layers(self.dense_layers))
+        object.__setattr__(self, "budget_factors", factors(self.budget_factors))
         for name, low in _LEAST.items():
-            _check_int(name, getattr(self, name), low)
+            check_int(name, getattr(self, name), low)
         for name, low in (("dense_below", 0), ("decode_dense_below", 0), ("trained_length", 1)):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), low)
-        _check_choice("extend", self.extend, get_args(Extend))
-        _check_factor("extend_factor", self.extend_factor)
-        _check_choice("selector", self.selector, tuple(SELECTORS))
-        _check_choice("representative", self.representative, get_args(Representative))
+                check_int(name, getattr(self, name), low)
+        check_choice("extend", self.extend, get_args(Extend))
+        check_factor("extend_factor", self.extend_factor)
+        check_choice("selector", self.selector, tuple(SELECTORS), _GONE.get(self.selector, ""))
+        check_choice("representative", self.representative, get_args(Representative))
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "true or false", getattr(self, name))
-        _check_int("code_bits", self.code_bits, 4)
+                raise wrong(name, "true or false", getattr(self, name))
+        check_int("code_bits", self.code_bits, 4)
         if self.code_bits not in CODE_BITS:
             hint = "16 searches the keys themselves"
-            raise _wrong("code_bits", "4, 8 or 16", self.code_bits, hint)
-        _check_fraction("bound_reach", self.bound_reach)
-        _check_table("calibration", self.calibration)
+            raise wrong("code_bits", "4, 8 or 16", self.code_bits, hint)
+        check_fraction("bound_reach", self.bound_reach)
+        check_table("calibration", self.calibration)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         if self.run_size is not None and self.run_size % self.key_block_size:
-            raise _wrong(
+            raise wrong(
                 "bound_block_size",
                 f"a multiple of key_block_size ({self.key_block_size})",
                 self.bound_block_size,
                 "choose sizes that divide each other",
             )
         if self.budget < self.granularity:
-            raise _wrong(
+            raise wrong(
                 "budget",
                 f"one block or more ({self.granularity} keys)",
                 self.budget,
@@ -163,21 +173,21 @@ class HiPConfig:
             value = getattr(self, name)
             if value % self.granularity:
                 nearest = round(value / self.granularity) * self.granularity
-                raise _wrong(
+                raise wrong(
                     name,
                     f"a multiple of {self.granularity} (the largest block size)",
                     value,
                     f"use {nearest} for example",
                 )
-        if self.budget_factors and not (self.selector == "bound" and self.rerank):
-            raise _wrong(
+        if any(self.budget_factors) and not self.ranks_keys:
+            raise wrong(
                 "budget_factors",
                 'none unless selector="bound" with a rerank of 1 or more',
                 self.budget_factors,
                 "leave them out or change selector and rerank",
             )
         if self.query_stride > self.query_block_size:
-            raise _wrong(
+            raise wrong(
                 "query_stride",
                 f"at most query_block_size ({self.query_block_size})",
                 self.query_stride,
@@ -205,9 +215,14 @@ class HiPConfig:
         return self.extend == "stream"
 
     @property
+    def ranks_keys(self) -> bool:
+        """The search orders more keys than the budget by their own scores."""
+        return self.selector == "bound" and self.rerank > 0
+
+    @property
     def max_selected(self) -> int:
         """Key blocks that one query block may choose: as many in every layer."""
-        most = self.rerank if self.budget_factors else 1
+        most = self.rerank if any(self.budget_factors) else 1
         return most * self.budget // self.key_block_size
 
     def of_layer(self, layer: int, heads: slice = slice(None)) -> HiPConfig:
@@ -216,7 +231,7 @@ class HiPConfig:
         Raises:
             ConfigError: there are factors, but none for this layer.
         """
-        return _of_layer(self, layer, heads.start, heads.stop) if self.budget_factors else self
+        return _of_layer(self, layer, heads.start, heads.stop)
 
     def head_blocks(self, num_kv_heads: int) -> tuple[int, ...]:
         """Key blocks that each KV head of a layer may choose.
@@ -224,19 +239,17 @@ class HiPConfig:
         Raises:
             ConfigError: there are factors of another number of heads, or of more than one layer.
         """
-        if not self.budget_factors:
-            return (self.max_selected,) * num_kv_heads
-        if len(self.budget_factors) != 1:
-            got = f"{len(self.budget_factors)} lists"
+        lists = self.budget_factors if any(self.budget_factors) else ((1.0,),)
+        if len(lists) != 1:
             hint = "config.of_layer(i) has those of layer i"
-            raise ConfigError("budget_factors", "those of one layer", got, hint)
-        factors = self.budget_factors[0] or (1.0,) * num_kv_heads
-        if len(factors) != num_kv_heads:
+            raise ConfigError("budget_factors", "those of one layer", f"{len(lists)} lists", hint)
+        own = lists[0] * num_kv_heads if len(lists[0]) == 1 else lists[0]
+        if len(own) != num_kv_heads:
             expected = f"a factor for each of {num_kv_heads} KV heads"
             hint = "hipserve lab budgets measures those of a model"
-            raise ConfigError("budget_factors", expected, f"{len(factors)}", hint)
+            raise ConfigError("budget_factors", expected, f"{len(own)}", hint)
         blocks = self.budget // self.key_block_size
-        return tuple(min(max(round(x * blocks), 1), self.max_selected) for x in factors)
+        return tuple(min(max(round(x * blocks), 1), self.max_selected) for x in own)
 
     def replace(self, **changes: Any) -> HiPConfig:
         """A copy with some fields changed, which nobody calibrated; unknown names are errors."""
@@ -257,11 +270,8 @@ class HiPConfig:
         values = {name: getattr(self, name) for name in _FIELDS}
         if self.calibration is None:
             del values["calibration"]
-        lists = {
-            "dense_layers": list(self.dense_layers),
-            "budget_factors": [list(factors) for factors in self.budget_factors],
-        }
-        return {**values, **lists}
+        values["budget_factors"] = [list(of_layer) for of_layer in self.budget_factors]
+        return {**values, "dense_layers": list(self.dense_layers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HiPConfig:
@@ -274,7 +284,7 @@ class HiPConfig:
             raise ConfigError("values", "a dict of fields", repr(values))
         values = dict(values)
         name = values.pop("preset", "default")
-        _check_choice("preset", name, tuple(PRESETS))
+        check_choice("preset", name, tuple(PRESETS))
         for key in values:
             if key not in _FIELDS:
                 raise _unknown(key, values[key])
@@ -318,7 +328,7 @@ class HiPConfig:
             return json.dumps(self.to_dict(), indent=2) + "\n"
         values = self.to_dict()
         table = values.pop("calibration", None)
-        return _toml(values) + (f"\n[calibration]\n{_toml(table)}" if table else "")
+        return toml(values) + (f"\n[calibration]\n{toml(table)}" if table else "")
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(HiPConfig) if f.init)
@@ -354,7 +364,6 @@ _LEAST = {
     "refresh_interval": 1,
     "seed": 0,
 }
-_INT32_MAX = 2**31 - 1
 CODE_BITS = (4, 8, 16)
 _ONE_SELECTOR = 'a search has one selector since 0.2: use selector="bound"'
 _GONE = {
@@ -364,100 +373,26 @@ _GONE = {
 """Fields, and values of fields, of earlier versions: what to use instead."""
 
 
-def _toml(values: dict[str, Any]) -> str:
-    """Keys and plain values; None has no form in TOML and is left out."""
-    pairs = [(key, value) for key, value in values.items() if value is not None]
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
-
-
 def _unknown(key: str, value: object) -> ConfigError:
     if key in _GONE:
-        return _wrong(key, "a field of HiPConfig", value, _GONE[key])
+        return wrong(key, "a field of HiPConfig", value, _GONE[key])
     hint = did_you_mean(key, _FIELDS) or f"fields are {', '.join(_FIELDS)}"
     if isinstance(value, dict):
         hint = f"write its fields without [{key}], at the top level"
     return ConfigError(key, "a field of HiPConfig", "an unknown one", hint)
 
 
-def _wrong(name: str, expected: str, got: object, hint: str = "") -> ConfigError:
-    return ConfigError(name, expected, repr(got), hint)
-
-
-def _check_int(name: str, value: object, low: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if not is_int or not low <= cast("int", value) <= _INT32_MAX:
-        expected = f"a whole number from {low} to {_INT32_MAX}"
-        raise _wrong(name, expected, value)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = _GONE.get(value, "") if isinstance(value, str) else ""
-        raise _wrong(name, f"one of {', '.join(choices)}", value, hint)
-
-
-def _check_fraction(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not 0 <= (cast("float", value) if is_number else math.nan) <= 1:
-        raise _wrong(name, "a fraction from 0 to 1", value, "use 0.5 for half")
-
-
-def _check_factor(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not 1 < (cast("float", value) if is_number else math.nan) <= 1024:
-        raise _wrong(name, "a number above 1, at most 1024", value)
-
-
-def _check_table(name: str, value: object) -> None:
-    if value is None:
-        return
-    plain = isinstance(value, dict) and all(map(_is_plain, cast("dict[str, Any]", value).values()))
-    if not plain:
-        raise _wrong(name, "a table of texts, numbers and lists of them", value)
-
-
-def _is_plain(value: object) -> bool:
-    items = cast("list[object]", value) if isinstance(value, list) else [value]
-    return all(isinstance(item, str | int | float) for item in items)
-
-
-def _layers(value: object) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return tuple(range(value))
-    if isinstance(value, list | tuple):
-        layers = cast("tuple[object, ...]", tuple(value))
-        if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
-            return tuple(sorted(set(cast("tuple[int, ...]", layers))))
-    raise _wrong(
-        "dense_layers", "a number of layers or a list of layer indices", value, "use [0, 1]"
-    )
-
-
-def _factors(value: object) -> tuple[tuple[float, ...], ...]:
-    if isinstance(value, list | tuple):
-        layers = cast("list[object]", value)
-        if all(isinstance(layer, list | tuple) for layer in layers):
-            factors = [tuple(cast("list[object]", layer)) for layer in layers]
-            if all(_is_factor(x) for layer in factors for x in layer):
-                return tuple(tuple(float(cast("float", x)) for x in layer) for layer in factors)
-    expected = "one list a layer of factors above 0, at most 1024"
-    raise _wrong("budget_factors", expected, value, "use [[0.5, 1.5]] for two heads of every layer")
-
-
-def _is_factor(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return 0 < (cast("float", value) if is_number else math.nan) <= 1024
-
-
 @functools.lru_cache(1024)
 def _of_layer(config: HiPConfig, layer: int, begin: int | None, end: int | None) -> HiPConfig:
     lists = config.budget_factors
+    if not any(lists):
+        return config
     if len(lists) > 1 and layer >= len(lists):
         hint = "hipserve lab budgets measures those of a model"
         expected = f"a list for each layer, {layer + 1} or more"
         raise ConfigError("budget_factors", expected, f"{len(lists)} lists", hint)
-    own = lists[layer] if len(lists) > 1 else lists[0]
-    return dataclasses.replace(config, budget_factors=(own[begin:end],))
+    own = lists[layer % len(lists)] or (1.0,)
+    return dataclasses.replace(config, budget_factors=(own if len(own) == 1 else own[begin:end],))
 
 
 DEFAULT = HiPConfig()

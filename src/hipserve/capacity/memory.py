@@ -114,7 +114,7 @@ class Service:
         config = self.config or DEFAULT
         return tiles_of_rows(
             config.num_sink_tokens,
-            config.budget,
+            config.max_selected * config.key_block_size,
             config.sliding_window,
             config.granularity,
             config.refresh_interval,

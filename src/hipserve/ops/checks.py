@@ -103,7 +103,8 @@ def check_rope(q: Tensor, rope: Tensor | None, config: HiPConfig) -> None:
     check_ints("rope", rope, "[2, head_dim]", q.device)
     good = rope.shape == (2, q.shape[-1])
     require(good, "rope", f"shape [2, {q.shape[-1]}]", list(rope.shape))
-    keys = config.num_sink_tokens + config.budget + config.sliding_window + config.query_block_size
+    chosen = config.max_selected * config.key_block_size
+    keys = config.num_sink_tokens + chosen + config.sliding_window + config.query_block_size
     if config.trained_length < 2 * keys:
         expected = f"{2 * keys:,} or more, twice what a row reads"
         hint = 'lower budget and sliding_window, or use extend="yarn"'

@@ -94,9 +94,10 @@ def _attention_layer(
     sliding_window: int | None,
 ) -> AttentionLayer:
     """How this layer of the model attends in this call."""
-    config: HiPConfig = config_of(module.config)
+    number = getattr(module, "layer_idx", None)
+    config: HiPConfig = config_of(module.config).of_layer(number or 0)
     window = sliding_window or (mask.sliding_window if mask else 0)
-    dense = getattr(module, "layer_idx", None) in config.dense_layers
+    dense = number in config.dense_layers
     if window or (dense and not config.streams):
         return AttentionLayer(sliding_window=window, **scores)
     paged = key.layer if isinstance(key, PagedHandle) else None

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError
+from hipserve.integrations.factors import with_own_factors
 
 NAME = "hip"
 _parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
@@ -17,9 +18,9 @@ _parsed: tuple[dict[str, Any], HiPConfig] = {}, DEFAULT
 
 def config_of(model_config: Any) -> HiPConfig:
     """The HiPConfig of a model: its own, or the registered one; with its trained length, where that
-    matters."""
+    matters, and with its factors of the budget."""
     own = getattr(model_config, NAME, None)
-    config = registered() if own is None else _parse(own)
+    config = with_own_factors(registered() if own is None else _parse(own), model_config)
     if config.extend == "none" or config.trained_length is not None:
         return config
     return _trained_on(config, int(model_config.max_position_embeddings))

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
@@ -66,6 +67,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.config = settings.hip_config(vllm_config)
+        self.heads = heads_here(vllm_config, self.num_kv_heads)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
         self.selections = RequestSelections(slots)
@@ -137,7 +139,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         prunes = step.selects and not self.is_dense(layer)
         counted = layer.layer_name == step.counted_layer
         return AttentionLayer(
-            self.config,
+            self.config.of_layer(layer_index(layer.layer_name), self.heads),
             step.plan.rule if prunes else None,
             sliding_window=self.sliding_window,
             sm_scale=self.scale,
@@ -235,6 +237,16 @@ def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: i
             f"HiP attention cannot serve on {device}: {refusal}",
             f"{install}leave out --attention-backend CUSTOM",
         )
+
+
+def heads_here(vllm_config: VllmConfig, num_kv_heads: int) -> slice:
+    """Which of a layer's KV heads this worker has: all, or its share under tensor parallelism."""
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    if total == num_kv_heads:
+        return slice(0, total)
+    rank = get_tensor_model_parallel_rank()
+    begin = rank * total // vllm_config.parallel_config.tensor_parallel_size
+    return slice(begin, begin + num_kv_heads)
 
 
 def touch_scratch(query: Tensor, config: HiPConfig) -> None:

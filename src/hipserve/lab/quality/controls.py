@@ -28,6 +28,7 @@ def blind(base: HiPConfig) -> HiPConfig:
         bound_reach=0.0,
         rerank=0,
         budget=base.granularity,
+        budget_factors=((),),
         dense_layers=(),
         dense_below=0,
         decode_dense_below=0,

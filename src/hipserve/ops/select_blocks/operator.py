@@ -79,7 +79,7 @@ def _head_blocks(
     config: HiPConfig, num_kv_heads: int, heads: int, device: torch.device
 ) -> Tensor | None:
     """`SearchInputs.head_blocks`; None where all heads choose equally many."""
-    if not config.budget_factors:
+    if not any(config.budget_factors):
         return None
     blocks = [n for n in config.head_blocks(num_kv_heads) for _ in range(heads // num_kv_heads)]
     make = _ints.__wrapped__ if torch.compiler.is_compiling() else _ints

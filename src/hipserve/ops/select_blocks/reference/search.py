@@ -24,7 +24,7 @@ class Search:
         spec: SearchSpec,
         head_blocks: Tensor,
     ) -> None:
-        """The first row of `seen` is at `position`; each head may choose `head_blocks` `[heads]`."""
+        """The first row of `seen` is at `position`; head_blocks `[heads]`: what each may choose."""
         self.rows, self.seen, self.spec = seen.rows, seen, spec
         self.head_blocks = head_blocks
         self.begin, self.end = spec.num_sink_tokens, window_start

@@ -1,0 +1,28 @@
+"""Factors of the budget that a model brings: what was measured of its heads, in its config.json."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hipserve.config import HiPConfig
+
+NAME = "hip_budget_factors"
+"""The entry of config.json: lists as in `HiPConfig.budget_factors`."""
+
+
+def with_own_factors(config: HiPConfig, model_config: Any) -> HiPConfig:
+    """`config`, with the factors of the model where it leaves them to the model.
+
+    Raises:
+        ConfigError: the model's entry is no list of lists of factors.
+    """
+    own = getattr(model_config, NAME, None)
+    if own is None or config.budget_factors or not config.ranks_keys:
+        return config
+    return _filled(config, tuple(map(tuple, own)))
+
+
+@functools.lru_cache(64)
+def _filled(config: HiPConfig, factors: tuple[tuple[float, ...], ...]) -> HiPConfig:
+    return config.replace(budget_factors=factors)
