@@ -79,7 +79,7 @@ def check_one(seed: int) -> None:
     """Raises AssertionError where a random configuration differs from the definition."""
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.bfloat16, torch.float16))
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     if seed % 2:
         shape, config = in_tiles(rng, shape, config)
     if shape.kind == "normal":

@@ -58,7 +58,7 @@ def test_chunks_in_pages_are_exact(seed: int) -> None:
     """Whole prompts, chunks behind keys and decode rows together, pruned or not."""
     rng = random.Random(seed)
     shape = random_shape(rng, HALF)
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     case = make_case(shape, config.index_form)
     for selection in (None, some_selection(case, config)):
         out, lse = dense.attend_chosen(

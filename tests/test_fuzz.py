@@ -43,7 +43,7 @@ def draw(seed: int) -> tuple[Shape, HiPConfig]:
     """A small batch; every third has values whose sums are exact, to compare index for index."""
     rng = random.Random(seed)
     shape = random_shape(rng, DTYPES)
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     rows = tuple(min(n, 12 * config.query_block_size) for n in shape.query_lens)
     kind = "grid" if seed % 3 == 0 else shape.kind
     return replace(shape, query_lens=rows, kind=kind), config

@@ -60,7 +60,7 @@ def small(seed: int) -> tuple[Shape, HiPConfig]:
     rng = random.Random(seed)
     shape = random_shape(rng, DTYPES)
     rows = [min(n, rng.choice([1, 3, 17])) for n in shape.query_lens]
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     if config.query_block_size == 1 and not GPU:
         rows = [min(n, 3) for n in rows]
     return replace(shape, query_lens=tuple(rows)), config

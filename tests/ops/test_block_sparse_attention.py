@@ -44,7 +44,7 @@ def random_selection(case: Case, config: HiPConfig, rng: random.Random) -> Block
 def test_sparse_is_exact(backend: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, HALF)
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     case = make_case(shape, config.index_form)
     selection = random_selection(case, config, rng)
     with using(backend) as name:

@@ -50,7 +50,9 @@ def test_search_equals_the_definition(tier: str, code_bits: int, head_dim: int) 
 def test_search_of_awkward_batches_equals_the_definition(tier: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16, torch.float16))
-    config = random_config(rng, shape.page_size).replace(code_bits=rng.choice([4, 8]))
+    config = random_config(rng, shape.page_size, shape.num_kv_heads).replace(
+        code_bits=rng.choice([4, 8])
+    )
     check(make_case(shape, config.index_form), config, tier)
 
 

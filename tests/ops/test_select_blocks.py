@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**31 - 1)
 def test_selections_are_lawful(backend: str, seed: int) -> None:
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     case = make_case(shape, config.index_form)
     with using(backend) as name:
         selection = select_blocks(case.q, case.index, case.layout, config=config, backend=name)
@@ -43,7 +43,7 @@ def test_native_search_equals_the_definition(tier: str, seed: int) -> None:
     """Index for index: values on a coarse grid make every dot product exact in any order."""
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.float32, torch.bfloat16))
-    config = random_config(rng, shape.page_size)
+    config = random_config(rng, shape.page_size, shape.num_kv_heads)
     case = make_case(replace(shape, kind="grid"), config.index_form)
     expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
     with using(f"cpu:{tier}") as name:

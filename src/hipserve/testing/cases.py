@@ -224,12 +224,13 @@ def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:
     )
 
 
-def random_config(rng: random.Random, page_size: int) -> HiPConfig:
-    """A valid configuration small enough that the cases above are pruned."""
+def random_config(rng: random.Random, page_size: int, num_kv_heads: int | None = None) -> HiPConfig:
+    """A valid configuration small enough that the cases above are pruned; of layers with so many
+    heads, which may have budgets of their own."""
     bound = rng.choice([16, 16, 32]) if page_size > 16 else 16
     key = rng.choice([2, 8, 16])
     query = rng.choice([1, 16, 64, 48])
-    return HiPConfig(
+    config = HiPConfig(
         budget=bound * rng.choice([1, 2, 4, 8]) * 2,
         selector=cast("SelectorName", rng.choice(list(SELECTORS))),
         representative=rng.choice(["middle", "first", "last", "random"]),
@@ -247,6 +248,10 @@ def random_config(rng: random.Random, page_size: int) -> HiPConfig:
         bound_reach=rng.choice([1.0, 0.5, 0.75, 0.0]),
         code_bits=rng.choice([16, 16, 8, 4]),
     )
+    if not (num_kv_heads and config.ranks_keys and rng.random() < 0.5):
+        return config
+    factors = [rng.choice([0.1, 0.5, 1, 1.5, 2, 4]) for _ in range(num_kv_heads)]
+    return config.replace(budget_factors=[factors])
 
 
 def attend(
