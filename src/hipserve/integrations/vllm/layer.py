@@ -19,6 +19,7 @@ from hipserve.cache.mapped import MappedPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
+from hipserve.integrations.factors import with_own_factors
 from hipserve.integrations.rope import read_rope
 from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
@@ -66,7 +67,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.sinks = sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.config = settings.hip_config(vllm_config)
+        model = vllm_config.model_config.hf_text_config
+        self.config = with_own_factors(settings.hip_config(vllm_config), model)
         self.heads = heads_here(vllm_config, self.num_kv_heads)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
@@ -78,8 +80,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.hosted: HostedLayer | None = None
         self.rope: Tensor | None = None
         if self.config.streams and not self.sliding_window:
-            rope = read_rope(vllm_config.model_config.hf_text_config, head_size)
-            self.rope = rope.to(self.device)
+            self.rope = read_rope(model, head_size).to(self.device)
 
     def is_local(self, layer: Any) -> bool:
         """The model itself lets the layer read a window or a chunk only."""

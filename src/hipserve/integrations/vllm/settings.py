@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
-from hipserve.integrations.factors import with_own_factors
 from hipserve.integrations.rope import check_rope
 from hipserve.integrations.vllm import OPTIONS_KEY
 from hipserve.offload import Offload
@@ -20,14 +19,14 @@ BLOCK_SIZE = 256
 
 
 def hip_config(vllm_config: VllmConfig) -> HiPConfig:
-    """The HiPConfig of an engine, with the model's factors of the budget.
+    """The HiPConfig of an engine.
 
     Raises:
         ConfigError: an unknown key, or a value out of range.
     """
     values = _table(vllm_config)
     values.pop("offload", None)
-    return with_own_factors(HiPConfig.from_dict(values), vllm_config.model_config.hf_text_config)
+    return HiPConfig.from_dict(values)
 
 
 def offload_of(vllm_config: VllmConfig) -> Offload | None:
