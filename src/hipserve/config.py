@@ -231,7 +231,8 @@ class HiPConfig:
         Raises:
             ConfigError: there are factors, but none for this layer.
         """
-        return _of_layer(self, layer, heads.start, heads.stop)
+        varied = any(self.budget_factors)
+        return _of_layer(self, layer, heads.start, heads.stop) if varied else self
 
     def head_blocks(self, num_kv_heads: int) -> tuple[int, ...]:
         """Key blocks that each KV head of a layer may choose.
@@ -385,8 +386,6 @@ def _unknown(key: str, value: object) -> ConfigError:
 @functools.lru_cache(1024)
 def _of_layer(config: HiPConfig, layer: int, begin: int | None, end: int | None) -> HiPConfig:
     lists = config.budget_factors
-    if not any(lists):
-        return config
     if len(lists) > 1 and layer >= len(lists):
         hint = "hipserve lab budgets measures those of a model"
         expected = f"a list for each layer, {layer + 1} or more"
