@@ -324,6 +324,7 @@ def test_every_count_takes_a_suffix() -> None:
         "lab cache",
         "lab representative",
         "lab locality",
+        "lab meter",
         "lab report",
     ],
 )

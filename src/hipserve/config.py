@@ -28,6 +28,7 @@ from hipserve.values import (
 SelectorName = Literal["tree", "bound"]
 Form = Literal["toml", "json"]
 Extend = Literal["none", "yarn", "stream"]
+Metering = Literal["off", "sampled"]
 
 
 class IndexForm(NamedTuple):
@@ -91,6 +92,7 @@ class HiPConfig:
             consecutive positions, `yarn` has the engine scale all positions; `none` does nothing.
         extend_factor: with these, how many times the trained length a sequence may reach.
         trained_length: positions that the model was trained on; None is what the model says.
+        meter: `sampled` estimates what rows leave unread (docs/lab.md); `off` does nothing.
         seed: of the `random` representative.
         calibration: where a certified configuration comes from (docs/calibrate.md): a table of
             plain values, kept as it is. It changes nothing, is not compared, and is dropped where
@@ -122,6 +124,7 @@ class HiPConfig:
     extend: Extend = "none"
     extend_factor: float = 4.0
     trained_length: int | None = None
+    meter: Metering = "off"
     seed: int = 0
     calibration: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -141,6 +144,7 @@ class HiPConfig:
                 check_int(name, getattr(self, name), low)
         check_choice("extend", self.extend, get_args(Extend))
         check_factor("extend_factor", self.extend_factor)
+        check_choice("meter", self.meter, ("off",) if self.streams else get_args(Metering))
         check_choice("selector", self.selector, tuple(SELECTORS), _GONE.get(self.selector, ""))
         check_choice("representative", self.representative, get_args(Representative))
         for name in ("share_group", "relative_scores"):
@@ -148,8 +152,9 @@ class HiPConfig:
                 raise wrong(name, "true or false", getattr(self, name))
         check_int("code_bits", self.code_bits, 4)
         if self.code_bits not in CODE_BITS:
-            hint = "16 searches the keys themselves"
-            raise wrong("code_bits", "4, 8 or 16", self.code_bits, hint)
+            raise wrong(
+                "code_bits", "4, 8 or 16", self.code_bits, "16 searches the keys themselves"
+            )
         check_fraction("bound_reach", self.bound_reach)
         check_table("calibration", self.calibration)
         self._check_sizes()
@@ -187,12 +192,8 @@ class HiPConfig:
                 "leave them out or change selector and rerank",
             )
         if self.query_stride > self.query_block_size:
-            raise wrong(
-                "query_stride",
-                f"at most query_block_size ({self.query_block_size})",
-                self.query_stride,
-                "lower query_stride",
-            )
+            most = f"at most query_block_size ({self.query_block_size})"
+            raise wrong("query_stride", most, self.query_stride, "lower query_stride")
 
     @property
     def granularity(self) -> int:

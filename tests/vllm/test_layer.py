@@ -164,6 +164,12 @@ def test_keys_are_kept_as_the_model_computes(cache: str, hint: str) -> None:
         settings.check_cache_dtype(cache, "float32")
 
 
+def test_an_engine_has_no_meter() -> None:
+    asked = SimpleNamespace(additional_config={"hip": {"meter": "sampled"}})
+    with pytest.raises(ConfigError, match="meter"):
+        settings.hip_config(asked)
+
+
 @pytest.mark.parametrize("size", [96, 320, 1152])
 def test_any_multiple_of_the_finest_run_is_a_block_size(size: int) -> None:
     settings.check_block_size(size, HiPConfig())

@@ -11,6 +11,7 @@ from torch import Tensor
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import AttentionLayer
+from hipserve.attention.meter import Meter
 from hipserve.config import DEFAULT, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import build_index, checks
@@ -33,6 +34,7 @@ def hip_attention(
     sm_scale: float | None = None,
     softcap: float = 0.0,
     backend: str = "auto",
+    meter: Meter | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -48,6 +50,7 @@ def hip_attention(
     sm_scale: float | None = None,
     softcap: float = 0.0,
     backend: str = "auto",
+    meter: Meter | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -62,6 +65,7 @@ def hip_attention(
     sm_scale: float | None = None,
     softcap: float = 0.0,
     backend: str = "auto",
+    meter: Meter | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Hierarchically pruned attention (arXiv 2406.09827), in the layout of `flash_attn_func`.
@@ -85,6 +89,7 @@ def hip_attention(
         sm_scale: factor of q.k; `head_dim ** -0.5` if None.
         softcap: c > 0 turns a scaled score s into c * tanh(s / c).
         backend: `auto`, `cpu`, `triton` or `reference`.
+        meter: estimates what a few rows leave unread: `Meter(0)` before, `meter.mass.mean` after.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -104,7 +109,9 @@ def hip_attention(
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
     rule = rule_of_whole(config, q, k.shape[2])
-    layer = AttentionLayer(config, rule, sm_scale=sm_scale, softcap=softcap, backend=backend)
+    layer = AttentionLayer(
+        config, rule, sm_scale=sm_scale, softcap=softcap, backend=backend, meter=meter
+    )
     keys = WholeKeys(k, v, q.shape[1], layer.index_form, backend)
     out, lse = layer.forward_batch(q, keys, head=not return_lse)
     if backend != "reference":  # eager torch has gradients

@@ -1,4 +1,4 @@
-"""One attention layer, whole: append, select, fetch, attend, account."""
+"""One attention layer, whole: append, select, fetch, attend, account, meter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hipserve.attention.account import KeyCounter
 from hipserve.attention.dense import attend_chosen, dense_head
+from hipserve.attention.meter import Attended, Meter
 from hipserve.attention.selections import Search, Selections
 from hipserve.attention.sinks import absorb_sinks
 from hipserve.config import DEFAULT, NO_INDEX, HiPConfig, IndexForm
@@ -92,6 +93,8 @@ class AttentionLayer:
         sink_logits: `[num_q_heads]` that the model has learned, as in `absorb_sinks`, or None.
         selections: selections that later steps use again; None selects in every step.
         account: counts the keys that are read; None counts nothing.
+        meter: estimates the attention that is left unread, of pages that hold all keys; None does
+            nothing.
     """
 
     config: HiPConfig = DEFAULT
@@ -104,6 +107,7 @@ class AttentionLayer:
     backend: str = "auto"
     selections: Selections | None = None
     account: KeyCounter | None = None
+    meter: Meter | None = None
 
     @property
     def index_form(self) -> IndexForm:
@@ -176,9 +180,10 @@ class AttentionLayer:
         began = time.perf_counter() if account else 0.0
         selection = self._select(q, keys, layout)
         selected = time.perf_counter() if account else 0.0
+        pool = keys.fetch(selection, layout, self.config, self.rule)
         out, lse = attend_chosen(
             q,
-            keys.fetch(selection, layout, self.config, self.rule),
+            pool,
             layout,
             selection,
             config=self.config,
@@ -194,6 +199,20 @@ class AttentionLayer:
             account.add_seconds(selected - began, time.perf_counter() - selected)
             if self.rule is not None:
                 account.add(selection, layout, self.config)
+        if self.meter is not None and selection is not None and self.rule is not None:
+            self.meter.measure(
+                Attended(
+                    q=q,
+                    lse=lse,
+                    pool=pool,
+                    layout=layout,
+                    selection=selection,
+                    config=self.config,
+                    rule=self.rule,
+                    sm_scale=self.sm_scale,
+                    softcap=self.softcap,
+                )
+            )
         return out, lse
 
     def _select(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> BlockSelection | None:

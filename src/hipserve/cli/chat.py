@@ -36,6 +36,7 @@ def chat(
     config: options.ConfigFile = None,
     extend: options.Extend = None,
     extend_factor: options.ExtendFactor = None,
+    meter: options.Meter = False,
     kv_offload: offloading.KvOffload = False,
     kv_file: offloading.KvFile = None,
     host_kv_memory: offloading.HostKvMemory = None,
@@ -50,7 +51,13 @@ def chat(
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device)
     stream = open_document(doc) if doc is not None else None
     settings = options.make_config(
-        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+        config,
+        preset,
+        budget,
+        selector,
+        extend=extend,
+        extend_factor=extend_factor,
+        meter=meter,
     )
     if offloaded:
         settings = offloading.searching_codes(settings, config, preset)

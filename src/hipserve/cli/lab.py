@@ -6,6 +6,7 @@ from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_report, lab_r
 from hipserve.cli.commands import Commands
 from hipserve.cli.lab_depth import depth
 from hipserve.cli.lab_drift import drift
+from hipserve.cli.lab_meter import meter
 from hipserve.cli.lab_speed import speed
 
 app = Commands(help="What pruned attention loses, with intervals, controls and verdicts.")
@@ -21,5 +22,6 @@ app.command()(drift)
 app.command()(lab_cache.cache)
 app.command()(lab_representative.representative)
 app.command()(lab_locality.locality)
+app.command()(meter)
 app.command()(speed)
 app.command()(lab_report.report)

@@ -74,6 +74,10 @@ Temperature = Annotated[
         parser=parse_temperature, metavar="NUMBER", help="Sampling temperature; 0 is greedy."
     ),
 ]
+Meter = Annotated[
+    bool,
+    typer.Option("--meter", help="Estimate of the attention that pruned rows leave unread."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of samples and of generation.")]
 System = Annotated[str, typer.Option(metavar="TEXT", help="System prompt, before everything else.")]
 PinSystem = Annotated[
@@ -97,6 +101,7 @@ def make_config(
     code_bits: int | None = None,
     extend: str | None = None,
     extend_factor: float | None = None,
+    meter: bool = False,
 ) -> HiPConfig:
     """The file or the preset, with the options on top."""
     if config and preset != "default":
@@ -105,6 +110,7 @@ def make_config(
     base = HiPConfig.load(config) if config else HiPConfig.preset(preset)
     given = {"budget": budget, "selector": selector, "code_bits": code_bits}
     given |= {"extend": extend, "extend_factor": extend_factor}
+    given |= {"meter": "sampled" if meter else None}
     return base.replace(**{key: value for key, value in given.items() if value is not None})
 
 
@@ -114,11 +120,13 @@ def refuse_with_dense(
     budget: int | None,
     selector: str | None,
     code_bits: int | None = None,
+    meter: bool = False,
 ) -> None:
     """Dense attention has no pruning options."""
     given = {"config": config, "budget": budget, "selector": selector, "code-bits": code_bits}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     names += ["--preset"] if preset != "default" else []
+    names += ["--meter"] if meter else []
     if names:
         got = ", ".join(names)
         raise ArgumentError("dense", "no pruning options with it", got)

@@ -34,6 +34,7 @@ def run(
     config: options.ConfigFile = None,
     extend: options.Extend = None,
     extend_factor: options.ExtendFactor = None,
+    meter: options.Meter = False,
     dense: Annotated[bool, typer.Option("--dense", help="Dense attention instead of HiP.")] = False,
     kv_offload: offloading.KvOffload = False,
     kv_file: offloading.KvFile = None,
@@ -50,13 +51,19 @@ def run(
     if not words[-1].strip():
         raise ArgumentError("question", "some words", repr(words[-1]))
     if dense:
-        options.refuse_with_dense(config, preset, budget, selector)
+        options.refuse_with_dense(config, preset, budget, selector, meter=meter)
     question = as_text("question", words[-1])
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)
     stream = open_document(doc)
     settings = options.make_config(
-        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+        config,
+        preset,
+        budget,
+        selector,
+        extend=extend,
+        extend_factor=extend_factor,
+        meter=meter,
     )
     if offloaded:
         settings = offloading.searching_codes(settings, config, preset)
@@ -157,10 +164,20 @@ def ask(talk: Conversation, question: str, *, stream: bool = True, **generation:
     return answer
 
 
+def describe_unread(shares: dict[int, float]) -> str:
+    """The meter's estimates by layer, for the line below an answer; nothing without any."""
+    if not shares:
+        return ""
+    worst = max(shares, key=lambda layer: shares[layer])
+    average = sum(shares.values()) / len(shares)
+    return f"attention unread: about {average:.1%}, {shares[worst]:.1%} in layer {worst}; "
+
+
 def report(talk: Conversation) -> None:
     """What the last answer cost, on stderr."""
     statistics = talk.statistics
     assert statistics is not None
+    unread = describe_unread(statistics.unread)
     cache = format_bytes(statistics.cache_bytes)
     if statistics.offloaded_bytes:
         cache += f", {format_bytes(statistics.offloaded_bytes)} of it offloaded"
@@ -171,5 +188,5 @@ def report(talk: Conversation) -> None:
         f"first token after {statistics.first_token_seconds:.2f} s, "
         f"then {statistics.decode_tokens_per_second:.1f} tokens/s; keys read: "
         f"{statistics.prefill_share:.1%} in prefill, {statistics.decode_share:.1%} in decode; "
-        f"cache {cache}; attention: {talk.loaded.backend}"
+        f"{unread}cache {cache}; attention: {talk.loaded.backend}"
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, TextStreamer
 
+from hipserve.attention import UnreadMass
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.integrations.transformers.settings import config_of
@@ -31,6 +32,8 @@ class Statistics:
         first_token_seconds: from the question to the first token of the answer.
         decode_seconds: from the first to the last token.
         prefill_share, decode_share: keys read, of those that dense attention reads.
+        unread: by layer, an estimate of the share of attention that pruned rows left unread; empty
+            unless the configuration has `meter = "sampled"`, or where no row was metered.
         cache_bytes: keys, values and index of all paged layers.
         offloaded_bytes: those of them in host memory or in a file.
         tiles_needed, tiles_loaded: tiles of offloaded keys and values that steps needed on a GPU,
@@ -48,6 +51,7 @@ class Statistics:
     offloaded_bytes: int = 0
     tiles_needed: int = 0
     tiles_loaded: int = 0
+    unread: dict[int, float] = field(default_factory=dict[int, float])
 
     @property
     def tiles_found(self) -> float:
@@ -140,7 +144,7 @@ class Conversation:
         self.loaded.check_fit(ids.shape[1], max_new_tokens)
         began = time.perf_counter()
         cached = self._keep_common_prefix(ids)
-        before, loads = self._keys(), self._loads()
+        before, loads, unread = self._keys(), self._loads(), self._unread()
         watch = _Watch(self.loaded.tokenizer, on_text)
         try:
             self._prefill(ids, on_prefill)
@@ -166,6 +170,11 @@ class Conversation:
             offloaded_bytes=self._cache.host_nbytes if isinstance(self._cache, HiPCache) else 0,
             tiles_needed=tiles[0] - loads[0],
             tiles_loaded=tiles[1] - loads[1],
+            unread={
+                layer: mass.since(unread[layer]).mean
+                for layer, mass in self._unread().items()
+                if mass.count > unread[layer].count
+            },
         )
         return text
 
@@ -206,6 +215,9 @@ class Conversation:
 
     def _keys(self) -> tuple[float, float]:
         return self._cache.count_keys() if isinstance(self._cache, HiPCache) else (0.0, 0.0)
+
+    def _unread(self) -> dict[int, UnreadMass]:
+        return self._cache.unread_mass() if isinstance(self._cache, HiPCache) else {}
 
     def _loads(self) -> tuple[int, int]:
         return self._cache.count_loads() if isinstance(self._cache, HiPCache) else (0, 0)

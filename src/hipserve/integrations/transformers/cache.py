@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from hipserve.attention import Account, SelectionReuse
+from hipserve.attention import Account, Meter, SelectionReuse, UnreadMass
 from hipserve.cache import MakeStore, OffloadedLayers, PagedLayer, ResidentPages
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
@@ -59,11 +59,16 @@ class HiPCacheLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, page_size: int, form: IndexForm, make_store: MakeStore = ResidentPages
+        self,
+        page_size: int,
+        form: IndexForm,
+        make_store: MakeStore = ResidentPages,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__()
         self.pages = PagedLayer(page_size, *form, make_store)
         self.reuse, self.account = SelectionReuse(), Account()
+        self.meter = meter
         self.captured: CapturedKeys | None = None  # while a step is run for a graph
         self.seen = 0
         self.num_orders = 0  # how often sequences changed places
@@ -220,7 +225,8 @@ class HiPCache(Cache):
             model's `config.hip` needs `code_bits` 4 or 8. Layers in `dense_layers` stay resident.
 
     Raises:
-        ArgumentError: runs would straddle such pages, or the search reads what is offloaded.
+        ArgumentError: runs would straddle such pages, or the search or the meter reads what is
+            offloaded.
         FitError: `offload` asks for more than there is.
     """
 
@@ -241,11 +247,17 @@ class HiPCache(Cache):
         own = DynamicCache(config=config).layers
         paged = {i for i, layer in enumerate(own) if type(layer) is DynamicLayer}
         moved = paged - {*hip.dense_layers} if offload else set[int]()
+        if moved and hip.meter != "off":
+            hint = "the meter reads keys that no step needs: leave out one of the two"
+            raise ArgumentError("offload", 'None with meter = "sampled"', str(offload), hint)
         shared = OffloadedLayers(offload, len(moved), hip) if offload else None
         stores: dict[int, MakeStore] = dict.fromkeys(moved, shared.make_store) if shared else {}
+        meters = {i: Meter(i) for i in paged} if hip.meter == "sampled" else {}
         super().__init__(
             layers=[
-                HiPCacheLayer(page_size, hip.index_form, stores.get(i, ResidentPages))
+                HiPCacheLayer(
+                    page_size, hip.index_form, stores.get(i, ResidentPages), meters.get(i)
+                )
                 if i in paged
                 else layer
                 for i, layer in enumerate(own)
@@ -315,6 +327,15 @@ class HiPCache(Cache):
             sum(account.keys_read for account in accounts) + read + counted,
             sum(account.keys_visible for account in accounts) + visible,
         )
+
+    def unread_mass(self) -> dict[int, UnreadMass]:
+        """By layer, the attention that metered rows left unread so far: an estimate.
+
+        Empty unless `config.hip` had `meter = "sampled"` when the cache was made. Steps that
+        `capture_decode` repeats are not metered.
+        """
+        meters = [layer.meter for layer in self.paged_layers]
+        return {meter.layer: meter.mass for meter in meters if meter is not None}
 
     def count_loads(self) -> tuple[int, int]:
         """Tiles of offloaded keys and values that all steps needed, and that they had to load.

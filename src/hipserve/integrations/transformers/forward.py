@@ -110,7 +110,8 @@ def _attention_layer(
     scores["rope"] = rope_of(module, config, q.shape[-1], q.device)
     if paged is None:
         return AttentionLayer(config, rule, **scores)
-    return AttentionLayer(config, rule, selections=paged.reuse, account=paged.account, **scores)
+    kept = {"selections": paged.reuse, "account": paged.account, "meter": paged.meter}
+    return AttentionLayer(config, rule, **kept, **scores)
 
 
 def _captured_layer(

@@ -22,11 +22,15 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
     """The HiPConfig of an engine.
 
     Raises:
-        ConfigError: an unknown key, or a value out of range.
+        ConfigError: an unknown key, a value out of range, or the meter, which engines do not have.
     """
     values = _table(vllm_config)
     values.pop("offload", None)
-    return HiPConfig.from_dict(values)
+    config = HiPConfig.from_dict(values)
+    if config.meter != "off":
+        hint = "run, chat and HiPCache have a meter"
+        raise ConfigError("meter", '"off" in vLLM', repr(config.meter), hint)
+    return config
 
 
 def offload_of(vllm_config: VllmConfig) -> Offload | None:

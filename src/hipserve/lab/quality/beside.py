@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache
 
 from hipserve.errors import ArgumentError
 from hipserve.lab.quality.passes import prefill, skip
@@ -63,13 +64,21 @@ def read_reference(loaded: LoadedModel, ids: Tensor, first: int) -> Reference:
 
 @torch.no_grad()
 def read_beside(
-    loaded: LoadedModel, ids: Tensor, first: int, reference: Reference, rows: int | None = None
+    loaded: LoadedModel,
+    ids: Tensor,
+    first: int,
+    reference: Reference,
+    rows: int | None = None,
+    cache: Cache | None = None,
 ) -> Tokens:
     """The same tokens of `ids` `[1, tokens]` under the attention that is on now.
 
-    `rows`: of a chunk, a multiple of the query block; as many as memory allows if None.
+    Args:
+        rows: of a chunk, a multiple of the query block; as many as memory allows if None.
+        cache: an empty one; made if None.
     """
-    cache, parts, done = make_cache(loaded), list[Tokens](), 0
+    cache = make_cache(loaded) if cache is None else cache
+    parts, done = list[Tokens](), 0
 
     def add(own: Tensor) -> Tensor:
         nonlocal done
