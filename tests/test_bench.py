@@ -21,12 +21,14 @@ from hipserve.errors import ArgumentError, NumericsError
 from hipserve.lab import LayerShape, Limits, bench_attention, fit_exponent
 from hipserve.lab.speed import decode as decode_module
 from hipserve.lab.speed import prefill as prefill_module
+from hipserve.lab.speed import serve
 from hipserve.lab.speed.attention import time_prefill
 from hipserve.lab.speed.decode import Decode
 from hipserve.lab.speed.numerics import check_rows
 from hipserve.lab.speed.prefill import Prefill
 from hipserve.lab.speed.timing import Contender, in_turn, median_of_cycles
 from hipserve.platform import native_library
+from hipserve.serving.command_line import Server
 
 SHAPE = LayerShape(4, 2, 64)
 SMALL = HiPConfig(budget=64, num_sink_tokens=16, sliding_window=32, dense_below=0)
@@ -237,6 +239,29 @@ def test_contenders_take_turns_until_their_time_is_spent(monkeypatch: pytest.Mon
     warm = [("slow", 0), ("fast", 0)]
     assert order == [*warm, ("slow", 0), ("fast", 0), ("fast", 1), ("fast", 2)]
     assert times == {"slow": [50.0], "fast": [10.0, 10.0, 10.0]}
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(512, []), (40_000, [16_384, 32_768])])
+def test_a_server_is_asked_when_the_other_is_quiet(
+    length: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's processes keep a core busy for a second after an answer: no question falls into it."""
+    now, asked, answered = [0.0], [], [-10.0]
+
+    def ask(server: Server, prompt: list[int], max_tokens: int, salt: str) -> serve.Answer:
+        asked.append((server.name, len(prompt), max_tokens, now[0] - answered[0]))
+        now[0] += 3.0
+        answered[0] = now[0]
+        return serve.Answer("", 0.25, (), max_tokens)
+
+    monkeypatch.setattr(serve, "ask", ask)
+    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    servers = [Server("m", name, None) for name in ("dense", "hip")]
+    answers = serve.ask_in_turn(servers, [0] * length)
+    expected = [(end, 1) for end in pieces] + [(length, serve.NEW_TOKENS)]
+    assert [x[:3] for x in asked] == [(s.name, *x) for x in expected for s in servers]
+    assert all(pause > 1 for *_, pause in asked)
+    assert [answer.first for answer in answers] == [0.25 * len(expected)] * 2
 
 
 def test_cycles_average_and_then_take_the_median() -> None:

@@ -30,6 +30,10 @@ from hipserve.serving.running import running
 NEW_TOKENS = 64
 PIECE = 16 * 1024
 """Prompts longer than two of these are read in pieces of so many tokens."""
+QUIET_SECONDS = 1.5
+"""How long a server is left alone before the other one is asked: for 1 s after their last message,
+vLLM's processes look for the next one without a pause (`SpinCondition` of its `shm_broadcast`), on
+the cores that the other server needs. A first token of 0.1 s took up to a second longer."""
 
 
 class WrongAnswerError(HipserveError):
@@ -115,6 +119,12 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> An
     return Answer(text, times[0] - began, gaps, tokens)
 
 
+def ask_in_quiet(server: Server, prompt: Sequence[int], max_tokens: int, salt: str) -> Answer:
+    """An answer while no other server of this machine is busy."""
+    time.sleep(QUIET_SECONDS)
+    return ask(server, prompt, max_tokens, salt)
+
+
 def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer]:
     """What every server answers.
 
@@ -126,8 +136,8 @@ def ask_in_turn(servers: Sequence[Server], prompt: Sequence[int]) -> list[Answer
     pieces = range(PIECE, len(prompt), PIECE) if len(prompt) > 2 * PIECE else ()
     for end in pieces:
         for i, server in enumerate(servers):
-            read[i] += ask(server, prompt[:end], 1, salt).first
-    answers = [ask(server, prompt, NEW_TOKENS, salt) for server in servers]
+            read[i] += ask_in_quiet(server, prompt[:end], 1, salt).first
+    answers = [ask_in_quiet(server, prompt, NEW_TOKENS, salt) for server in servers]
     return [
         replace(answer, first=answer.first + seconds)
         for answer, seconds in zip(answers, read, strict=True)
@@ -191,6 +201,7 @@ def _rate(server: Server, prompts: Prompts, length: int, clients: int, turn: int
         prompt = prompts.make(length, client)
         return ask(server, prompt, NEW_TOKENS, f"{turn}-{client}-{time.time_ns()}").num_tokens
 
+    time.sleep(QUIET_SECONDS)
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         tokens = sum(pool.map(one, range(clients)))
