@@ -295,6 +295,7 @@ def parallel(report: dict[str, Any]) -> None:
     options = json.loads(os.environ["HIPSERVE_TEST_PARALLEL"])
     llm = engine("CUSTOM", PRUNED, **options)
     report["together"] = answers(llm, prompts())
+    end(llm)
 
 
 def compiled(report: dict[str, Any]) -> None:

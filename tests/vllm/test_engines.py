@@ -24,11 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> dict[str, dict[str, Any]]:
-    """Scenarios in two processes of one thread, at once: two cores have room for both."""
-    with ThreadPoolExecutor() as pool:
-        parts = ("full", "streamed"), ("pruned", "offloaded", "refused")
-        full, others = pool.map(lambda names: scenarios(*names, folder=folder), parts)
-        return full | others
+    return scenarios("full", "streamed", "pruned", "offloaded", "refused", folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +194,6 @@ def test_data_parallel_gives_the_same_tokens(pruned: dict[str, Any], folder: Pat
 def workers(folder: Path, **options: Any) -> list[list[int]]:
     environment = {
         "HIPSERVE_TEST_PARALLEL": json.dumps(options),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_CPU_CI_ENV": "1",
     }
