@@ -65,6 +65,23 @@ def gemma3n() -> Any:
     )
 
 
+def gemma2() -> Any:
+    """Scores capped softly, and windows in every second layer."""
+    return transformers.Gemma2Config(**HEADS, num_hidden_layers=4, sliding_window=128)
+
+
+def gemma3() -> Any:
+    """One full layer among windows."""
+    return transformers.Gemma3TextConfig(
+        **HEADS, num_hidden_layers=4, sliding_window=128, layer_types=[WINDOW] * 3 + [FULL]
+    )
+
+
+def mistral() -> Any:
+    """A window in every layer."""
+    return transformers.MistralConfig(**HEADS, num_hidden_layers=3, sliding_window=128)
+
+
 def qwen3next() -> Any:
     """Recurrent states whose blocks are as large as those of the two full layers."""
     return transformers.Qwen3NextConfig(
@@ -132,7 +149,7 @@ def gptoss() -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
-        *(granite, llama4, gemma3n, gptoss),
+        *(granite, llama4, gemma3n, gptoss, gemma2, gemma3, mistral),
         *(qwen3next, qwen3next_wide, granite_hybrid, falcon_h1),
     )
 }

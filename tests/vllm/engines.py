@@ -365,5 +365,6 @@ def main(known: dict[str, Callable[[dict[str, Any]], None]]) -> None:
 if __name__ == "__main__":
     sys.modules["engines"] = sys.modules["__main__"]
     import families
+    import features
 
-    main(SCENARIOS | families.SCENARIOS)
+    main(SCENARIOS | families.SCENARIOS | features.SCENARIOS)

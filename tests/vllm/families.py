@@ -54,7 +54,7 @@ def beside_dense(name: str, **options: Any) -> dict[str, Any]:
 
 def families(report: dict[str, Any]) -> None:
     """Room for every key, beside vLLM's own attention."""
-    for name in ("granite", "llama4", "gptoss"):
+    for name in ("granite", "llama4", "gptoss", "gemma2", "gemma3", "mistral"):
         report[name] = beside_dense(name)
     report["gemma3n"] = beside_dense("gemma3n", kv_sharing_fast_prefill=True)
 

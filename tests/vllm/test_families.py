@@ -1,4 +1,5 @@
-"""Families of models inside vLLM's engine, and keys that reach a request by other ways."""
+"""Families of models inside vLLM's engine, requests that are not greedy text alone, and keys that
+reach a request by other ways."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> dict[str, dict[str, Any]]:
-    names = ("families", "hybrids", "found")
+    names = ("families", "features", "hybrids", "found")
     return scenarios(*names, folder=folder, HIPSERVE_TEST_MODELS=str(folder / "models"))
 
 
@@ -32,9 +33,30 @@ def found(ran: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def test_families_answer_as_with_dense_attention(ran: dict[str, dict[str, Any]]) -> None:
     """`sinks=None`, chunks, pages of other layers with fast prefill, learned sinks."""
     families = ran["families"]
-    assert set(families) == {"granite", "llama4", "gemma3n", "gptoss"}
+    windowed = {"gemma2", "gemma3", "mistral"}
+    assert set(families) == {"granite", "llama4", "gemma3n", "gptoss"} | windowed
     for name, seen in families.items():
         assert seen["full"] == seen["dense"], name
+
+
+def test_other_requests_are_answered_as_with_dense_attention(
+    ran: dict[str, dict[str, Any]],
+) -> None:
+    """Log-probabilities, seeded samples, beams, an adapter, embeddings."""
+    dense, full = ran["features"]["dense"], ran["features"]["full"]
+    for name in ("tokens", "likeliest", "samples", "beams", "adapter"):
+        assert full[name] == dense[name], name
+    assert full["adapter"] != full["plain"] == dense["plain"]
+    for name, count in (("prompt", 1365), ("embeddings", 5 * 384)):
+        assert len(full[name]) == count
+        assert full[name] == pytest.approx(dense[name], rel=1e-4, abs=1e-5)
+
+
+def test_urgent_requests_come_first_and_the_others_lose_nothing(
+    ran: dict[str, dict[str, Any]],
+) -> None:
+    assert ran["features"]["prioritised"]["preemptions"] > 0
+    assert ran["features"]["prioritised"]["answers"] == ran["features"]["in any order"]
 
 
 def test_hybrids_keep_their_cache(ran: dict[str, dict[str, Any]]) -> None:
