@@ -35,7 +35,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hipserve import HiPConfig, hip_attention
 from hipserve.cache.store import empty_pages
-from hipserve.ops import block_sparse_attention, build_index, refresh_blocks, select_blocks
+from hipserve.ops import (
+    block_sparse_attention,
+    build_index,
+    join_runs,
+    refresh_blocks,
+    select_blocks,
+)
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.testing.cases import Shape, make_case, random_config, random_shape
@@ -272,7 +278,8 @@ def decode_inputs(
         x.normal_(generator=g)
     made = build_index(pool.k_cache, **config.index_form._asdict())
     for held, rows in zip(index.tensors(), made.tensors(), strict=True):
-        held.copy_(rows)
+        held[:, : rows.shape[1]] = rows
+    join_runs(index, table, [length] * batch)
     return q, pool, index, layout
 
 

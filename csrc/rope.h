@@ -68,13 +68,20 @@ static inline bool streams(const Batch& batch, const QueryBlock& block) {
   return batch.rope.partner && block.position >= batch.rope.trained_length;
 }
 
+// Keys that are moved together are 2 to the power of this: segment_length in ops/rope.py.
+static inline int segment_bits(const Rope& rope) {
+  int bits = 0;
+  while ((int64_t)8 << bits <= rope.trained_length) ++bits;
+  return bits;
+}
+
 // How much nearer a query block sees the keys of far segments: those before `nearest` as if their
 // segment began there.
 class FarKeys {
  public:
   FarKeys(const Batch& batch, const QueryBlock& block, int64_t window_start) {
     if (!streams(batch, block)) return;
-    while ((int64_t)8 << bits_ <= batch.rope.trained_length) ++bits_;
+    bits_ = segment_bits(batch.rope);
     nearest_ = maximum((window_start >> bits_) - 1, (int64_t)0) << bits_;
   }
 

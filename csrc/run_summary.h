@@ -90,12 +90,12 @@ static void box_of_run(const PageRows<const K>& keys, int64_t first, int64_t end
 }
 
 // Summaries of one page and head whose first `count` keys are there, from the run of key `first`
-// on.
+// on; longer runs than those of a page are joined from these (ops/write_kv/join_runs.py).
 template <class K>
 static void summarize_page(const PageRows<const K>& keys, const SummaryRows<K>& summaries,
                            const RunLevels& levels, int64_t first, int64_t count, int64_t dim) {
   float sides[2 * kMaxDim];
-  for (int level = 0; level < levels.count; ++level) {
+  for (int level = 0; level < levels.written(); ++level) {
     const int64_t length = levels.length[level];
     for (int64_t run = first / length; run * length < count; ++run) {
       const int64_t end = minimum(count, (run + 1) * length);

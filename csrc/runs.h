@@ -6,29 +6,43 @@
 namespace hipserve {
 namespace HIPSERVE_TIER {
 
-constexpr int64_t kCoarseRatio = 16;  // as COARSE_RATIO in plan/runs.py
-constexpr int64_t kCoarseKeep = 6;    // as COARSE_KEEP in plan/runs.py
+// As the constants of plan/runs.py.
+constexpr int64_t kRunRatio = 16, kCoarseKeep = 6, kLongKeep = 128, kMostKeys = (int64_t)1 << 31;
+constexpr int kWrittenLevels = 2;
 
 // Levels of runs, fine ones first, as bound_levels and bound_offsets in plan/runs.py: the number of
-// runs of a page tells whether there is a coarse level.
+// runs of a page tells how many levels there are.
 struct RunLevels {
-  static constexpr int64_t kMaxLevels = 2;
-  int64_t count = 0, length[kMaxLevels], offset[kMaxLevels + 1] = {0};
+  static constexpr int kMaxLevels = 8;
+  int count = 0;
+  int64_t length[kMaxLevels], offset[kMaxLevels + 1] = {0};
   RunLevels(int64_t page_size, int64_t fine, int64_t num_runs) {
-    int64_t ratio = kCoarseRatio;
+    int64_t ratio = kRunRatio;
     while (ratio > 1 && ratio * fine > page_size) ratio /= 2;
-    const bool fine_only = num_runs == ceil_div(page_size, fine);
     add(fine, page_size);
-    if (ratio * 4 >= kCoarseRatio && !fine_only) add(ratio * fine, page_size);
+    if (ratio * 4 < kRunRatio) return;
+    int64_t size = ratio * fine, next = kRunRatio * kRunRatio * fine;
+    while (offset[count] < num_runs && count < kMaxLevels && size < kMostKeys) {
+      add(size, page_size);
+      size = next;
+      next *= kRunRatio;
+    }
   }
-  int coarsest() const { return (int)count - 1; }
-  // Fine runs of a coarse one.
-  int64_t ratio() const { return length[coarsest()] / length[0]; }
+  int coarsest() const { return count - 1; }
+  // Levels that lie in one page, and are written with its keys.
+  int written() const { return minimum(count, kWrittenLevels); }
+  // Leaves out long runs of more than `segment` keys, as levels_within in plan/runs.py.
+  void keep_within(int64_t segment) {
+    while (count > kWrittenLevels && length[count - 1] > segment) --count;
+  }
+  // Runs of the level below that one of this level holds.
+  int64_t ratio(int level) const { return length[level] / length[level - 1]; }
 
   // How many runs of a level a search keeps that is to keep `keys`, as kept_runs in plan/runs.py.
   int64_t kept(int64_t keys, int level) const {
     if (level == 0) return ceil_div(keys, length[0]);
-    return maximum(ceil_div(kCoarseKeep * keys, length[level]) - 2, (int64_t)1);
+    const int64_t runs = ceil_div(kCoarseKeep * keys, length[level]);
+    return level < kWrittenLevels ? maximum(runs - 2, (int64_t)1) : maximum(runs, kLongKeep);
   }
 
  private:

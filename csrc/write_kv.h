@@ -104,7 +104,7 @@ template <class K> static void write_all(const WriteCall& call) {
 
 template <class K> static void build_all(const BuildCall& call) {
   const RunLevels levels(call.page_size, call.index.run_size, call.index.num_runs);
-  const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.coarsest()];
+  const int64_t heads = call.num_kv_heads, chunk = levels.length[levels.written() - 1];
   const int64_t chunks = ceil_div(call.page_size, chunk);
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < call.num_pages * heads * chunks; ++i) {

@@ -186,15 +186,16 @@ def test_a_family_that_is_not_known_is_counted_and_said() -> None:
 @pytest.mark.parametrize("code_bits", [4, 8, 16])
 @pytest.mark.parametrize("run_size", [None, 16, 32])
 @pytest.mark.parametrize("page_size", [16, 96, 128, 256])
+@pytest.mark.parametrize("keys", [0, 2**23])
 def test_bytes_of_an_index_are_those_of_its_tensors(
-    page_size: int, run_size: int | None, code_bits: int
+    page_size: int, run_size: int | None, code_bits: int, keys: int
 ) -> None:
     if run_size is not None and page_size % run_size:
         return
     form, heads, dim = IndexForm(run_size, code_bits), 3, 80
-    layout = IndexLayout.of_pages(page_size, dim, torch.float16, form)
+    layout = IndexLayout.of_pages(page_size, dim, torch.float16, form, keys)
     made = layout.empty_like(torch.empty(1, page_size, heads, dim, dtype=torch.float16))
-    counted = index_bytes(page_size, heads, dim, key_bytes=2, form=form)
+    counted = index_bytes(page_size, heads, dim, key_bytes=2, form=form, keys=keys)
     assert counted == sum(aligned(x.nbytes) for x in made.tensors())
     assert layout.nbytes * heads == sum(x.nbytes for x in made.tensors())
 
@@ -295,6 +296,16 @@ def test_a_search_reads_all_coarse_runs_kept_fine_ones_and_their_keys() -> None:
     heads = 32 * 8
     coarse, fine, keys = 131072 // 256, (6 * 4096 // 256) * 16, 4096
     assert step_bytes(service()).index == heads * ((coarse + fine) * 2 * 128 * 2 + keys * 128 * 2)
+
+
+def test_a_search_in_millions_of_keys_begins_with_long_runs() -> None:
+    """A few more runs than in 131,072 keys, and one more summary for every 256 keys."""
+    length, heads = 4 << 20, 32 * 8
+    long, coarse, fine, keys = length // 4096, (128 + 2) * 16, (6 * 4096 // 256) * 16, 4096
+    runs = (long + coarse + fine) * 2 * 128 * 2
+    assert step_bytes(service(length)).index == heads * (runs + keys * 128 * 2)
+    parts = service(length).parts()
+    assert parts.index == parts.keys_values * 18 // 256
 
 
 def test_speed_is_bandwidth_over_bytes() -> None:

@@ -142,6 +142,27 @@ def test_prompts_between_captured_steps_and_crops() -> None:
     assert recorder.replayed > 20
 
 
+@torch.no_grad()
+def test_captured_steps_join_long_runs() -> None:
+    """From 32,768 keys on, as with fine runs of one key and pages of 16; steps cross two ends."""
+    hip = {"key_block_size": 1, "bound_block_size": 1, "query_stride": 16}
+    plain, model, recorder = pair(hip)
+    prompt = torch.randint(1, 96, (1, 32_754), generator=torch.Generator().manual_seed(5))
+    tokens, caches, out = prompt[0, :300], [], []
+    for m in (plain, model):
+        caches.append(HiPCache(m.config, page_size=16))
+        recorder.cache = caches[-1]
+        m(prompt, past_key_values=caches[-1], logits_to_keep=1)
+        out.append(steps(m, caches[-1], tokens))
+    torch.testing.assert_close(out[1], out[0], atol=1e-4, rtol=1e-4)
+    assert recorder.replayed > 290
+    for a, b in zip(*(cache.paged_layers for cache in caches), strict=True):
+        long = a.pages.index.summaries[:, 17:]
+        assert long.shape[1] == 1
+        pages = torch.tensor(a.pages._tables[0])[15 : 129 * 16 : 16]
+        assert torch.equal(b.pages.index.summaries[pages, 17:], long[pages])
+
+
 def test_outputs_of_a_step_outlive_the_next() -> None:
     _, model, recorder = pair()
     recorder.cache = cache = HiPCache(model.config)

@@ -1,4 +1,4 @@
-// The search through summaries: coarse runs first, then the fine runs of those kept, then blocks.
+// The search through summaries: long runs first, then the shorter ones of those kept, then blocks.
 #pragma once
 #include "select/summaries.h"
 
@@ -14,12 +14,13 @@ struct DescentSize {
   int64_t scores = 0;  // of anything that is ranked
   explicit DescentSize(const DescentCall& call)
       : levels(call.batch.page_size, call.index.run_size, call.index.num_runs) {
+    if (call.batch.rope.partner) levels.keep_within((int64_t)1 << segment_bits(call.batch.rope));
     const int64_t keys = wanted_keys(call), longest = longest_sequence(call);
     int64_t kept_above = -1;
     for (int level = levels.coarsest(); level >= 0; --level) {
       // Children of what is kept above, and less than a parent's worth at each end.
-      const int64_t candidates =
-          kept_above < 0 ? longest / levels.length[level] + 1 : (kept_above + 2) * levels.ratio();
+      const int64_t candidates = kept_above < 0 ? longest / levels.length[level] + 1
+                                                : (kept_above + 2) * levels.ratio(level + 1);
       kept_above = minimum(levels.kept(keys, level), candidates);
       runs = maximum(runs, candidates);
       kept = maximum(kept, kept_above);
@@ -78,7 +79,7 @@ template <class Keys, class Summaries> class Descent {
   BlockList propose(const Middle& middle) {
     const int64_t keys = DescentSize::wanted_keys(call_);
     int64_t kept = -1;
-    for (int level = levels_.coarsest(); level >= 0; --level) {
+    for (int level = top(middle, keys); level >= 0; --level) {
       const int64_t n = list_candidates(kept, level, middle);
       const int64_t keep = levels_.kept(keys, level);
       kept = run_rank_.best(candidates_, n, level, keep, middle, best_runs_);
@@ -90,11 +91,27 @@ template <class Keys, class Summaries> class Descent {
     return {proposed_, n};
   }
 
-  // Runs of a level to score, ascending: children of the kept runs, and runs whose parent sticks
-  // out of the middle. `kept` is -1 at the coarsest level.
-  int64_t list_candidates(int64_t kept, int level, const Middle& middle) {
+  // The level to begin with: of those above it, a search would keep every run.
+  int top(const Middle& middle, int64_t keys) const {
+    int level = levels_.coarsest();
+    while (level > 0 && runs_in(middle, level).count() <= levels_.kept(keys, level)) --level;
+    return level;
+  }
+
+  // Runs of a level that lie in the middle.
+  struct Range {
+    int64_t begin, end;
+    int64_t count() const { return maximum(end - begin, (int64_t)0); }
+  };
+  Range runs_in(const Middle& middle, int level) const {
     const int64_t length = levels_.length[level];
-    const int64_t begin = ceil_div(middle.begin, length), end = middle.end / length;
+    return {ceil_div(middle.begin, length), middle.end / length};
+  }
+
+  // Runs of a level to score, ascending: children of the kept runs, and runs whose parent sticks
+  // out of the middle. `kept` is -1 at the level to begin with.
+  int64_t list_candidates(int64_t kept, int level, const Middle& middle) {
+    const auto [begin, end] = runs_in(middle, level);
     int64_t n = 0;
     auto add = [&](int64_t from, int64_t to) {
       for (int64_t run = from; run < to; ++run) candidates_[n++] = (int32_t)run;
@@ -103,8 +120,9 @@ template <class Keys, class Summaries> class Descent {
       add(begin, end);
       return n;
     }
-    const int64_t parent = levels_.length[level + 1], ratio = parent / length;
-    int64_t low = ceil_div(middle.begin, parent) * ratio, high = middle.end / parent * ratio;
+    const int64_t ratio = levels_.ratio(level + 1);
+    int64_t low = runs_in(middle, level + 1).begin * ratio;
+    int64_t high = runs_in(middle, level + 1).end * ratio;
     if (low >= high) low = high = end;  // no parent fits: all of them, once
     add(begin, minimum(low, end));
     for (int64_t i = 0; i < kept; ++i) add(kept_runs_[i] * ratio, (kept_runs_[i] + 1) * ratio);

@@ -53,7 +53,7 @@ template <class Summaries> struct SummariesOfRuns {
   const int32_t* runs;
   int64_t length, offset;  // keys of a run, and where its level begins in a page
   Row operator()(int64_t i) const {
-    const int64_t key = runs[i] * length;
+    const int64_t key = (runs[i] + 1) * length - 1;  // a run lies with its last key
     const int64_t run = offset + (uint32_t)middle.seq.slot(key) / (uint32_t)length;
     return summaries.at(middle.seq.page(key), run, middle.kv_head);
   }

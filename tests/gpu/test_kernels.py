@@ -77,6 +77,21 @@ def test_selection_equals_the_definition(seed: int) -> None:
     assert torch.equal(got.window_start.cpu(), expected.window_start)
 
 
+@pytest.mark.parametrize("code_bits", [16, 8])
+@pytest.mark.parametrize(("length", "rows"), [(36_011, 3), (540_017, 1)])
+def test_searches_begin_with_the_same_long_runs(length: int, rows: int, code_bits: int) -> None:
+    """One level of them, and two; a short sequence has none of its own."""
+    config = SMALL.replace(
+        key_block_size=1, bound_block_size=1, code_bits=code_bits, decode_dense_below=0
+    )
+    shape = Shape((length, 1500), (rows, 1), 1, head_dim=16, page_size=16, kind="grid")
+    case = make_case(shape, config.index_form, backend="auto")
+    q, kv, layout = moved(case)
+    got = select_blocks(q, kv.index, layout, config=config, backend="triton")
+    expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
+    assert torch.equal(got.indices.cpu(), expected.indices)
+
+
 @pytest.mark.parametrize("seed", range(CASES))
 def test_attention_is_exact_over_what_was_chosen(seed: int) -> None:
     shape, config = small(1000 + seed)

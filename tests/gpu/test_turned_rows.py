@@ -42,6 +42,19 @@ def case_of(shape: str, config: HiPConfig) -> Case:
     return make_case(SHAPES[shape], config.index_form)
 
 
+@pytest.mark.parametrize("trained", [512, 1024])
+def test_long_runs_lie_in_one_segment(trained: int) -> None:
+    """Segments of 128 keys have none of 256, segments of 256 do."""
+    config = STREAM.replace(trained_length=trained, key_block_size=1, bound_block_size=1)
+    shape = Shape((45_013,), (1,), 1, head_dim=16, page_size=16)
+    case, rope = make_case(shape, config.index_form, backend="auto"), make_rope(16)
+    there, options = case.on(DEVICE), {"config": config, "rope": rope.to(DEVICE)}
+    got = select_blocks(there.q, there.index, there.layout, backend="triton", **options)
+    options["rope"] = rope
+    expected = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    assert torch.equal(got.indices.cpu(), expected.indices)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "changes",

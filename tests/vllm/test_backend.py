@@ -36,10 +36,15 @@ BOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 
 def kv_blocks(
-    blocks: int, size: int, heads: int, dim: int, form: IndexForm = DEFAULT.index_form
+    blocks: int,
+    size: int,
+    heads: int,
+    dim: int,
+    form: IndexForm = DEFAULT.index_form,
+    keys: int = 0,
 ) -> torch.Tensor:
     """`[blocks, heads, size, 2 * dim]` as vLLM hands it out, in pages that are poisoned around."""
-    layout = kv_block.BlockLayout(size, heads, dim, torch.float32, form)
+    layout = kv_block.BlockLayout(size, heads, dim, torch.float32, form, keys)
     stride = layout.padded_bytes // 4
     raw = torch.full((blocks * stride,), float("nan"))
     return raw.as_strided((blocks, heads, size, 2 * dim), (stride, 2 * dim, heads * 2 * dim, 1))

@@ -21,12 +21,13 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from hipserve import BackendError, ConfigError, HiPConfig
+from hipserve.cache import PagedLayer
 from hipserve.capacity.scratch import SEARCH_BYTES, scratch_bytes
 from hipserve.config import IndexForm
 from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
 from hipserve.integrations.vllm.runners import StepRequests
-from hipserve.integrations.vllm.step import HiPStep, found_keys, found_pages
-from hipserve.ops import build_index
+from hipserve.integrations.vllm.step import HiPStep, due_runs, found_keys, found_pages
+from hipserve.ops import build_index, write_kv
 from hipserve.plan import RefreshSchedule, SequenceStep, bound_levels, runs_of_pages
 
 GIB = 1 << 30
@@ -67,6 +68,43 @@ def test_the_index_of_found_pages_is_made_from_their_keys(size: int, form: Index
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """Of x `[...]`, for comparisons that NaN must not disturb."""
     return x.contiguous().flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize("code_bits", [16, 8])
+def test_long_runs_of_blocks_are_joined_as_in_a_cache(code_bits: int) -> None:
+    """Of what a step writes, of what the one before it wrote, and of what a request finds."""
+    form = IndexForm(1, code_bits)
+    layout = kv_block.BlockLayout(16, 2, 64, torch.float32, form, 2**17)
+    assert layout.joined_length == 256
+    assert kv_block.BlockLayout(16, 2, 64, torch.float32, form, 2**15).joined_length is None
+    cache = kv_blocks(65, 16, 2, 64, form, 2**17)
+    pages = kv_block.page_views(cache, form, 2**17)
+    k = torch.randn(1, 1024, 2, 64)
+    table = torch.randperm(64)[None].int() + 1
+    slots = table[0].long().repeat_interleave(16) * 16 + torch.arange(16).repeat(64)
+    held = PagedLayer(16, 1, code_bits)
+    for _ in range(33):  # the pool has room for as many keys
+        held.append(k, k)
+    long = held.index.summaries[torch.tensor(held._tables[0])[15:64:16], -1]
+    write_kv(k[0], k[0], pages.pool, pages.index, slots)
+    assert not torch.equal(as_bytes(pages.index.summaries[table[0, 15::16], -1]), as_bytes(long))
+    for rows, seq_len, started, replayed in (
+        (300, 300, False, False),
+        (1, 513, False, True),  # the run that ended in the step before
+        (1, 768, False, False),
+        (24, 1024, True, False),  # found, and written
+    ):
+        step = common([rows], [seq_len], [False])
+        step.block_table_tensor = table
+        found = [(0, seq_len - rows)] if started else []
+        due = due_runs(step, found, length=256, rows=1, replayed=replayed)
+        assert due is not None
+        due.join(pages.index)
+        end = seq_len // 256
+        got = pages.index.summaries[table[0, 15 : end * 16 : 16], -1]
+        assert torch.equal(got, long[:end])
+    quiet = common([1, 200], [260, 200], [False, True])
+    assert due_runs(quiet, [], length=256, rows=1, replayed=False) is None
 
 
 def test_many_found_pages_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +247,9 @@ def test_blocks_are_padded_as_the_engine_is_configured() -> None:
     """vLLM's model runners ask the class for its specs, which has no other way to know."""
     ask = runners.showing_configuration(lambda _: backend.HiPBackend.customize_spec(SPEC))
     for options in ({"bound_block_size": 32}, {"selector": "tree"}):
-        engine = SimpleNamespace(additional_config={"hip": options})
-        layout = kv_block.BlockLayout.of(SPEC, HiPConfig.from_dict(options))
+        model = SimpleNamespace(max_model_len=2**20)
+        engine = SimpleNamespace(additional_config={"hip": options}, model_config=model)
+        layout = kv_block.BlockLayout.of(SPEC, HiPConfig.from_dict(options), 2**20)
         assert ask(SimpleNamespace(vllm_config=engine)).page_size_bytes == layout.padded_bytes
     assert backend.HiPBackend.customize_spec(SPEC).page_size_bytes > layout.padded_bytes
 
@@ -225,7 +264,7 @@ def layers(count: int, config: HiPConfig) -> dict[str, Any]:
         schedule = RefreshSchedule(4, config.refresh_interval)
         impl = SimpleNamespace(
             schedule=schedule, is_local=lambda _: False, is_dense=lambda _: False,
-            keeps_index=lambda _: True,
+            keeps_index=lambda _: True, longest=4096,
         )  # fmt: skip
         made[f"layers.{i}"] = Layer(impl=impl, layer_name=f"layers.{i}")
     return made
@@ -303,12 +342,15 @@ def test_what_measuring_graphs_takes_fits_beside_the_weights(
     assert block_size.largest(token, 0, memory) == 256
 
 
+@pytest.mark.parametrize("keys", [0, 2**20])
 @pytest.mark.parametrize("code_bits", [16, 8, 4])
 @pytest.mark.parametrize("size", [64, 256])
-def test_the_index_of_blocks_is_counted_with_codes_too(size: int, code_bits: int) -> None:
+def test_the_index_of_blocks_is_counted_with_codes_too(
+    size: int, code_bits: int, keys: int
+) -> None:
     heads = 256
     token = 2 * heads * 128 * 2
     form = IndexForm(16, code_bits)
-    layout = kv_block.BlockLayout(size, heads, 128, torch.bfloat16, form)
+    layout = kv_block.BlockLayout(size, heads, 128, torch.bfloat16, form, keys)
     taken = block_size.measuring_bytes(token, 8, size, code_bits)
     assert layout.padded_bytes * 8 <= taken <= 1.03 * layout.padded_bytes * 8

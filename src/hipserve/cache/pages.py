@@ -14,7 +14,9 @@ from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks
-from hipserve.plan import BatchLayout, PruningRule, runs_of_pages
+from hipserve.ops.write_kv.join_runs import join
+from hipserve.plan import BatchLayout, PruningRule
+from hipserve.plan.parts import num_runs_of
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 MakeStore = Callable[[int, IndexForm, Tensor], PageStore]
@@ -48,10 +50,10 @@ class PagedLayer:
         make_store: MakeStore = ResidentPages,
     ) -> None:
         checks.check_size("page_size", page_size)
-        if run_size is not None:
-            num_runs = runs_of_pages(page_size, run_size)
-            checks.check_page_size(page_size, run_size, num_runs)
         self.page_size, self.form = page_size, IndexForm(run_size, code_bits)
+        self._written_runs = num_runs_of(page_size, self.form)
+        if run_size is not None:
+            checks.check_page_size(page_size, run_size, self._written_runs)
         self.lengths: list[int] = []
         self._make_store = make_store
         self._store: PageStore | None = None
@@ -141,7 +143,14 @@ class PagedLayer:
 
     def advance(self, counts: list[int]) -> None:
         """So many keys more were written of every sequence."""
-        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        known = self.lengths
+        self.lengths = [n + c for n, c in zip(known, counts, strict=True)]
+        self._join(known)
+
+    def _join(self, known: list[int]) -> None:
+        """Joins the long runs behind so many keys of every sequence, where the index has any."""
+        if self.index.num_runs > self._written_runs:
+            join(self.index, self.block_table, self.lengths, known)
 
     def _check(self, k: Tensor) -> None:
         """What is appended fits what is there."""
@@ -239,7 +248,10 @@ class PagedLayer:
         held = len(self._owners)
         if self._store is None:
             self._store, self._device = self._make_store(self.page_size, self.form, k), k.device
+        num_runs = self.index.num_runs
         count = self._store.grow(held, held + missing, k)
+        if self.index.num_runs > num_runs:  # it got deeper
+            self._join([0] * len(self.lengths))
         self._owners += [0] * (count - held)
         return range(held, count)
 

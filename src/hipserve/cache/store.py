@@ -108,6 +108,8 @@ def empty_pages(
 ) -> tuple[KeyPool, KeyIndex]:
     """Pages for keys `[..., num_kv_heads, head_dim]` with the dtype and device of `like`.
 
+    A sequence that fills them all has its long runs (`hipserve.ops.join_runs`).
+
     In memory a page holds one head after the other: a head reads its keys as one stretch, which
     is twice as fast on a CPU as picking them out between those of the other heads.
     """
@@ -121,9 +123,9 @@ def empty_index(
     count: int, page_size: int, form: IndexForm, keys: Tensor, device: torch.device | None = None
 ) -> KeyIndex:
     """An index of `count` of the pages of `keys` `[num_pages, page_size, num_kv_heads, head_dim]`,
-    on their device or another."""
+    on their device or another, as deep as a sequence in all of them needs it."""
     heads, dim = keys.shape[-2:]
-    layout = IndexLayout.of_pages(page_size, dim, keys.dtype, form)
+    layout = IndexLayout.of_pages(page_size, dim, keys.dtype, form, count * page_size)
     there = keys if device is None else torch.empty(0, device=device)
     return layout.index(keys, lambda rows: _allocate(count, heads, rows, there))
 
@@ -135,9 +137,15 @@ def larger_index(index: KeyIndex, held: int, count: int, form: IndexForm, keys: 
     keys: `[num_pages, page_size, num_kv_heads, head_dim]`.
     """
     larger = empty_index(count, keys.shape[1], form, keys, index.codes.device)
-    for new, old in zip(larger.tensors(), index.tensors(), strict=True):
-        new[:held] = old[:held]
+    keep_pages(index.tensors(), larger.tensors(), held)
     return larger
+
+
+def keep_pages(old: list[Tensor], new: list[Tensor], held: int) -> None:
+    """Copies the first `held` pages of each tensor `[num_pages, ...]`; an index may have got more
+    levels, whose runs come last in a page."""
+    for source, target in zip(old, new, strict=True):
+        target[:held, : source.shape[1]] = source[:held]
 
 
 def _allocate(count: int, heads: int, rows: Rows, like: Tensor) -> Tensor:
@@ -174,8 +182,7 @@ class ResidentPages:
         `[..., num_kv_heads, head_dim]`."""
         count, before = grown(held, wanted, self.page_size), self._tensors()
         self.pool, self.index = empty_pages(count, self.page_size, self.form, k)
-        for new, old in zip(self._tensors(), before, strict=True):
-            new[:held] = old[:held]
+        keep_pages(before, self._tensors(), held)
         return count
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, writes: Sequence[Write]) -> None:  # noqa: ARG002

@@ -105,6 +105,7 @@ class Service:
             model.head_dim,
             key_bytes=model.itemsize,
             form=self.config.index_form,
+            keys=self.context,
         )
         return model.full_layers * page / BLOCK
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 from hipserve.capacity.memory import BLOCK, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.config import HiPConfig
-from hipserve.plan.parts import Part, code_parts, summary_parts
+from hipserve.plan.parts import Part, code_parts, num_runs_of, summary_parts
 from hipserve.plan.rule import pruning_rule
-from hipserve.plan.runs import bound_levels, kept_runs
+from hipserve.plan.runs import bound_levels, kept_runs, pruning_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,13 @@ def _search_bytes(model: ModelShape, config: HiPConfig, context: int) -> float:
         stages = max(math.ceil(math.log2(context / config.budget)), 0)
         return model.num_kv_heads * 2 * config.budget * stages * key
     summary = _row_bytes(summary_parts(1, model.head_dim, config.index_form), model)
-    levels = bound_levels(BLOCK, config.run_size)
     ranked = config.budget * max(config.rerank, 1)
-    fine, *coarse = kept_runs(ranked, levels)
+    every = bound_levels(BLOCK, config.run_size, num_runs_of(BLOCK, config.index_form, context))
+    levels = pruning_levels(every, kept_runs(ranked, every), context)
+    fine, *longer = kept_runs(ranked, levels)
+    ratios = (long / short for short, long in itertools.pairwise(levels))
     runs = context / levels[-1]
-    if coarse:
-        runs += (coarse[0] + 2) * levels[1] / levels[0]
+    runs += sum((kept + 2) * ratio for kept, ratio in zip(longer, ratios, strict=True))
     keys = fine * levels[0] * key if config.rerank else 0
     return model.num_kv_heads * (runs * summary + keys)
 

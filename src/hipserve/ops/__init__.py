@@ -4,10 +4,12 @@ from hipserve.ops.block_sparse_attention.api import block_sparse_attention
 from hipserve.ops.load_tiles.api import load_tiles, store_rows
 from hipserve.ops.select_blocks.api import refresh_blocks, select_blocks
 from hipserve.ops.write_kv.api import build_index, write_kv
+from hipserve.ops.write_kv.join_runs import join_runs
 
 __all__ = [
     "block_sparse_attention",
     "build_index",
+    "join_runs",
     "load_tiles",
     "refresh_blocks",
     "select_blocks",

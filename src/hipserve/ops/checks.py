@@ -12,6 +12,7 @@ from torch import Tensor
 from hipserve.config import CODE_BITS, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
+from hipserve.plan.runs import WRITTEN_LEVELS
 from hipserve.types import KeyIndex, KeyPool
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -205,14 +206,15 @@ def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
         require(same, "summary_scales", f"shape {list(shape)}", found, "use build_index")
     page_size, found = index.page_size, list(index.summaries.shape)
     known = {runs_of_pages(page_size, own), bound_offsets(page_size, own)[-1]}
-    runs = found[1] if found[1] in known else max(known)
+    deeper = found[1] > max(known) and bound_offsets(page_size, own, found[1])[-1] == found[1]
+    runs = found[1] if deeper or found[1] in known else max(known)
     shape = [index.codes.shape[0], runs, index.num_kv_heads, 2, index.head_dim]
     require(found == shape, "summaries", str(shape), found, hint)
 
 
 def check_page_size(page_size: int, size: int, num_runs: int) -> None:
     """Runs of keys do not straddle the pages of a sequence that has several."""
-    longest = bound_levels(page_size, size, num_runs)[-1]
+    longest = bound_levels(page_size, size, num_runs)[:WRITTEN_LEVELS][-1]
     require(
         page_size % longest == 0,
         "page_size",

@@ -52,9 +52,9 @@ def summary_parts(num_runs: int, head_dim: int, form: IndexForm) -> tuple[Part, 
     return Part(num_runs, (2, head_dim), "int8"), Part(num_runs, (2,), "bfloat16")
 
 
-def num_runs_of(page_size: int, form: IndexForm) -> int:
-    """Runs with a summary in a page of a longer sequence; 0 for none."""
-    return 0 if form.run_size is None else runs_of_pages(page_size, form.run_size)
+def num_runs_of(page_size: int, form: IndexForm, keys: int = 0) -> int:
+    """Runs with a summary in a page of sequences with up to `keys` keys; 0 for none."""
+    return 0 if form.run_size is None else runs_of_pages(page_size, form.run_size, keys)
 
 
 def aligned(nbytes: int) -> int:
@@ -63,9 +63,18 @@ def aligned(nbytes: int) -> int:
 
 
 def index_bytes(
-    page_size: int, num_kv_heads: int, head_dim: int, *, key_bytes: int, form: IndexForm
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    key_bytes: int,
+    form: IndexForm,
+    keys: int = 0,
 ) -> int:
-    """Of a page with all its heads, the keys themselves not counted, as KV blocks hold it."""
+    """Of a page with all its heads, the keys themselves not counted, as KV blocks hold it.
+
+    keys: of the longest sequence.
+    """
     parts = code_parts(page_size, head_dim, form)
-    parts += summary_parts(num_runs_of(page_size, form), head_dim, form)
+    parts += summary_parts(num_runs_of(page_size, form, keys), head_dim, form)
     return sum(aligned(num_kv_heads * part.nbytes(key_bytes)) for part in parts)

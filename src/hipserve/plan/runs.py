@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
-COARSE_RATIO = 16
-"""A coarse run holds this many fine ones: 256 keys with the default `bound_block_size`; fewer in
-smaller pages, but no less than a quarter of it."""
+RUN_RATIO = 16
+"""A run holds this many of the level below: 16, 256, 4,096, 65,536 ... keys with the default
+`bound_block_size`. Coarse runs, the second level, are shorter in smaller pages, but no less than a
+quarter of it."""
 
 COARSE_KEEP = 6
 """Of the fine level a search scores this many times what it keeps."""
+
+LONG_KEEP = 128
+"""Of every level beyond the coarse one a search keeps at least so many runs, so that it chooses
+from 524,288 keys what it would without these levels. Shorter sequences have none."""
+
+WRITTEN_LEVELS = 2
+"""Fine and coarse runs lie in one page and are summarised with its keys. Longer ones are joined
+from the coarse ones once they are complete (`hipserve.ops.join_runs`), and lie in the page of
+their last key."""
+
+MOST_KEYS = 2**31
+"""Positions have 32 bits."""
 
 
 def bound_levels(
@@ -17,25 +31,51 @@ def bound_levels(
 ) -> tuple[int, ...]:
     """Run lengths, in keys, of the levels of runs that a page of `page_size` keys carries.
 
-    `num_runs` is the run axis of its summaries, which shows whether there is a coarse level; None
-    means that the page is a whole sequence, whose last runs may be partial.
+    `num_runs` is the run axis of its summaries, which shows how many levels there are; None means
+    that the page is a whole sequence, whose last runs may be partial.
     """
-    ratio = COARSE_RATIO
-    while ratio > 1 and ratio * bound_block_size > page_size:
-        ratio //= 2
-    fine_only = num_runs == -(-page_size // bound_block_size)
-    coarse = (ratio * bound_block_size,) if ratio * 4 >= COARSE_RATIO and not fine_only else ()
-    return (bound_block_size, *coarse)
+    lengths = _every_length(page_size, bound_block_size)
+    if num_runs is None:
+        return _levels_for(lengths, page_size)
+    levels, offset = list[int](), 0
+    for length in lengths:
+        if offset >= num_runs:
+            break
+        levels.append(length)
+        offset += -(-page_size // length)
+    return tuple(levels)
 
 
-def runs_of_pages(page_size: int, bound_block_size: int) -> int:
-    """Runs that a page of a longer sequence carries.
+def runs_of_pages(page_size: int, bound_block_size: int, keys: int = 0) -> int:
+    """Runs that a page carries of sequences with up to `keys` keys.
 
     Coarse runs do not straddle pages: they divide the page, or there are none.
     """
-    if page_size % bound_levels(page_size, bound_block_size)[-1]:
-        return -(-page_size // bound_block_size)
-    return bound_offsets(page_size, bound_block_size)[-1]
+    levels = _levels_for(_every_length(page_size, bound_block_size), keys)
+    if page_size % levels[:WRITTEN_LEVELS][-1]:
+        levels = levels[:1]
+    return sum(-(-page_size // length) for length in levels)
+
+
+def _every_length(page_size: int, bound_block_size: int) -> Iterator[int]:
+    """Run lengths of all levels that any sequence in such pages has, ascending."""
+    yield bound_block_size
+    ratio = RUN_RATIO
+    while ratio > 1 and ratio * bound_block_size > page_size:
+        ratio //= 2
+    if ratio * 4 < RUN_RATIO:
+        return
+    yield ratio * bound_block_size
+    length = RUN_RATIO**2 * bound_block_size
+    while length < MOST_KEYS:
+        yield length
+        length *= RUN_RATIO
+
+
+def _levels_for(lengths: Iterator[int], keys: int) -> tuple[int, ...]:
+    """Those of these levels that sequences of up to `keys` keys need."""
+    written = itertools.islice(lengths, WRITTEN_LEVELS)
+    return (*written, *itertools.takewhile(lambda length: LONG_KEEP * length < keys, lengths))
 
 
 def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
@@ -44,8 +84,31 @@ def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
     At both ends of what is searched lie fine runs that no coarse run covers, less than one's worth
     each; they are scored as well, hence the two coarse runs less.
     """
-    fine, *coarse = levels
-    return (-(-keys // fine), *(max(-(-COARSE_KEEP * keys // run) - 2, 1) for run in coarse))
+    fine, *longer = levels
+    kept = [-(-COARSE_KEEP * keys // length) for length in longer]
+    coarse, long = kept[:1], kept[1:]
+    return (
+        -(-keys // fine),
+        *(max(count - 2, 1) for count in coarse),
+        *(max(count, LONG_KEEP) for count in long),
+    )
+
+
+def levels_within(levels: Sequence[int], segment: int) -> tuple[int, ...]:
+    """Fine and coarse runs, and the longer ones of at most `segment` keys, which move together."""
+    long = itertools.takewhile(lambda length: length <= segment, levels[WRITTEN_LEVELS:])
+    return (*levels[:WRITTEN_LEVELS], *long)
+
+
+def pruning_levels(levels: Sequence[int], kept: Sequence[int], keys: int) -> tuple[int, ...]:
+    """These levels without the long ones of which a search in `keys` keys keeps every run.
+
+    kept: as from `kept_runs`.
+    """
+    count = len(levels)
+    while count > WRITTEN_LEVELS and keys // levels[count - 1] <= kept[count - 1]:
+        count -= 1
+    return tuple(levels[:count])
 
 
 def bound_offsets(
@@ -53,9 +116,7 @@ def bound_offsets(
 ) -> tuple[int, ...]:
     """Where each level starts in the run axis of the summaries; the last entry is the axis length.
 
-    Arguments as in `bound_levels`.
+    A run lies in the page of its last key. Arguments as in `bound_levels`.
     """
-    offsets = [0]
-    for length in bound_levels(page_size, bound_block_size, num_runs):
-        offsets.append(offsets[-1] + -(-page_size // length))
-    return tuple(offsets)
+    levels = bound_levels(page_size, bound_block_size, num_runs)
+    return (0, *itertools.accumulate(-(-page_size // length) for length in levels))

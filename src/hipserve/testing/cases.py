@@ -13,7 +13,7 @@ from torch import Tensor
 from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
 from hipserve.config import DEFAULT, HiPConfig, IndexForm, SelectorName
-from hipserve.ops import write_kv
+from hipserve.ops import join_runs, write_kv
 from hipserve.ops.rope import pack_rope
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import BatchLayout
@@ -181,6 +181,7 @@ def in_pages(
     summaries = kv.index.summaries
     if shape.kind == "grid" and summaries is not None and form.code_bits == 16:
         summaries.mul_(16).round_().div_(16)  # scores of runs are exact too
+    join_runs(kv.index, table, shape.seq_lens)
     starts = torch.tensor([0, *shape.query_lens]).cumsum(0).int()
     return kv, BatchLayout(table, torch.tensor(shape.seq_lens, dtype=torch.int32), starts)
 
@@ -194,7 +195,8 @@ def empty_pages(pool: int, shape: Shape, form: IndexForm = DEFAULT.index_form) -
         return x.fill_(torch.nan if dtype.is_floating_point else 127)
 
     k, v = (poisoned(shape.page_size, (dim,), shape.dtype) for _ in range(2))
-    layout = IndexLayout.of_pages(shape.page_size, dim, shape.dtype, form)
+    keys = pool * shape.page_size
+    layout = IndexLayout.of_pages(shape.page_size, dim, shape.dtype, form, keys)
     index = layout.index(k, lambda rows: poisoned(rows.count, rows.shape, rows.dtype))
     return Pages(KeyPool(k, v), index)
 

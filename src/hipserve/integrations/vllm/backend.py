@@ -115,7 +115,8 @@ class HiPBackend(AttentionBackend):
         if spec.block_size == 1:
             return spec
         engine = get_current_vllm_config_or_none()  # `runners.show_configuration`
-        layout = BlockLayout.of(spec, settings.hip_config(engine) if engine else DEFAULT)
+        config = settings.hip_config(engine) if engine else DEFAULT
+        layout = BlockLayout.of(spec, config, engine.model_config.max_model_len if engine else 0)
         if engine and settings.offload_of(engine) is not None:
             return index_only(spec, layout)
         return replace(spec, page_size_padded=layout.padded_bytes) if layout.index_bytes else spec

@@ -19,9 +19,9 @@ SIZES = (BLOCK_SIZE, 128, 64, 32, 16)
 PROFILE_SHARE = 8
 """The cache that graphs are measured with takes up to one part in so many of the card."""
 
-INDEX_BYTES = {16: 1.09, 8: 1.31, 4: 1.19}
+INDEX_BYTES = {16: 1.095, 8: 1.31, 4: 1.19}
 """Maximum ratio of the bytes of a block with its index and without, by bits of a code: with 64
-tokens."""
+tokens, and sequences of up to 8M of them."""
 
 
 def of_engine(vllm_config: VllmConfig, memory: int) -> int:

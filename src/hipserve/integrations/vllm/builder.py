@@ -21,12 +21,13 @@ from vllm.v1.kv_cache_interface import (
 from hipserve.attention.crossover import rule_for
 from hipserve.errors import BackendError, ConfigError
 from hipserve.integrations.vllm import settings
-from hipserve.integrations.vllm.kv_block import BlockLayout, pages_of, rebuild_index
+from hipserve.integrations.vllm.kv_block import BlockLayout, DueRuns, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
 from hipserve.integrations.vllm.offload import HostedLayer, check_blocks
 from hipserve.integrations.vllm.runners import StepRequests, step_requests
 from hipserve.integrations.vllm.step import (
     HiPStep,
+    due_runs,
     found_keys,
     found_pages,
     host_seq_lens,
@@ -87,12 +88,13 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.indexed = any(layer.impl.keeps_index(layer) for layer in self.layers.values())
         self.offload = settings.offload_of(vllm_config)
         self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        longest = max(layer.impl.longest for layer in self.layers.values())
+        self.layout = BlockLayout.of(kv_cache_spec, self.config, longest)
         self._check_spec(kv_cache_spec)
         if self.offload is not None:
-            self._host(vllm_config, self.offload, BlockLayout.of(kv_cache_spec, self.config))
+            self._host(vllm_config, self.offload, self.layout)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
-        size = BlockLayout.of(kv_cache_spec, self.config).index_bytes * blocks
-        self.tally.add("hipserve_page_bound_bytes", size)
+        self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)
 
     @staticmethod
     def _rule(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> PruningRule:
@@ -129,7 +131,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 f"of {spec.head_size} and {spec.head_size_v})",
                 "leave out --attention-backend CUSTOM",
             )
-        layout = BlockLayout.of(spec, self.config)
+        layout = self.layout
         needed = layout.padded_bytes if self.offload is None else layout.index_bytes
         if self.indexed and spec.page_size_bytes < needed:
             raise BackendError(
@@ -168,10 +170,15 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         requests = step_requests(common)
         self.schedule.forget(requests.ended)
         plan, selects = self._plan(common, requests)
-        pages = self._found_pages(common, requests, replayed=isinstance(plan, CapturedPlan))
+        replayed = isinstance(plan, CapturedPlan)
+        pages, due = self._index_due(common, requests, replayed=replayed)
+        if replayed:
+            self._update_indexes(pages, due)
+            pages = due = None
         count = int(common.query_start_loc_cpu[-1])
         slots = common.slot_mapping[:count]
-        return HiPStep(count, slots, plan, selects, self.counted_layer, pages)
+        asked = (count, slots, plan, selects, self.counted_layer)
+        return HiPStep(*asked, found_pages=pages, due_runs=due)
 
     def _count_stalls(self) -> None:
         """Of the steps before, in this process."""
@@ -179,20 +186,30 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add("hipserve_pool_stalls", faults - self.faults)
         self.faults = faults
 
-    def _found_pages(
+    def _index_due(
         self, common: CommonAttentionMetadata, requests: StepRequests, replayed: bool
-    ) -> Tensor | None:
-        """Pages whose index the layers build; a step that graphs may replay gets it built here."""
+    ) -> tuple[Tensor | None, DueRuns | None]:
+        """Pages whose index is built, and long runs that are joined, before anybody reads them."""
         kept = self.offload is not None  # an index stays in its block, as nothing moves blocks
         found = found_keys(common, requests) if self.indexed and not kept else []
         self.tally.add("hipserve_found_keys", sum(keys for _, keys in found))
         pages = found_pages(common.block_table_tensor, self.kv_cache_spec.block_size, found)
-        if pages is None or not replayed:
-            return pages
+        if not self.indexed or self.layout.joined_length is None:
+            return pages, None
+        sizes = {"length": self.layout.joined_length, "rows": self.verified_rows}
+        return pages, due_runs(common, found, **sizes, replayed=replayed)
+
+    def _update_indexes(self, pages: Tensor | None, due: DueRuns | None) -> None:
+        """What layers do before they search, for a step that graphs may replay."""
+        if pages is None and due is None:
+            return
         for layer in self.layers.values():
             if layer.impl.keeps_index(layer):
-                rebuild_index(pages_of(layer.kv_cache, self.config.index_form), pages)
-        return None
+                held = layer.impl.pages_of(layer, layer.kv_cache)
+                if pages is not None:
+                    rebuild_index(held, pages)
+                if due is not None:
+                    due.join(held.index)
 
     def _plan(
         self, common: CommonAttentionMetadata, requests: StepRequests

@@ -9,7 +9,7 @@ request did not write itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from hipserve.capacity.scratch import COPY_BYTES
 from hipserve.config import IndexForm
 from hipserve.ops import build_index
+from hipserve.ops.write_kv.join_runs import join
 from hipserve.ops.write_kv.layout import IndexLayout, Rows
 from hipserve.plan.parts import aligned, index_bytes
+from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels
 from hipserve.types import KeyIndex, KeyPool
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class BlockLayout:
     """Sizes of one layer's part of a KV block: rows of keys and values, then the index of the keys.
 
     A row holds the keys and then the values of one token and head, as vLLM's GPU backends have it.
+    `keys` is the longest sequence, for which there are runs longer than a block.
     """
 
     block_size: int
@@ -39,16 +42,26 @@ class BlockLayout:
     head_dim: int
     dtype: torch.dtype
     form: IndexForm
+    keys: int = 0
 
     @classmethod
-    def of(cls, spec: AttentionSpec, config: HiPConfig) -> BlockLayout:
-        """The layout of a layer that may be pruned."""
+    def of(cls, spec: AttentionSpec, config: HiPConfig, keys: int = 0) -> BlockLayout:
+        """The layout of a layer that may be pruned, for sequences of up to `keys` keys."""
         shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
-        return cls(*shape, spec.dtype, config.index_form)
+        return cls(*shape, spec.dtype, config.index_form, keys)
 
     @property
     def index(self) -> IndexLayout:
-        return IndexLayout.of_pages(self.block_size, self.head_dim, self.dtype, self.form)
+        sizes = (self.block_size, self.head_dim)
+        return IndexLayout.of_pages(*sizes, self.dtype, self.form, self.keys)
+
+    @property
+    def joined_length(self) -> int | None:
+        """Keys of the shortest run that is longer than a block; None where there are none."""
+        if self.form.run_size is None:
+            return None
+        levels = bound_levels(self.block_size, self.form.run_size, self.index.num_runs)
+        return next(iter(levels[WRITTEN_LEVELS:]), None)
 
     @property
     def content_bytes(self) -> int:
@@ -64,6 +77,7 @@ class BlockLayout:
             self.head_dim,
             key_bytes=self.dtype.itemsize,
             form=self.form,
+            keys=self.keys,
         )
 
     def part_bytes(self, rows: Rows) -> int:
@@ -83,26 +97,27 @@ class BlockPages:
     index: KeyIndex
 
 
-def pages_of(kv_cache: Tensor, form: IndexForm) -> BlockPages:
+def pages_of(kv_cache: Tensor, form: IndexForm, keys: int = 0) -> BlockPages:
     """`page_views` that are made once for kv_cache `[num_blocks, num_kv_heads, block_size,
     2 * head_dim]`.
 
     They are kept on the tensor itself: they hold its storage, which has to go with the tensor when
     vLLM measures CUDA graphs, or an engine stops.
     """
-    known: tuple[IndexForm, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
-    if known is None or known[0] != form:
-        known = (form, page_views(kv_cache, form))
+    known: tuple[Any, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
+    if known is None or known[0] != (form, keys):
+        known = ((form, keys), page_views(kv_cache, form, keys))
         kv_cache.hipserve_pages = known  # type: ignore[attr-defined]
     return known[1]
 
 
-def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
+def page_views(kv_cache: Tensor, form: IndexForm, keys: int = 0) -> BlockPages:
     """Keys, values and their index inside a layer's KV blocks, without copying.
 
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`, vLLM's.
         form: what the index holds.
+        keys: of the longest sequence.
     """
     blocks, heads, size, content = kv_cache.shape
     dim, (stride, head, token, _) = content // 2, kv_cache.stride()
@@ -111,7 +126,7 @@ def page_views(kv_cache: Tensor, form: IndexForm) -> BlockPages:
     kinds = (kv_cache, kv_cache.dtype)
     k_cache, v_cache = (_view(*kinds, start, *rows) for start in (0, values))
     pool = KeyPool(k_cache, v_cache)
-    layout = BlockLayout(size, heads, dim, kv_cache.dtype, form)
+    layout = BlockLayout(size, heads, dim, kv_cache.dtype, form, keys)
     return BlockPages(pool, index_of(kv_cache, layout, layout.content_bytes, pool.k_cache))
 
 
@@ -156,6 +171,24 @@ def index_of(kv_cache: Tensor, layout: BlockLayout, start: int, keys: Tensor) ->
     return layout.index.index(keys, allocate)
 
 
+@dataclass(frozen=True, slots=True)
+class DueRuns:
+    """Runs longer than a block that may be complete and not joined yet: those that end behind
+    `known` keys of a sequence and not behind `seq_lens`.
+
+    Attributes:
+        block_table: `[num_seqs, max_pages]` int32.
+    """
+
+    block_table: Tensor
+    seq_lens: list[int]
+    known: list[int]
+
+    def join(self, index: KeyIndex) -> None:
+        """Joins them, in an index whose shorter runs are up to date."""
+        join(index, self.block_table, self.seq_lens, self.known)
+
+
 def rebuild_index(pages: BlockPages, found: Tensor) -> None:
     """Builds the index of whole pages from the keys that they hold, reading each key once.
 
@@ -171,4 +204,5 @@ def rebuild_index(pages: BlockPages, found: Tensor) -> None:
     for part in found.split(max(COPY_BYTES // page_bytes, 1)):
         made = build_index(k_cache[part], run_size=run_size, code_bits=index.code_bits)
         for held, rows in zip(index.tensors(), made.tensors(), strict=True):
-            held[part] = rows[:, : held.shape[1]]  # fine runs come first
+            count = min(held.shape[1], rows.shape[1])  # fine runs come first, long ones last
+            held[part, :count] = rows[:, :count]

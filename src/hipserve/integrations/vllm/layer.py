@@ -70,6 +70,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         model = vllm_config.model_config.hf_text_config
         self.config = with_own_factors(settings.hip_config(vllm_config), model)
         self.heads = heads_here(vllm_config, self.num_kv_heads)
+        self.longest: int = vllm_config.model_config.max_model_len  # vLLM may lower it later
         slots = vllm_config.scheduler_config.max_num_seqs
         self.schedule = RefreshSchedule(slots, self.config.refresh_interval)
         self.selections = RequestSelections(slots)
@@ -99,6 +100,10 @@ class HiPImpl(AttentionImpl[HiPStep]):
         """What is read of the keys in the layer's pages."""
         return NO_INDEX if self.is_local(layer) else self.config.index_form
 
+    def pages_of(self, layer: Any, kv_cache: Tensor) -> BlockPages:
+        """The layer's KV blocks `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`."""
+        return pages_of(kv_cache, self.index_form(layer), self.longest)
+
     def keeps_index(self, layer: Any) -> bool:
         """The layer writes pages whose index is read."""
         return self.writes and self.index_form(layer) != NO_INDEX
@@ -124,10 +129,10 @@ class HiPImpl(AttentionImpl[HiPStep]):
             return output.fill_(0)
         step = attn_metadata
         hosted = self.hosted
-        pages = hosted.blocks(kv_cache) if hosted else pages_of(kv_cache, self.index_form(layer))
+        pages = hosted.blocks(kv_cache) if hosted else self.pages_of(layer, kv_cache)
         new = (key, value) if self.writes and key is not None and value is not None else None
-        found = step.found_pages if self.keeps_index(layer) else None
-        keys = BlockKeys(pages, step, new, found, hosted and hosted.pages)
+        keeps = self.keeps_index(layer)
+        keys = BlockKeys(pages, step, new, keeps, hosted and hosted.pages)
         q = first_rows(query, step.num_tokens)
         out, _ = self._layer_of(layer, step).forward(q, keys)
         if hosted:
@@ -161,14 +166,14 @@ class BlockKeys:
         step: the batch, and where its keys go.
         new: keys and values of the step, `[num_tokens, num_kv_heads, head_dim]` each, padding
             behind them; None where another layer writes them.
-        found: `[n]` int64, pages whose index has to be built first; None for none.
+        keeps_index: what the step finds or completes changes the index of these blocks.
         hosted: where keys and values are, if not in the blocks.
     """
 
     pages: BlockPages
     step: HiPStep
     new: tuple[Tensor, Tensor] | None
-    found: Tensor | None
+    keeps_index: bool
     hosted: MappedPages | None = None
     fresh: None = None
 
@@ -181,12 +186,14 @@ class BlockKeys:
         return self.step.plan.layout
 
     def append(self) -> None:
-        if self.found is not None:
-            rebuild_index(self.pages, self.found)
+        step = self.step
+        if self.keeps_index and step.found_pages is not None:
+            rebuild_index(self.pages, step.found_pages)
         if self.new is not None:
-            k, v = (first_rows(x, self.step.num_tokens) for x in self.new)
-            pool, index = self.pages.pool, self.pages.index
-            write_kv(k, v, pool, index, self.step.slot_mapping, check=False)
+            k, v = (first_rows(x, step.num_tokens) for x in self.new)
+            write_kv(k, v, self.pages.pool, self.index, step.slot_mapping, check=False)
+        if self.keeps_index and step.due_runs is not None:
+            step.due_runs.join(self.index)
 
     def fetch(
         self,

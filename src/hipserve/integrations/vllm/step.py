@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
+from hipserve.integrations.vllm.kv_block import DueRuns
 from hipserve.plan import CapturedPlan, SequenceStep, StepPlan
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class HiPStep(AttentionMetadata):
         counted_layer: the layer whose reads are counted for all pruned ones.
         found_pages: `[n]` int64, pages of keys that a request of this step found computed when it
             started, or None: their index is built before anybody reads it.
+        due_runs: runs that are joined once the keys of the step are written; None for none.
     """
 
     num_tokens: int
@@ -38,6 +40,7 @@ class HiPStep(AttentionMetadata):
     selects: bool
     counted_layer: str
     found_pages: Tensor | None = None
+    due_runs: DueRuns | None = None
 
 
 def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
@@ -101,6 +104,36 @@ def found_pages(block_table: Tensor, page_size: int, found: list[tuple[int, int]
         return None
     pages = [block_table[row, : -(-keys // page_size)] for row, keys in found]
     return torch.cat(pages).long().unique() if len(pages) > 1 else pages[0].long()
+
+
+def due_runs(
+    common: CommonAttentionMetadata,
+    found: list[tuple[int, int]],
+    *,
+    length: int,
+    rows: int,
+    replayed: bool,
+) -> DueRuns | None:
+    """Runs of `length` keys and more that end in what a step writes, or did in the one before it,
+    which may have been replayed; all of those in found keys. None for none.
+
+    Args:
+        found: row and number of keys, as `found_keys` gives them.
+        rows: most of a sequence in a step that is replayed. The host's lengths may be too long by
+            as many.
+        replayed: this step may be: its own runs are due in the next, and no row of it is behind
+            them.
+    """
+    seq_lens = host_seq_lens(common).tolist()
+    counts = common.query_start_loc_cpu.diff().tolist()
+    before = [n - count for n, count in zip(seq_lens, counts, strict=True)]
+    known = [max(n - 2 * rows, 0) for n in before]
+    for row, _ in found:
+        known[row] = 0
+    ends = before if replayed else seq_lens
+    if all(a // length == b // length for a, b in zip(known, ends, strict=True)):
+        return None
+    return DueRuns(common.block_table_tensor, ends, known)
 
 
 def first_rows(x: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from hipserve.config import HiPConfig
 from hipserve.lab.speed.inputs import LayerShape, make_decode
 from hipserve.lab.speed.numerics import Check, check_rows, keys_read
 from hipserve.lab.speed.timing import Contender, fastest
-from hipserve.ops import block_sparse_attention, select_blocks, write_kv
+from hipserve.ops import block_sparse_attention, join_runs, select_blocks, write_kv
 from hipserve.plan import BatchLayout
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
@@ -62,6 +62,7 @@ class Decode:
         count = -(-self.length // PAGE_SIZE)
         pages = empty_pages(count, PAGE_SIZE, self.config.index_form, self.k)
         self._write(pages, 0, self.length)
+        join_runs(pages[1], self.layouts[-1].block_table, [self.length])
         return pages
 
     def _write(self, pages: tuple[KeyPool, KeyIndex], first: int, end: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hipserve.config import IndexForm
 from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
+from hipserve.ops.write_kv.join_runs import join
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.platform import resolve_backend
 from hipserve.types import KeyIndex, KeyPool
@@ -38,7 +39,8 @@ def write_kv(
 
     A sequence writes its positions in order. Writing a slot ends its page there: the summaries of
     its runs cover the keys up to the last slot written, never what an earlier owner left behind, so
-    a page can be truncated, rewritten or handed on at any time.
+    a page can be truncated, rewritten or handed on at any time. Runs longer than a page are joined
+    afterwards, by `join_runs`.
 
     >>> import torch
     >>> from hipserve.ops import build_index, write_kv
@@ -79,7 +81,8 @@ def build_index(
     """The index of pages that are full, or of whole sequences taken as one page each.
 
     A run's summary is a center and a radius, channel by channel: mean and standard deviation of
-    its keys in the finest runs, middle and half the width of their box in longer ones.
+    its keys in the finest runs, middle and half the width of their box in longer ones. A page of
+    more than 524,288 keys has the runs of `join_runs` too.
 
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`; with codes of 16 bits the index refers
@@ -99,9 +102,18 @@ def build_index(
     elif code_bits == 16:
         return KeyIndex(k)
     if not torch.compiler.is_compiling():
-        return _backend(backend, k).build_index(k, run_size, code_bits)
+        return _build(k, run_size, code_bits, backend)
     made = iter(_build_operator(k, run_size, code_bits, backend))
     return IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).index(k, lambda _: next(made))
+
+
+def _build(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> KeyIndex:
+    """`build_index` without checks; each page of k `[num_pages, page_size, num_kv_heads, head_dim]`
+    is all that its long runs are joined from."""
+    index = _backend(backend, k).build_index(k, run_size, code_bits)
+    table = torch.arange(k.shape[0], device=k.device)[:, None]
+    join(index, table, [k.shape[1]] * k.shape[0], [0] * k.shape[0])
+    return index
 
 
 def _check(
@@ -170,7 +182,7 @@ def _(*_: object, **__: object) -> None:
 @torch.library.custom_op("hipserve::build_index", mutates_args=())
 def _build_operator(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> list[Tensor]:
     """The tensors of `KeyIndex.tensors`."""
-    return _backend(backend, k).build_index(k, run_size, code_bits).tensors()
+    return _build(k, run_size, code_bits, backend).tensors()
 
 
 @_build_operator.register_fake

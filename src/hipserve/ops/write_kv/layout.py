@@ -54,10 +54,10 @@ class IndexLayout:
 
     @classmethod
     def of_pages(
-        cls, page_size: int, head_dim: int, dtype: torch.dtype, form: IndexForm
+        cls, page_size: int, head_dim: int, dtype: torch.dtype, form: IndexForm, keys: int = 0
     ) -> IndexLayout:
-        """Of pages of longer sequences."""
-        return cls(page_size, num_runs_of(page_size, form), head_dim, dtype, form)
+        """Of pages of longer sequences, with up to `keys` keys."""
+        return cls(page_size, num_runs_of(page_size, form, keys), head_dim, dtype, form)
 
     @classmethod
     def of_whole(cls, k: Tensor, form: IndexForm) -> IndexLayout:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.codes import SUMMARY_BITS, encode, pack, rotate
-from hipserve.plan import bound_levels, bound_offsets
+from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex, KeyPool
 
 
@@ -27,7 +27,7 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
         return
     sizes = (pool.page_size, index.run_size, index.num_runs)
     offsets = bound_offsets(*sizes)
-    for level, length in enumerate(bound_levels(*sizes)):
+    for level, length in enumerate(bound_levels(*sizes)[:WRITTEN_LEVELS]):
         runs_per_page = offsets[level + 1] - offsets[level]
         run = page * runs_per_page + slot // length
         for touched in run.unique().tolist():
@@ -44,14 +44,14 @@ def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     index = KeyIndex(codes, None, run_size or 16, code_bits, code_scales)
     if run_size is None:
         return index
-    levels = bound_levels(k.shape[1], run_size)
-    runs = torch.cat(
-        [
-            torch.stack([summary(run, level, dim=1) for run in k.split(length, dim=1)], dim=1)
-            for level, length in enumerate(levels)
-        ],
-        dim=1,
-    )  # [pages, runs, heads, 2, head_dim]
+    levels, offsets = bound_levels(k.shape[1], run_size), bound_offsets(k.shape[1], run_size)
+    written = [
+        torch.stack([summary(run, level, dim=1) for run in k.split(length, dim=1)], dim=1)
+        for level, length in enumerate(levels[:WRITTEN_LEVELS])
+    ]
+    longer = offsets[-1] - offsets[len(written)]  # these are joined later
+    unknown = written[0].new_zeros(k.shape[0], longer, *written[0].shape[2:])
+    runs = torch.cat([*written, unknown], dim=1)  # [pages, runs, heads, 2, head_dim]
     if code_scales is None:
         return KeyIndex(codes, runs.to(k.dtype), run_size)
     numbers, scales = encode(runs, SUMMARY_BITS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipserve.ops.rope import segment_length
 from hipserve.ops.select_blocks.reference.scores import SeenKeys
 from hipserve.ops.select_blocks.reference.search import Search, first_of, top
 from hipserve.ops.select_blocks.spec import SearchSpec
-from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs
+from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs, levels_within
 from hipserve.selectors import Bound
 
 
@@ -30,6 +31,8 @@ class BoundSearch(Search):
         index = seen.keys.index
         sizes = (index.page_size, spec.run_size, index.num_runs)
         self.lengths, self.offsets = bound_levels(*sizes), bound_offsets(*sizes)
+        if spec.trained_length is not None:  # a long run of several segments would lie in none
+            self.lengths = levels_within(self.lengths, segment_length(spec.trained_length))
 
     def select(self) -> Tensor:
         runs = self.fine_runs()
@@ -73,8 +76,9 @@ class BoundSearch(Search):
 
     def run_scores(self, runs: Tensor, level: int) -> Tensor:
         """`[heads, count]`: a score of each run, max over the rows, from its summary."""
-        first, reach = runs * self.lengths[level], self.options.bound_reach
-        page, slot = self.seen.keys.locate(first)
-        run = self.offsets[level] + slot // self.lengths[level]
+        length, reach = self.lengths[level], self.options.bound_reach
+        first = runs * length
+        page, slot = self.seen.keys.locate(first + length - 1)  # a run lies with its last key
+        run = self.offsets[level] + slot // length
         scores = self.seen.each(first, lambda scores: scores.of_runs(page, run, reach))
         return (scores - self.baseline).amax(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from hipserve.ops._triton.constants import HashedOnce
 from hipserve.ops._triton.tiles import power_of_2
+from hipserve.ops.rope import segment_length
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import grid_barrier
 from hipserve.ops.select_blocks.triton.far import shifts_of
@@ -31,7 +33,13 @@ from hipserve.ops.select_blocks.triton.run_score import (
 )
 from hipserve.ops.select_blocks.triton.scratch import level_runs, level_scores
 from hipserve.ops.select_blocks.triton.threshold import keep_best
-from hipserve.plan import bound_levels, bound_offsets, kept_runs
+from hipserve.plan.runs import (
+    bound_levels,
+    bound_offsets,
+    kept_runs,
+    levels_within,
+    pruning_levels,
+)
 from hipserve.selectors import Bound
 
 
@@ -71,9 +79,9 @@ class BoundGeometry(Geometry):
         return len(self.lengths)
 
     @property
-    def ratio(self) -> int:
-        """Fine runs in a coarse one."""
-        return self.lengths[-1] // self.lengths[0]
+    def ratios(self) -> tuple[int, ...]:
+        """Runs of each level in one of the level above; 1 for the topmost."""
+        return (*(long // short for short, long in itertools.pairwise(self.lengths)), 1)
 
     @classmethod
     def of(cls, call: Call, spec: SearchSpec) -> BoundGeometry:
@@ -81,15 +89,18 @@ class BoundGeometry(Geometry):
         assert isinstance(options, Bound)
         assert run_size is not None
         sizes = (call.k_shape[1], run_size, call.num_runs)
-        lengths = bound_levels(*sizes)
+        lengths, offsets = bound_levels(*sizes), bound_offsets(*sizes)
         ranked = spec.budget * max(options.rerank, 1)
+        if spec.trained_length is not None:
+            lengths = levels_within(lengths, segment_length(spec.trained_length))
+        lengths = pruning_levels(lengths, kept_runs(ranked, lengths), call.longest)
         kept = kept_runs(ranked, lengths)
         candidates = tuple(map(power_of_2, count_candidates(lengths, kept, call.longest)))
         blocks = power_of_2(ranked // spec.key_block_size)
         return cls(
             **shared_geometry(call, spec),
             lengths=lengths,
-            offsets=bound_offsets(*sizes),
+            offsets=offsets[: len(lengths) + 1],
             candidates=candidates,
             kept=kept,
             blocks=blocks,
@@ -109,12 +120,12 @@ class BoundGeometry(Geometry):
 def count_candidates(
     lengths: tuple[int, ...], kept: tuple[int, ...], longest: int
 ) -> tuple[int, ...]:
-    """Most runs that are scored, of each level: all of the coarsest, then children."""
-    counts = [power_of_2(max(longest // length, 1)) for length in lengths[-1:]]
-    if len(lengths) > 1:
-        ratio = lengths[1] // lengths[0]
-        counts.insert(0, ratio * (kept[1] + 2))  # what parents leave at both ends
-    return tuple(counts)
+    """Most runs that are scored, of each level: all of the coarsest, and children of the others."""
+    children = [
+        parent // length * (count + 2)  # and what parents leave at both ends
+        for length, parent, count in zip(lengths, lengths[1:], kept[1:], strict=False)
+    ]
+    return (*children, power_of_2(max(longest // lengths[-1], 1)))
 
 
 def tile_runs(count: int, most: int, sharers: int) -> int:
@@ -125,7 +136,7 @@ def tile_runs(count: int, most: int, sharers: int) -> int:
 class Candidates(NamedTuple):
     """The runs of a level that are scored: some before, the children of kept parents, some behind.
 
-    Parents lie wholly in what is searched; the fine runs at both ends have none.
+    Parents lie wholly in what is searched; the runs at both ends have none.
     """
 
     first: Any
@@ -143,7 +154,7 @@ class Candidates(NamedTuple):
 def candidates_of(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
     """The `Candidates` of a level, below `kept` runs of the level above."""
     LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
-    RATIO: tl.constexpr = GEOMETRY.ratio
+    RATIO: tl.constexpr = GEOMETRY.ratios[LEVEL]
     first = (item.begin + LENGTH - 1) // LENGTH
     last = tl.maximum(first, item.end // LENGTH)
     low, high = last, last
@@ -186,7 +197,7 @@ def keep_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
     scores = level_scores(item.scratch, LEVEL)
     chosen, index = keep_best(scores, candidates.count, count, SIZE)
     parents = level_runs(item.scratch, LEVEL + 1)
-    runs = candidate_runs(tl.arange(0, SIZE), parents, candidates, GEOMETRY.ratio)
+    runs = candidate_runs(tl.arange(0, SIZE), parents, candidates, GEOMETRY.ratios[LEVEL])
     tl.store(level_runs(item.scratch, LEVEL) + index, runs, mask=chosen)  # [SIZE]
     tl.debug_barrier()
 
@@ -221,15 +232,15 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
 def candidate_keys(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
     """Where the candidates `c` of a level begin, like it."""
     parents = level_runs(item.scratch, LEVEL + 1)
-    return candidate_runs(c, parents, candidates, GEOMETRY.ratio) * GEOMETRY.lengths[LEVEL]
+    return candidate_runs(c, parents, candidates, GEOMETRY.ratios[LEVEL]) * GEOMETRY.lengths[LEVEL]
 
 
 @triton.jit
 def summaries_of(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr):
-    """The `SummaryRows` of the candidates `c` of a level, like it."""
+    """The `SummaryRows` of the candidates `c` of a level, like it; a run lies with its last key."""
     LENGTH: tl.constexpr = GEOMETRY.lengths[LEVEL]
     bounds = item.bounds
-    key = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
+    key = candidate_keys(c, item, candidates, LEVEL, GEOMETRY) + LENGTH - 1
     there = c < candidates.count
     page = tl.load(bounds.table + key // bounds.page_size, mask=there, other=0).to(tl.int64)
     run = (GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH).to(tl.int64)

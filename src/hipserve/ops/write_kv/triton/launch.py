@@ -15,7 +15,7 @@ from hipserve.ops.write_kv.triton.kernels import (
     whole_summaries_kernel,
     write_kernel,
 )
-from hipserve.plan import bound_levels, bound_offsets
+from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex, KeyPool
 
 
@@ -38,8 +38,8 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
     k_cache, v_cache, summaries = pool.k_cache, pool.v_cache, index.summaries
     dim, page_size = power_of_2(head_dim), pool.page_size
     num_runs = None if summaries is None else summaries.shape[1]
-    lengths = bound_levels(page_size, index.run_size, num_runs)
-    offsets = bound_offsets(page_size, index.run_size, num_runs)
+    lengths = bound_levels(page_size, index.run_size, num_runs)[:WRITTEN_LEVELS]
+    offsets = bound_offsets(page_size, index.run_size, num_runs)[: len(lengths) + 1]
     last_slots = None
     if summaries is not None:
         runs = summaries.shape[0] * offsets[-1]
@@ -102,7 +102,7 @@ def summarize_pages(k: Tensor, index: KeyIndex) -> None:
     assert summaries is not None
     num_pages, page_size, heads, head_dim = k.shape
     offsets = bound_offsets(page_size, index.run_size)
-    for level, length in enumerate(bound_levels(page_size, index.run_size)):
+    for level, length in enumerate(bound_levels(page_size, index.run_size)[:WRITTEN_LEVELS]):
         whole_summaries_kernel[(offsets[level + 1] - offsets[level], heads, num_pages)](
             k=k,
             k_strides=k.stride()[:3],
