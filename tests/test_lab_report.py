@@ -38,8 +38,8 @@ def report(loaded: LoadedModel) -> LabReport:
     said: list[str] = []
     documents = domain_documents(16000)[:2]
     made = make_report(loaded, SMALL, documents, length=1600, progress=said.append)
-    assert said[0] == "quality, 1 of 6: texts"
-    assert "locality, 6 of 6: documentation (dense)" in said
+    assert said[0] == "quality, 1 of 7: texts"
+    assert "locality, 6 of 7: documentation (dense)" in said
     return made
 
 
@@ -55,7 +55,9 @@ def test_every_part_is_there(report: LabReport) -> None:
     assert values["results"]["drift"]["prompts"] == 4
     assert values["results"]["drift"]["rows"]["sinks + window"]["contexts"] == 12
     commands = [section.command for section in report.to_page().sections]
-    assert commands[-1] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
+    assert commands[-2] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
+    assert commands[-1] == "hipserve lab meter tiny --length 1600 --budget 64"
+    assert "hipserve calibrate --text" in report.to_page().facts["calibration"]
 
 
 def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:
@@ -80,7 +82,7 @@ def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:
 def test_the_page_needs_nothing_else(report: LabReport) -> None:
     pytest.importorskip("matplotlib")
     text = report.to_page().to_html()
-    assert text.count("<svg ") == 4
+    assert text.count("<svg ") == 5
     assert text.count("<!doctype html>") == 1
     assert not re.search(r"<script|<link|<img|@import|src=", text)
     assert not re.search(r'href="(?!#)', text)

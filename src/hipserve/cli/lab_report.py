@@ -22,8 +22,8 @@ def report(
     parts: Annotated[
         str,
         typer.Option(
-            help="quality, answers, drift, cache, representative, locality, with commas; all if "
-            "empty."
+            help="quality, answers, drift, cache, representative, locality, meter, with commas; "
+            "all if empty."
         ),
     ] = "",
     out: Annotated[
@@ -43,7 +43,7 @@ def report(
     dtype: options.DType = "auto",
     json: options.Json = False,
 ) -> None:
-    """Quality, answers, drift, caches, representatives, locality: one page, HTML and Markdown.
+    """Quality, answers, drift, caches, representatives, locality, meter: HTML and Markdown.
 
     Both have the same numbers; --json prints every measurement as well.
     """

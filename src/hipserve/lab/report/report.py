@@ -8,6 +8,7 @@ from typing import Any
 
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError, did_you_mean
+from hipserve.lab import meter as meter_shown
 from hipserve.lab.cache import shown as cache_shown
 from hipserve.lab.cache.report import CacheReport, measure_cache
 from hipserve.lab.drift import shown as drift_shown
@@ -15,6 +16,7 @@ from hipserve.lab.drift.measure import DriftReport, evaluate_drift
 from hipserve.lab.drift.prompts import DEFAULT_PROMPTS
 from hipserve.lab.locality import shown as locality_shown
 from hipserve.lab.locality.report import LocalityReport, measure_locality
+from hipserve.lab.meter import MeterReport, measure_meter
 from hipserve.lab.provenance import provenance
 from hipserve.lab.quality import shown as quality_shown
 from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
@@ -32,9 +34,13 @@ TASKS, TASK_DOCUMENTS, TASK_QUESTIONS = ("niah", "kv"), 2, 8
 DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::3]
 """Tokens of the contexts that prompts stand in, and one prompt in three."""
 HEADS_LENGTH = 8192
-"""Tokens of the texts on which splits are judged: correlations are those of longer texts."""
+"""Tokens of the texts on which splits and the meter are judged: as those of longer texts."""
 LOSS_LENGTH, LOSS_BUDGET = 4096, 256
 """Tokens of the text that is read once for every head, and what it may read of them."""
+
+CALIBRATION = (
+    "none here, since a verdict takes twelve documents or more: `hipserve calibrate --text FILE`"
+)
 
 Result = (
     FidelityReport
@@ -43,6 +49,7 @@ Result = (
     | CacheReport
     | RepresentativeReport
     | LocalityReport
+    | MeterReport
 )
 Say = Callable[[str], None]
 
@@ -67,6 +74,7 @@ class LabReport:
     def to_page(self) -> Page:
         sections = [_section(result) for result in self.results.values()]
         facts = {name: str(value) for name, value in self.facts.items() if value}
+        facts["calibration"] = CALIBRATION
         return Page(f"{self.model}: what pruned attention keeps", facts, sections)
 
 
@@ -126,6 +134,14 @@ def _section(result: Result) -> Section:
                 [],
                 locality_shown.grids(result),
                 locality_shown.charts(result),
+            )
+        case MeterReport():
+            return Section(
+                "Attention that is left unread",
+                f"hipserve lab meter {result.model} {size}",
+                meter_shown.sentences(result),
+                meter_shown.grids(result),
+                meter_shown.charts(result),
             )
 
 
@@ -228,6 +244,10 @@ def _locality(given: _Inputs, say: Say) -> LocalityReport:
     return measure_locality(given.loaded, config, given.samples(LOSS_LENGTH), progress=say)
 
 
+def _meter(given: _Inputs, say: Say) -> MeterReport:
+    return measure_meter(given.loaded, given.config, given.samples(HEADS_LENGTH), progress=say)
+
+
 PARTS: dict[str, Callable[[_Inputs, Say], Result]] = {
     "quality": _quality,
     "answers": _answers,
@@ -235,6 +255,7 @@ PARTS: dict[str, Callable[[_Inputs, Say], Result]] = {
     "cache": _cache,
     "representative": _representative,
     "locality": _locality,
+    "meter": _meter,
 }
 
 
