@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hipserve.cli import lab_cache, lab_locality, lab_quality, lab_report, lab_representative
 from hipserve.cli.commands import Commands
+from hipserve.cli.lab_budgets import budgets
 from hipserve.cli.lab_depth import depth
 from hipserve.cli.lab_drift import drift
 from hipserve.cli.lab_meter import meter
@@ -23,5 +24,6 @@ app.command()(lab_cache.cache)
 app.command()(lab_representative.representative)
 app.command()(lab_locality.locality)
 app.command()(meter)
+app.command()(budgets)
 app.command()(speed)
 app.command()(lab_report.report)

@@ -72,3 +72,8 @@ def halves(documents: Sequence[Document]) -> tuple[list[Document], list[Document
 def digest(text: str) -> str:
     """16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def label(document: Document) -> str:
+    """Its name with its digest, as names repeat and files change."""
+    return f"{document.name} sha256:{digest(document.text)}"

@@ -14,7 +14,7 @@ import torch
 from hipserve.attention.crossover import rule_for
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError, FitError
-from hipserve.lab.calibration.candidates import candidates, digest, halves, keys_read
+from hipserve.lab.calibration.candidates import candidates, halves, keys_read, label
 from hipserve.lab.calibration.certificate import Half, Pairs, Walk, walk
 from hipserve.lab.intervals import mean
 from hipserve.lab.provenance import provenance
@@ -132,8 +132,8 @@ def calibrate(
         first=first,
         max_loss=max_loss,
         confidence=confidence,
-        choose=[_label(doc) for doc in choose],
-        report=[_label(doc) for doc in report],
+        choose=[label(doc) for doc in choose],
+        report=[label(doc) for doc in report],
         too_short=[doc.name for doc in documents if doc not in encoded],
         keys={name: keys_read(config, _layers(loaded), length) for name, config in tried.items()},
         walk=found,
@@ -208,10 +208,6 @@ def _rule(loaded: LoadedModel, base: HiPConfig) -> Any:
 
 def _layers(loaded: LoadedModel) -> int:
     return int(loaded.model.config.get_text_config().num_hidden_layers)
-
-
-def _label(document: Document) -> str:
-    return f"{document.name} sha256:{digest(document.text)}"
 
 
 def fingerprint(loaded: LoadedModel) -> str:
