@@ -51,10 +51,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 24, "layer_types": [WINDOWED, FULL, WINDOWED]},
     ),
     "softcap": ("Gemma2Config", {"attn_logit_softcapping": 2.0, "layer_types": [FULL] * 3}),
-    "sinks": (
-        "GptOssConfig",
-        {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": [FULL] * 3},
-    ),
     "only windows": ("MistralConfig", {"sliding_window": 24}),
 }
 
@@ -64,10 +60,9 @@ def build(name: str) -> LoadedModel:
     kind, extra = MODELS[name]
     config = getattr(transformers, kind)(**SIZES, **extra)
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
+    with torch.no_grad():  # the query heads of the first KV head hardly tell keys apart
         for layer in model.model.layers:
-            if hasattr(layer.self_attn, "sinks"):
-                layer.self_attn.sinks.copy_(torch.randn(4) * 2)
+            layer.self_attn.q_proj.weight[:32] *= 0.1
     return LoadedModel(model, AutoTokenizer.from_pretrained(bundled_path()), name, 4096)
 
 
@@ -132,7 +127,7 @@ def test_query_blocks_are_spread_over_those_that_are_pruned() -> None:
     assert sampled_blocks(SMALL.replace(dense_below=512), LENGTH, "cpu") == [512, 528, 544, 560]
 
 
-@pytest.mark.parametrize("name", ["llama", "windows", "softcap", "sinks"])
+@pytest.mark.parametrize("name", ["llama", "windows"])
 def test_errors_fall_to_nothing(name: str) -> None:
     """With more keys, and with room for all of them nothing but rounding is left."""
     errors = layer_errors(build(name), tokens(), SMALL, measured_factors(SMALL), blocks=12)
@@ -182,7 +177,8 @@ def test_budgets_keep_to_the_mean_and_choose_well(report: BudgetReport) -> None:
     assert len(report.choose) == len(report.report) == 2
     assert not set(report.choose) & set(report.report)
     swapped = BudgetReport(**{**fields(report), "report": report.choose})
-    assert swapped.left(fitted=True).value <= swapped.left().value
+    assert swapped.left(fitted=True).value < swapped.left().value
+    assert report.left(fitted=True).value < report.left().value, "on other documents too"
 
 
 def fields(report: BudgetReport) -> dict[str, Any]:
@@ -222,14 +218,12 @@ def test_tables_charts_and_advice(report: BudgetReport) -> None:
     assert grid.rows[-1][0] == "mean"
     assert grid.rows[-1][3].startswith(f"{report.left().value:.4f}")
     assert len(charts(report)[0].lines[0].x) == 6
-    assert "mine.toml" in advice(report, Path("mine.toml"))
+    assert "`--config mine.toml`" in advice(report, Path("mine.toml"))
     level = HiPConfig(**{**SMALL.to_dict(), "budget_factors": [[1.0, 1.0]] * 3})
     assert "gain nothing" in advice(BudgetReport(**{**fields(report), "config": level}), None)
 
 
-def test_what_cannot_be_measured_is_refused(
-    loaded: LoadedModel, documents: list[Document]
-) -> None:
+def test_what_cannot_be_measured_is_refused(loaded: LoadedModel, documents: list[Document]) -> None:
     with pytest.raises(FitError, match="nothing to measure in 4,000 tokens"):
         find_budgets(loaded, SMALL, documents, length=4000)
     with pytest.raises(FitError, match="does not fit llama"):
@@ -240,6 +234,8 @@ def test_what_cannot_be_measured_is_refused(
         find_budgets(loaded, SMALL, documents, length=128)
     with pytest.raises(FitError, match="no layer that reads everything"):
         find_budgets(build("only windows"), SMALL, documents, length=LENGTH)
+    with pytest.raises(FitError, match="softcap caps its scores"):
+        find_budgets(build("softcap"), SMALL, documents, length=LENGTH)
     with pytest.raises(ConfigError, match="budget_factors"):
         find_budgets(loaded, SMALL.replace(rerank=0), documents, length=LENGTH)
 
@@ -253,7 +249,7 @@ def test_the_command_writes_what_runs_and_what_calibrates(tmp_path: Path) -> Non
     base.write_text(SMALL.dumps())
 
     def invoke(words: str) -> Any:
-        return CliRunner().invoke(app, [*words.split(), *named, "--length", "320"])
+        return CliRunner().invoke(app, [*words.split(), *named, "--length", "640"])
 
     out = tmp_path / "hip.toml"
     words = f"lab budgets --config {base} --documents 2 --device cpu"
@@ -269,7 +265,7 @@ def test_the_command_writes_what_runs_and_what_calibrates(tmp_path: Path) -> Non
     line = next(x for x in shown.stdout.splitlines() if x.startswith("budget_factors = "))
     assert line in out.read_text()
     missing = invoke(f"{words} --out {tmp_path / 'nowhere' / 'hip.toml'}")
-    assert missing.exit_code == 2
+    assert isinstance(missing.exception, ArgumentError)
     asked = invoke(f"calibrate --config {out} --json --max-loss 90%")
     assert asked.exit_code in (0, 5), asked.output
     assert json.loads(asked.stdout)["keys"]

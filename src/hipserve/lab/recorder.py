@@ -35,8 +35,6 @@ class Call(NamedTuple):
         scale: of the scores.
         softcap: of the scores; 0 for none.
         window: the layer's own sliding window; 0 for none.
-        sinks: `[num_q_heads]`, logits of learned sinks (`hipserve.attention.absorb_sinks`); None
-            for none.
     """
 
     layer: int
@@ -46,7 +44,6 @@ class Call(NamedTuple):
     scale: float
     softcap: float
     window: int
-    sinks: Tensor | None = None
 
 
 Watcher = Callable[[Call, Tensor], Tensor]
@@ -84,7 +81,6 @@ def _call(module: Any, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str
         scale=options.get("scaling") or tensors[0].shape[-1] ** -0.5,
         softcap=options.get("softcap") or 0.0,
         window=options.get("sliding_window") or 0,
-        sinks=options.get("s_aux"),
     )
 
 

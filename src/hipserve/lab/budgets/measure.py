@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hipserve.attention.hip import WholeKeys
-from hipserve.attention.sinks import absorb_sinks
 from hipserve.config import HiPConfig
 from hipserve.errors import FitError
 from hipserve.lab.recorder import Call, watched
@@ -70,13 +69,17 @@ def layer_errors(
     Layers with a window of their own and `dense_layers` are left out: nothing prunes them.
 
     Raises:
-        FitError: nothing is pruned at this length, or in any layer.
+        FitError: nothing is pruned at this length, or in any layer; or the model caps its scores.
     """
     positions = torch.tensor(sampled_blocks(config, ids.shape[1], ids.device.type, blocks))
     positions = positions.to(ids.device)
     sums: dict[int, _Sums] = {}
 
     def add(call: Call, out: Tensor) -> Tensor:
+        if call.softcap:  # transformers' SDPA leaves it out
+            raise FitError(
+                f"{loaded.name} caps its scores: no fast dense attention to compare with"
+            )
         if not call.window and call.layer not in config.dense_layers:
             _add(sums.setdefault(call.layer, _Sums()), call, out[0], positions, config, factors)
         return out
@@ -115,11 +118,9 @@ def _add(
     for factor in factors:
         own = config.replace(budget_factors=[[factor]])
         selection = select_blocks(q, index, layout, config=own)
-        pruned, lse = block_sparse_attention(
-            q, pool, layout, selection, config=own, sm_scale=call.scale, softcap=call.softcap
+        pruned, _ = block_sparse_attention(
+            q, pool, layout, selection, config=own, sm_scale=call.scale
         )
-        if call.sinks is not None:
-            pruned, _ = absorb_sinks(pruned, lse, call.sinks)
         squares = (pruned[rows].float() - dense).square().sum((0, 2), dtype=torch.float64)
         lost.append(squares.unflatten(0, (heads, -1)).sum(1))
     sums.lost = sums.lost + torch.stack(lost, dim=1).cpu()
