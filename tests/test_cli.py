@@ -325,6 +325,7 @@ def test_every_count_takes_a_suffix() -> None:
         "lab representative",
         "lab locality",
         "lab meter",
+        "lab budgets",
         "lab report",
     ],
 )

@@ -1,4 +1,4 @@
-"""`lab budgets`: the best choice there is, errors that are those of real searches, and the command."""
+"""`lab budgets`: the best choice there is, errors of real searches, and the command."""
 
 from __future__ import annotations
 

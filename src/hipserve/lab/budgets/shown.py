@@ -59,7 +59,7 @@ def advice(report: BudgetReport, out: Path | None) -> str:
     file = out or "hip.toml"
     first = "" if out else f"Write these lines to {file} (--out {file} does so). "
     return (
-        f"{first}At {mean}, budgets of their own leave {fitted / constant:.0%} of the error. "
-        f"`--config {file}` of run, chat, eval, calibrate and serve uses them; in transformers "
-        f'`model.config.hip = HiPConfig.load("{file}").to_dict()`. They are for {report.model} only.'
+        f"{first}At {mean}, budgets of their own leave {fitted / constant:.0%} of the error. They "
+        f"are for {report.model} only. Use them by `--config {file}` of run, chat, eval, calibrate "
+        f'and serve, or by `model.config.hip = HiPConfig.load("{file}").to_dict()` in transformers.'
     )
