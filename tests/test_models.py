@@ -10,13 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, LlamaConfig
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+)
 
 from hipserve import ArgumentError, FitError, HiPCache, HiPConfig
 from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
 from hipserve.lab.text import language_reference
 from hipserve.models import Conversation, LoadedModel, load, passes
 from hipserve.models.loading import bundled_path
+from tiny_models import build, prompts, twins
 
 FACT, QUESTION = pass_key("83724"), PASS_KEY_QUESTION
 PRUNED = HiPConfig(
@@ -34,6 +42,27 @@ def model() -> LoadedModel:
 def loaded(model: LoadedModel) -> LoadedModel:
     model.use(HiPConfig())
     return model
+
+
+def test_dense_attention_is_what_the_model_defines() -> None:
+    """SDPA leaves out the cap of Gemma 2's scores, and GPT-OSS has none."""
+    kinds = {"gemma2": "eager", "llama": "sdpa", "qwen3": "sdpa", "gemma3": "sdpa"}
+    for family, expected in kinds.items():
+        model = build(family)
+        loaded = LoadedModel(model, AutoTokenizer.from_pretrained(bundled_path()), family, 512)
+        loaded.use(None)
+        assert model.config._attn_implementation == expected
+        assert ("SDPA" in loaded.backend) == (expected == "sdpa")
+    _, eager = twins("gemma2")
+    loaded = LoadedModel(build("gemma2"), loaded.tokenizer, "gemma2", 512)
+    loaded.use(None)
+    ids = prompts(length=60)
+    with torch.no_grad():
+        expected = eager(ids).logits
+        torch.testing.assert_close(loaded.model(ids).logits, expected)
+        loaded.model.set_attn_implementation("sdpa")
+        assert not torch.allclose(loaded.model(ids).logits, expected, atol=1e-3)
+    assert transformers.GptOssPreTrainedModel._supports_sdpa is False
 
 
 def about(loaded: LoadedModel, characters: int = 600) -> Conversation:

@@ -53,8 +53,17 @@ watcher returns goes to the model."""
 
 @contextmanager
 def watched(loaded: LoadedModel, watcher: Watcher) -> Generator[None]:
-    """Shows the watcher every call of the attention that the model uses now."""
+    """Shows the watcher every call of the attention that the model uses now.
+
+    Raises:
+        FitError: that is code of the model's own, which transformers does not look up.
+    """
     name = loaded.model.config._attn_implementation
+    if name == "eager":
+        raise FitError(
+            f"{loaded.name} has dense attention of its own, which cannot be watched",
+            "measure it with hipserve lab quality or hipserve eval",
+        )
     plain: Any = AttentionInterface()[name]
     own = {id(module) for module in loaded.model.modules()}
 

@@ -60,9 +60,10 @@ class LoadedModel:
 
     @property
     def backend(self) -> str:
-        """What computes attention now: a backend of ours, or torch's dense SDPA."""
-        if self.model.config._attn_implementation != "hip":
-            return "torch SDPA"
+        """What computes attention now: a backend of ours, or dense attention of transformers."""
+        name = self.model.config._attn_implementation
+        if name != "hip":
+            return "torch SDPA" if name == "sdpa" else "the model's own dense attention"
         return describe_backend(self.device, self.model.dtype, self.head_dim)
 
     @property
@@ -80,7 +81,8 @@ class LoadedModel:
         return config.num_hidden_layers * row
 
     def use(self, config: HiPConfig | None) -> None:
-        """Switches to HiP attention with `config`, or with None to transformers' dense SDPA.
+        """Switches to HiP attention with `config`, or with None to transformers' dense attention:
+        SDPA, or the model's own code where SDPA is not the same (Gemma 2 caps its scores).
 
         Raises:
             ArgumentError: `config.extend` cannot be done to this model.
@@ -88,7 +90,7 @@ class LoadedModel:
         if config:
             register()
         extend_positions(self.model, config)
-        self.model.set_attn_implementation("hip" if config else "sdpa")
+        self.model.set_attn_implementation("hip" if config else _dense(self.model))
         self.model.config.hip = config.to_dict() if config else None
 
     def encode(self, turns: list[Turn]) -> torch.Tensor:
@@ -215,6 +217,12 @@ def load(
     if config is not None:
         loaded.use(config)
     return loaded
+
+
+def _dense(model: Any) -> str:
+    """transformers' dense attention that computes what the model defines."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
 
 
 def extended_length(config: HiPConfig, trained_length: int) -> int:
