@@ -234,7 +234,7 @@ def test_what_cannot_be_measured_is_refused(loaded: LoadedModel, documents: list
         find_budgets(loaded, SMALL, documents, length=128)
     with pytest.raises(FitError, match="no layer that reads everything"):
         find_budgets(build("only windows"), SMALL, documents, length=LENGTH)
-    with pytest.raises(FitError, match="softcap caps its scores"):
+    with pytest.raises(FitError, match="softcap has dense attention of its own"):
         find_budgets(build("softcap"), SMALL, documents, length=LENGTH)
     with pytest.raises(ConfigError, match="budget_factors"):
         find_budgets(loaded, SMALL.replace(rerank=0), documents, length=LENGTH)

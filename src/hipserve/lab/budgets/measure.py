@@ -69,17 +69,14 @@ def layer_errors(
     Layers with a window of their own and `dense_layers` are left out: nothing prunes them.
 
     Raises:
-        FitError: nothing is pruned at this length, or in any layer; or the model caps its scores.
+        FitError: nothing is pruned at this length, or in any layer; or the model has dense
+            attention of its own, which nobody can watch (`lab.recorder.watched`).
     """
     positions = torch.tensor(sampled_blocks(config, ids.shape[1], ids.device.type, blocks))
     positions = positions.to(ids.device)
     sums: dict[int, _Sums] = {}
 
     def add(call: Call, out: Tensor) -> Tensor:
-        if call.softcap:  # transformers' SDPA leaves it out
-            raise FitError(
-                f"{loaded.name} caps its scores: no fast dense attention to compare with"
-            )
         if not call.window and call.layer not in config.dense_layers:
             _add(sums.setdefault(call.layer, _Sums()), call, out[0], positions, config, factors)
         return out
