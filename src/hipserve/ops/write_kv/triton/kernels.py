@@ -187,7 +187,7 @@ def summaries_kernel(
         if tl.load(last_slots + page * RUNS + index) == offset + 1:
             first = run * LENGTHS[level]
             end = tl.minimum((run + 1) * LENGTHS[level], page_end)
-            summary = summarize_run(keys, k_strides.slot, first, end, level == 0, HEAD_DIM, DIM)
+            summary = summarize_run(keys, k_strides.slot, first, end, level == 0, 16, HEAD_DIM, DIM)
             store_summary(to, index.to(tl.int64), page, head, summary, BITS, HEAD_DIM)
 
 
@@ -203,6 +203,7 @@ def whole_summaries_kernel(
     first_index,
     length,
     FINEST: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
@@ -218,6 +219,6 @@ def whole_summaries_kernel(
     head, page = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = k + page * k_strides.page + head * k_strides.head
     end = tl.minimum((run + 1) * length, page_size)
-    summary = summarize_run(keys, k_strides.slot, run * length, end, FINEST, HEAD_DIM, DIM)
+    summary = summarize_run(keys, k_strides.slot, run * length, end, FINEST, ROWS, HEAD_DIM, DIM)
     to = SummaryRows(summaries, strides, scales, scale_strides)
     store_summary(to, (first_index + run).to(tl.int64), page, head, summary, BITS, HEAD_DIM)

@@ -10,6 +10,9 @@ import triton.language as tl
 from hipserve.ops._triton.codes import encode
 from hipserve.ops._triton.tiles import load_tile
 
+BOX_ROWS = tl.constexpr(16)
+"""Keys of a tile of a longer run. Three tiles are on their way at a time."""
+
 
 class SummaryRows(NamedTuple):
     """Where summaries go."""
@@ -30,18 +33,22 @@ class Summary(NamedTuple):
 
 
 @triton.jit
-def moments_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+def moments_of_run(
+    keys, stride, first, end, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
     """The `Summary` of a run of the finest level, the keys in slots [first, end).
 
     mean = S1 / n and deviation = sqrt(n S2 - S1^2) / n, with the sums S1 of the keys and S2 of
     their squares: exact in float64 for keys of 16 bits, in any order.
+
+    ROWS keys at a time: all of a run at once wait for memory least, few in one warp add up fastest.
     """
-    totals = tl.zeros([16, DIM], tl.float64)
-    squares = tl.zeros([16, DIM], tl.float64)
-    for start in range(first, end, 16):
-        slot = start + tl.arange(0, 16)
+    totals = tl.zeros([ROWS, DIM], tl.float64)
+    squares = tl.zeros([ROWS, DIM], tl.float64)
+    for start in tl.range(first, end, ROWS, loop_unroll_factor=16 // ROWS):
+        slot = start + tl.arange(0, ROWS)
         at = keys + slot.to(tl.int64) * stride
-        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float64)  # [16, DIM], else zeros
+        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float64)  # [ROWS, DIM], else zeros
         totals += tile
         squares += tile * tile
     total = tl.sum(totals, axis=0)
@@ -53,12 +60,13 @@ def moments_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.con
 @triton.jit
 def box_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """The `Summary` of a longer run: middle of minimum and maximum, and half their distance."""
-    low = tl.full([16, DIM], float("inf"), tl.float32)
-    high = tl.full([16, DIM], -float("inf"), tl.float32)
-    for start in range(first, end, 16):
-        slot = tl.minimum(start + tl.arange(0, 16), end - 1)  # the last one again, behind the end
+    low = tl.full([BOX_ROWS, DIM], float("inf"), tl.float32)
+    high = tl.full([BOX_ROWS, DIM], -float("inf"), tl.float32)
+    for start in tl.range(first, end, BOX_ROWS, num_stages=3):
+        # Behind the end the last one again.
+        slot = tl.minimum(start + tl.arange(0, BOX_ROWS), end - 1)
         at = keys + slot.to(tl.int64) * stride
-        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float32)  # [16, DIM]
+        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float32)  # [BOX_ROWS, DIM]
         low, high = tl.minimum(low, tile), tl.maximum(high, tile)
     minimum, maximum = tl.min(low, axis=0), tl.max(high, axis=0)
     return Summary((minimum + maximum) / 2, (maximum - minimum) / 2)
@@ -71,12 +79,13 @@ def summarize_run(
     first,
     end,
     FINEST: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """The `Summary` of the keys in slots [first, end)."""
+    """The `Summary` of the keys in slots [first, end); of the finest level ROWS at a time."""
     if FINEST:
-        return moments_of_run(keys, stride, first, end, HEAD_DIM, DIM)
+        return moments_of_run(keys, stride, first, end, ROWS, HEAD_DIM, DIM)
     else:
         return box_of_run(keys, stride, first, end, HEAD_DIM, DIM)
 
