@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hipserve import ArgumentError, FitError, HiPCache, HiPConfig
+from hipserve.attention import layer
+from hipserve.attention.dense import attend_chosen
 from hipserve.integrations.rope import read_rope, yarn_parameters
 from hipserve.integrations.transformers import extend_positions
 from hipserve.models import LoadedModel
@@ -178,3 +180,25 @@ def test_the_context_grows_and_its_error_names_the_option() -> None:
     loaded = LoadedModel(build("llama"), None, "tiny", 1024)
     with pytest.raises(FitError, match="--extend stream"):
         loaded.check_fit(2000, 64)
+
+
+def test_steps_within_the_trained_length_take_the_kernels_of_models_that_do_not_extend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def note(*args: Any, config: HiPConfig, rope: Tensor | None, **options: Any) -> Any:
+        seen.append((config.extend, rope is None))
+        return attend_chosen(*args, config=config, rope=rope, **options)
+
+    monkeypatch.setattr(layer, "attend_chosen", note)
+    model, plain = build("llama", STREAM), build("llama", PRUNED)
+    ids = torch.randint(3, 96, (1, TRAINED + 1))
+    cache, other = HiPCache(model.config), HiPCache(plain.config)
+    with torch.no_grad():
+        got = model(ids[:, :-1], past_key_values=cache).logits
+        assert set(seen) == {("none", True)}
+        assert torch.equal(got, plain(ids[:, :-1], past_key_values=other).logits)
+        seen.clear()
+        model(ids[:, -1:], past_key_values=cache)
+    assert set(seen) == {("stream", False)}

@@ -99,7 +99,10 @@ def test_attention_sees_its_keys_as_defined(shape: str, neighbours: bool) -> Non
     beyond = torch.zeros(len(got), dtype=torch.bool)
     for _, row, rows, position in case.layout.query_blocks(16).tolist():
         beyond[row : row + rows] = position >= 256
-    assert torch.equal(got[~beyond], plain[~beyond])
+    # Compiled for a card these are two kernels; what computes rows within the trained length alone
+    # is the one without turned rows (`AttentionLayer`).
+    rounding = 2e-6 if DEVICE == "cuda" else 0
+    torch.testing.assert_close(got[~beyond], plain[~beyond], rtol=0, atol=rounding)
     assert not torch.allclose(got[beyond], plain[beyond], atol=1e-3)
 
 

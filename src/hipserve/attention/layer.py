@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -176,6 +177,9 @@ class AttentionLayer:
         )
 
     def _attend(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> tuple[Tensor, Tensor]:
+        if self.rope is not None and not layout.reaches(self.config.trained_length or 0):
+            near = replace(self, config=_unextended(self.config), rope=None)
+            return near._attend(q, keys, layout)
         account = self.account
         began = time.perf_counter() if account else 0.0
         selection = self._select(q, keys, layout)
@@ -239,3 +243,9 @@ class AttentionLayer:
     def _count_dense(self, batch: int, rows: int) -> None:
         if self.account is not None and self.rule is not None:
             self.account.add_dense(batch, rows)
+
+
+@functools.lru_cache(64)
+def _unextended(config: HiPConfig) -> HiPConfig:
+    """Of steps that stay within the trained length: no kernel need ask for it."""
+    return replace(config, extend="none")

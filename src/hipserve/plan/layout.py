@@ -76,6 +76,10 @@ class BatchLayout:
             self._made[asked] = self._prunes(*self.lengths, rule)
         return self._made[asked]
 
+    def reaches(self, position: int) -> bool:
+        """False only where the host knows that every row lies before `position`."""
+        return self.lengths is None or max(self.lengths[0], default=0) > position
+
     @staticmethod
     def _prunes(seq_lens: Sequence[int], starts: Sequence[int], rule: PruningRule) -> bool:
         rows = (end - begin for begin, end in itertools.pairwise(starts))
