@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hipserve.ops.rope import segment_length
-from hipserve.ops.select_blocks.reference.scores import SeenKeys
 from hipserve.ops.select_blocks.reference.search import Search, first_of, top
-from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.plan.runs import bound_levels, bound_offsets, kept_runs, levels_within
 from hipserve.selectors import Bound
 
@@ -16,23 +16,26 @@ from hipserve.selectors import Bound
 class BoundSearch(Search):
     """Keeps the best runs of every level, then the best blocks in the finest of them."""
 
-    def __init__(
-        self,
-        seen: SeenKeys,
-        window_start: int,
-        position: int,
-        spec: SearchSpec,
-        head_blocks: Tensor,
-    ) -> None:
-        super().__init__(seen, window_start, position, spec, head_blocks)
-        assert isinstance(spec.selector, Bound)
-        assert spec.run_size is not None
-        self.options = spec.selector
-        index = seen.keys.index
-        sizes = (index.page_size, spec.run_size, index.num_runs)
-        self.lengths, self.offsets = bound_levels(*sizes), bound_offsets(*sizes)
-        if spec.trained_length is not None:  # a long run of several segments would lie in none
-            self.lengths = levels_within(self.lengths, segment_length(spec.trained_length))
+    @property
+    def options(self) -> Bound:
+        assert isinstance(self.spec.selector, Bound)
+        return self.spec.selector
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of pages: their keys, the keys of a fine run, and the runs that have a summary."""
+        index = self.seen.keys.index
+        assert self.spec.run_size is not None
+        return index.page_size, self.spec.run_size, index.num_runs
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Keys of a run of each level."""
+        lengths = bound_levels(*self.sizes)
+        if self.spec.trained_length is None:
+            return lengths
+        # A long run of several segments would lie in none.
+        return levels_within(lengths, segment_length(self.spec.trained_length))
 
     def select(self) -> Tensor:
         runs = self.fine_runs()
@@ -79,6 +82,6 @@ class BoundSearch(Search):
         length, reach = self.lengths[level], self.options.bound_reach
         first = runs * length
         page, slot = self.seen.keys.locate(first + length - 1)  # a run lies with its last key
-        run = self.offsets[level] + slot // length
+        run = bound_offsets(*self.sizes)[level] + slot // length
         scores = self.seen.each(first, lambda scores: scores.of_runs(page, run, reach))
         return (scores - self.baseline).amax(dim=1)
