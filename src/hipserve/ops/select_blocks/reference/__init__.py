@@ -25,9 +25,6 @@ def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
     """`indices` `[num_query_blocks, heads, max_selected]` int32; see `hipserve.ops`."""
     shape = spec.selection_shape(inputs)
     indices = torch.full(shape, -1, dtype=torch.int32, device=inputs.q.device)
-    head_blocks = indices.new_full(shape[1:2], spec.max_selected)
-    if inputs.head_blocks is not None:
-        head_blocks = inputs.head_blocks
     scales = (inputs.code_scales, inputs.summary_scales)
     sizes = (spec.run_size or 1, spec.code_bits)
     index = KeyIndex(inputs.codes, inputs.summaries, *sizes, *scales)
@@ -40,7 +37,9 @@ def select_blocks(inputs: SearchInputs, spec: SearchSpec) -> Tensor:
             keys = IndexedKeys(index, pages)
             nearest = nearest_segment(position, starts[i], trained)
             seen = SeenKeys(rows, keys, inputs.rope, nearest, segment_length(trained))
-            search = SEARCHES[spec.selector.name](seen, starts[i], position, spec, head_blocks)
+            search = SEARCHES[spec.selector.name](
+                seen, starts[i], position, spec, inputs.head_blocks
+            )
             chosen = search.select()
             indices[i, :, : chosen.shape[1]] = chosen.int()
     return indices

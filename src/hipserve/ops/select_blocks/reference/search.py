@@ -22,11 +22,12 @@ class Search:
         window_start: int,
         position: int,
         spec: SearchSpec,
-        head_blocks: Tensor,
+        head_blocks: Tensor | None = None,
     ) -> None:
-        """The first row of `seen` is at `position`; head_blocks `[heads]`: what each may choose."""
+        """The first row of `seen` is at `position`; head_blocks `[heads]` as in `SearchInputs`."""
         self.rows, self.seen, self.spec = seen.rows, seen, spec
-        self.head_blocks = head_blocks
+        every = torch.full(seen.rows.shape[:1], spec.max_selected, device=seen.rows.device)
+        self.head_blocks = every if head_blocks is None else head_blocks
         self.begin, self.end = spec.num_sink_tokens, window_start
         self.baseline = self.best_read(position) if spec.relative_scores else 0.0
 
