@@ -1,5 +1,6 @@
 """Shared settings: one thread unless a test says otherwise, no network, reproducible runs."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("hipserve")
+
+
+# Torch, transformers and vLLM hold some 600,000 objects, which every full collection would visit.
+gc.set_threshold(100_000, 20, 50)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
