@@ -154,6 +154,17 @@ def test_the_fastest_kernel_decides_where_pruning_pays(
 
 
 @native
+def test_layers_with_budgets_of_their_heads_break_even_where_others_do(home: Path) -> None:
+    """Truly measured: one head stands for all, whatever factors the heads of a layer have."""
+    rule = rule_for(HiPConfig(), *KIND)
+    kept = home.read_text()
+    config = HiPConfig(budget_factors=[[0.5, 1.0, 1.5], [2.0, 0.5, 0.5]])
+    assert rule_for(config, *KIND) == rule
+    assert rule_for(config.of_layer(1), *KIND) == rule
+    assert home.read_text() == kept
+
+
+@native
 def test_where_pruning_never_pays_it_begins_beyond_what_was_measured(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

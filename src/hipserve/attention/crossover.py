@@ -60,6 +60,7 @@ _IRRELEVANT = (
     "trained_length",
     "seed",
     "calibration",
+    "budget_factors",  # heads read the budget on average, and layers share one rule
 )
 
 
@@ -148,7 +149,8 @@ def _faster(kind: LayerKind) -> DenseKernel:
 @torch.no_grad()
 def _break_even(kind: LayerKind, config: HiPConfig, kernel: DenseKernel) -> int:
     """Position from which a pruned query block takes less time than a dense one."""
-    config = config.replace(dense_below=0, decode_dense_below=0, extend="none")
+    plain: dict[str, Any] = {"extend": "none", "budget_factors": ()}
+    config = config.replace(dense_below=0, decode_dense_below=0, **plain)
     began, before, length = time.perf_counter(), (0, 0.0), 0
     for length in CONTEXTS:
         if not _prunes(config, length - ROWS):

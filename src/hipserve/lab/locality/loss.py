@@ -41,6 +41,7 @@ def head_losses(
 
 def _prune(layer: int, head: int, config: HiPConfig) -> Watcher:
     """Replaces what one KV head's query heads return by what pruned attention returns."""
+    config = config.of_layer(layer, slice(head, head + 1))
 
     def replace(call: Call, out: Tensor) -> Tensor:
         if call.layer != layer:

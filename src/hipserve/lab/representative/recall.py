@@ -34,7 +34,8 @@ def search_recall(record: LayerRecord, positions: Tensor, config: HiPConfig) -> 
     chosen = positions[rows].tolist()
     table = torch.arange(pages, dtype=torch.int32, device=keys.device).expand(len(chosen), -1)
     layout = BatchLayout.of(table.contiguous(), [p + 1 for p in chosen], [1] * len(chosen))
-    base = config.replace(dense_below=0, decode_dense_below=0)
+    plain = {"dense_below": 0, "decode_dense_below": 0, "budget_factors": ()}
+    base = config.replace(**plain)  # searches are compared with one budget for all heads
 
     def select(**fields: object) -> Tensor:
         form = base.replace(**fields)
