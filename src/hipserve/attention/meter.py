@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -137,10 +136,9 @@ class Meter:
     def choose(self, layout: BatchLayout, rule: PruningRule) -> MeteredRows | None:
         """The rows to meter; None in most steps."""
         size = rule.query_block_size
-        blocks = layout.once(("host blocks", size), partial(_on_host, layout, size))
         found = [
             (i, first + at, sequence, position + at)
-            for i, (sequence, first, count, position) in enumerate(blocks)
+            for i, (sequence, first, count, position) in enumerate(layout.host_blocks(size))
             if (at := self.place(position, count, size)) is not None
             and rule.prunes(position, count)
         ]
@@ -152,10 +150,6 @@ class Meter:
         if count == 1:
             return None if (position + turn) % STEPS else 0
         return None if (position // size + turn) % BLOCKS else turn % count
-
-
-def _on_host(layout: BatchLayout, size: int) -> list[list[int]]:
-    return layout.query_blocks(size).tolist()
 
 
 def unread_share(call: Attended, rows: MeteredRows, draws: Tensor) -> Tensor:

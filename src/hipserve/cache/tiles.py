@@ -264,11 +264,11 @@ class TilesRead(NamedTuple):
     @classmethod
     def of(cls, layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> TilesRead:
         """Without a rule, every block reads all keys."""
-        spans = layout.spans(config.query_block_size)
-        rows = sum(rows for _, rows in spans)
-        tiles = [_tiles_of(position, rows, config, rule) for position, rows in spans]
-        most_rows = min(config.query_block_size, rows - len(spans) + 1)
-        return cls(len(spans), most_rows, max(tiles), sum(tiles))
+        blocks = layout.host_blocks(config.query_block_size)
+        rows = sum(rows for _, _, rows, _ in blocks)
+        tiles = [_tiles_of(position, rows, config, rule) for _, _, rows, position in blocks]
+        most_rows = min(config.query_block_size, rows - len(blocks) + 1)
+        return cls(len(blocks), most_rows, max(tiles), sum(tiles))
 
 
 def _tiles_of(position: int, rows: int, config: HiPConfig, rule: PruningRule | None) -> int:

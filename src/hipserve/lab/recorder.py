@@ -83,6 +83,23 @@ def watched(loaded: LoadedModel, watcher: Watcher) -> Generator[None]:
         AttentionInterface.register(name, plain)
 
 
+def read_watched(loaded: LoadedModel, ids: Tensor, watcher: Watcher) -> None:
+    """Reads `ids` `[1, tokens]` with dense attention and shows the watcher every call.
+
+    Raises:
+        FitError: as `watched`.
+    """
+    loaded.use(None)
+    with watched(loaded, watcher):
+        for _ in read(loaded, ids, make_cache(loaded)):
+            pass
+
+
+def nothing_to_prune(loaded: LoadedModel) -> FitError:
+    """The error of a model whose layers all have a window."""
+    return FitError(f"{loaded.name} has no layer that reads everything: nothing can be pruned")
+
+
 def _call(module: Any, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> Call:
     return Call(
         module.layer_idx,
@@ -142,12 +159,9 @@ def record_heads(loaded: LoadedModel, ids: Tensor, positions: Tensor) -> list[La
             last[call.layer] = call._replace(query=call.query[:, :, :0], value=call.value[:, :, :0])
         return out
 
-    loaded.use(None)
-    with watched(loaded, keep):
-        for _ in read(loaded, ids, make_cache(loaded)):
-            pass
+    read_watched(loaded, ids, keep)
     if not last:
-        raise FitError(f"{loaded.name} has no layer that reads everything: nothing can be pruned")
+        raise nothing_to_prune(loaded)
     return [
         LayerRecord(i, torch.cat(rows[i]), call.key[0].transpose(0, 1), call.scale, call.softcap)
         for i, call in sorted(last.items())

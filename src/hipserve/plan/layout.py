@@ -101,15 +101,14 @@ class BatchLayout:
             self._made[query_block_size] = blocks.to(self.seq_lens.device)
         return self._made[query_block_size]
 
-    def spans(self, query_block_size: int) -> list[tuple[int, int]]:
-        """Position and number of rows of every query block, on the host."""
+    def host_blocks(self, query_block_size: int) -> list[list[int]]:
+        """`query_blocks` on the host; nothing is read back where it knows the lengths."""
 
-        def make() -> list[tuple[int, int]]:
+        def make() -> list[list[int]]:
             lengths = self.lengths or (self.seq_lens.tolist(), self.cu_seqlens_q.tolist())
-            blocks: list[list[int]] = split_rows(*lengths, query_block_size).tolist()
-            return [(position, rows) for _, _, rows, position in blocks]
+            return split_rows(*lengths, query_block_size).tolist()
 
-        return self.once(("spans", query_block_size), make)
+        return self.once(("host blocks", query_block_size), make)
 
     def once(self, asked: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns: made once for all layers of a step, whose layouts are alike."""

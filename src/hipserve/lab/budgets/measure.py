@@ -10,9 +10,8 @@ from torch import Tensor
 from hipserve.attention.hip import WholeKeys
 from hipserve.config import HiPConfig
 from hipserve.errors import FitError
-from hipserve.lab.recorder import Call, watched
+from hipserve.lab.recorder import Call, nothing_to_prune, read_watched
 from hipserve.models import LoadedModel
-from hipserve.models.passes import make_cache, read
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.plan import pruning_rule
 from hipserve.types import KeyPool
@@ -81,12 +80,9 @@ def layer_errors(
             _add(sums.setdefault(call.layer, _Sums()), call, out[0], positions, config, factors)
         return out
 
-    loaded.use(None)
-    with watched(loaded, add):
-        for _ in read(loaded, ids, make_cache(loaded)):
-            pass
+    read_watched(loaded, ids, add)
     if not sums:
-        raise FitError(f"{loaded.name} has no layer that reads everything: nothing can be pruned")
+        raise nothing_to_prune(loaded)
     return {layer: torch.as_tensor(own.lost) / own.whole for layer, own in sorted(sums.items())}
 
 
