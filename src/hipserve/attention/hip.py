@@ -17,7 +17,7 @@ from hipserve.errors import ArgumentError
 from hipserve.ops import build_index, checks
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.platform import resolve_backend
-from hipserve.types import BlockSelection, KeyIndex, KeyPool
+from hipserve.types import KeyIndex, KeyPool
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
 _KV_DIMS = "[batch, kv_len, num_kv_heads, head_dim]"
@@ -167,13 +167,7 @@ class WholeKeys:
     def index(self) -> KeyIndex:
         return build_index(self.k, **self.form._asdict(), backend=self.backend)
 
-    def fetch(
-        self,
-        selection: BlockSelection | None,  # noqa: ARG002
-        layout: BatchLayout,  # noqa: ARG002
-        config: HiPConfig,  # noqa: ARG002
-        rule: PruningRule | None,  # noqa: ARG002
-    ) -> KeyPool:
+    def fetch(self, *_: object) -> KeyPool:
         return KeyPool(self.k, self.v)
 
 

@@ -49,6 +49,7 @@ class LayerKeys(Protocol):
         layout: BatchLayout,
         config: HiPConfig,
         rule: PruningRule | None,
+        /,
     ) -> KeyPool:
         """Pages in which the chosen keys and values are present, and those that are always read.
 
@@ -70,13 +71,7 @@ class HeldKeys:
     def append(self) -> None:
         """Nothing is left to write."""
 
-    def fetch(
-        self,
-        selection: BlockSelection | None,  # noqa: ARG002
-        layout: BatchLayout,  # noqa: ARG002
-        config: HiPConfig,  # noqa: ARG002
-        rule: PruningRule | None,  # noqa: ARG002
-    ) -> KeyPool:
+    def fetch(self, *_: object) -> KeyPool:
         return self.pool
 
 

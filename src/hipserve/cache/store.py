@@ -89,6 +89,7 @@ class PageStore(Protocol):
         layout: BatchLayout,
         config: HiPConfig,
         rule: PruningRule | None,
+        /,
     ) -> KeyPool:
         """As `LayerKeys.fetch` in `hipserve.attention.layer`, for what was written last."""
         ...
@@ -195,13 +196,7 @@ class ResidentPages:
         for pages in self._tensors():
             pages[target] = pages[source]
 
-    def fetch(
-        self,
-        selection: BlockSelection | None,  # noqa: ARG002
-        layout: BatchLayout,  # noqa: ARG002
-        config: HiPConfig,  # noqa: ARG002
-        rule: PruningRule | None,  # noqa: ARG002
-    ) -> KeyPool:
+    def fetch(self, *_: object) -> KeyPool:
         """Everything is where attention reads it."""
         return self.pool
 

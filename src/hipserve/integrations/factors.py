@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from hipserve.config import HiPConfig
@@ -20,9 +19,4 @@ def with_own_factors(config: HiPConfig, model_config: Any) -> HiPConfig:
     own = getattr(model_config, NAME, None)
     if own is None or config.budget_factors or not config.ranks_keys:
         return config
-    return _filled(config, tuple(map(tuple, own)))
-
-
-@functools.lru_cache(64)
-def _filled(config: HiPConfig, factors: tuple[tuple[float, ...], ...]) -> HiPConfig:
-    return config.replace(budget_factors=factors)
+    return config.replace(budget_factors=own)

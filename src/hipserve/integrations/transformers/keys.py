@@ -96,11 +96,5 @@ class CapturedKeys:
     def index(self) -> KeyIndex:
         return self.layer.pages.index
 
-    def fetch(
-        self,
-        selection: BlockSelection | None,  # noqa: ARG002
-        layout: BatchLayout,  # noqa: ARG002
-        config: HiPConfig,  # noqa: ARG002
-        rule: PruningRule | None,  # noqa: ARG002
-    ) -> KeyPool:
+    def fetch(self, *_: object) -> KeyPool:
         return self.layer.pages.pool
