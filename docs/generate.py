@@ -15,8 +15,8 @@ import typer
 
 from hipserve import HiPConfig
 from hipserve.cli.main import EXIT_CODES, app
-from hipserve.config import PRESETS
 from hipserve.integrations.vllm.metrics import METRICS
+from hipserve.presets import PRESETS
 
 PAGE = Path(__file__).with_name("reference.md")
 INTRODUCTION = """# Reference

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 from hipserve.errors import ConfigError, did_you_mean
+from hipserve.presets import PRESETS
 from hipserve.selectors import SELECTORS
 from hipserve.selectors.tree import Representative
 from hipserve.values import (
     check_choice,
     check_factor,
-    check_fraction,
     check_int,
     check_table,
     factors,
@@ -146,7 +146,8 @@ class HiPConfig:
         check_factor("extend_factor", self.extend_factor)
         check_choice("meter", self.meter, ("off",) if self.streams else get_args(Metering))
         check_choice("selector", self.selector, tuple(SELECTORS), _GONE.get(self.selector, ""))
-        check_choice("representative", self.representative, get_args(Representative))
+        for selector in SELECTORS.values():
+            selector.of(self)  # checks its own options, whichever is chosen
         for name in ("share_group", "relative_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong(name, "true or false", getattr(self, name))
@@ -155,7 +156,6 @@ class HiPConfig:
             raise wrong(
                 "code_bits", "4, 8 or 16", self.code_bits, "16 searches the keys themselves"
             )
-        check_fraction("bound_reach", self.bound_reach)
         check_table("calibration", self.calibration)
         self._check_sizes()
 
@@ -218,7 +218,7 @@ class HiPConfig:
     @property
     def ranks_keys(self) -> bool:
         """The search orders more keys than the budget by their own scores."""
-        return self.selector == "bound" and self.rerank > 0
+        return SELECTORS[self.selector].of(self).ranks_keys
 
     @property
     def max_selected(self) -> int:
@@ -335,36 +335,15 @@ class HiPConfig:
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(HiPConfig) if f.init)
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "fast": {"rerank": 2},
-    "paper": {
-        "budget": 512,
-        "selector": "tree",
-        "key_block_size": 2,
-        "query_block_size": 64,
-        "query_stride": 2,
-        "relative_scores": False,
-        "share_group": False,
-        "num_sink_tokens": 16,
-        "sliding_window": 256,
-        "dense_layers": 3,
-        "dense_below": 0,
-        "refresh_interval": 8,
-    },
-}
-
 _LEAST = {
     "budget": 1,
     "query_block_size": 1,
     "key_block_size": 1,
     "query_stride": 1,
     "bound_block_size": 1,
-    "rerank": 0,
     "num_sink_tokens": 0,
     "sliding_window": 1,
     "refresh_interval": 1,
-    "seed": 0,
 }
 CODE_BITS = (4, 8, 16)
 _ONE_SELECTOR = 'a search has one selector since 0.2: use selector="bound"'

@@ -22,6 +22,7 @@ from hipserve.selectors import SELECTORS, Bound, Selector, Tree
 from hipserve.testing.cases import Shape, in_pages, make_case, random_config, random_shape
 from hipserve.testing.laws import assert_lawful
 from hipserve.types import BlockSelection
+from hipserve.values import check_choice
 
 SMALL: dict[str, Any] = {
     "budget": 64,
@@ -65,6 +66,31 @@ def test_every_selector_has_a_name_a_definition_and_kernels() -> None:
     assert {name: kind.name for name, kind in SELECTORS.items()} == {n: n for n in SELECTORS}
     for registry in (get_args(SelectorName), reference.SEARCHES, cpu.SEARCHES):
         assert set(registry) == set(SELECTORS)
+
+
+@dataclass(frozen=True, slots=True)
+class Strict(Recent):
+    """The same with a check, and with budgets of heads for one value of its option."""
+
+    def __post_init__(self) -> None:
+        check_choice("seed", str(self.seed), ("0", "1"))
+
+    @property
+    def ranks_keys(self) -> bool:
+        return self.seed == 1
+
+
+def test_a_selector_checks_its_own_options_and_says_what_it_does(
+    recent: HiPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SELECTORS, "recent", Strict)
+    for config in (recent, HiPConfig()):
+        with pytest.raises(ConfigError, match="seed: expected one of 0, 1, got '2'"):
+            config.replace(seed=2)
+    assert not recent.ranks_keys
+    with pytest.raises(ConfigError, match="budget_factors"):
+        recent.replace(budget_factors=[[2.0]])
+    assert recent.replace(seed=1, budget_factors=[[2.0]]).max_selected == 16
 
 
 def test_every_selector_has_kernels_for_gpus() -> None:

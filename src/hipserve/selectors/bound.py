@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hipserve.selectors.selector import Selector
+from hipserve.values import check_fraction, check_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +23,11 @@ class Bound(Selector):
     reads_summaries: ClassVar[bool] = True
     bound_reach: float
     rerank: int
+
+    def __post_init__(self) -> None:
+        check_fraction("bound_reach", self.bound_reach)
+        check_int("rerank", self.rerank, 0)
+
+    @property
+    def ranks_keys(self) -> bool:
+        return self.rerank > 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from hipserve.selectors.selector import Selector
+from hipserve.values import check_choice, check_int
 
 Representative = Literal["middle", "first", "last", "random"]
 
@@ -22,3 +23,7 @@ class Tree(Selector):
     name: ClassVar[str] = "tree"
     representative: Representative
     seed: int
+
+    def __post_init__(self) -> None:
+        check_choice("representative", self.representative, get_args(Representative))
+        check_int("seed", self.seed, 0)
