@@ -88,6 +88,19 @@ def rule_of(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule:
     return rule_for(config, q.device, q.dtype, q.shape[-1], q.shape[-2] // num_kv_heads)
 
 
+def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule | None:
+    """The rule where the index of all keys is built in the same call.
+
+    None for a single row, which costs less than the index, unless `dense_below` is given.
+
+    q: `[batch, query_len, num_q_heads, head_dim]`.
+    """
+    searched = config.run_size is not None and not config.streams
+    if q.shape[1] == 1 and config.dense_below is None and searched:
+        return None
+    return rule_of(config, q, num_kv_heads)
+
+
 @functools.lru_cache(256)
 def rule_for(
     config: HiPConfig, device: torch.device, dtype: torch.dtype, head_dim: int, group_size: int

@@ -8,15 +8,14 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from hipserve.attention.crossover import rule_of
+from hipserve.attention.crossover import rule_of_whole
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.layer import AttentionLayer
 from hipserve.attention.meter import Meter
 from hipserve.config import DEFAULT, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
 from hipserve.ops import build_index, checks
-from hipserve.plan import BatchLayout, PruningRule
-from hipserve.platform import resolve_backend
+from hipserve.plan import BatchLayout
 from hipserve.types import KeyIndex, KeyPool
 
 _Q_DIMS = "[batch, query_len, num_q_heads, head_dim]"
@@ -103,8 +102,6 @@ def hip_attention(
     config = DEFAULT if config is None else config
     _check(config, causal, sm_scale, softcap)
     check_whole(q, k, v)
-    if not torch.compiler.is_compiling():
-        resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
@@ -120,19 +117,6 @@ def hip_attention(
         return out
     assert lse is not None
     return out, lse
-
-
-def rule_of_whole(config: HiPConfig, q: Tensor, num_kv_heads: int) -> PruningRule | None:
-    """The rule where the index of all keys is built in the same call.
-
-    None for a single row, which costs less than the index, unless `dense_below` is given.
-
-    q: `[batch, query_len, num_q_heads, head_dim]`.
-    """
-    searched = config.run_size is not None and not config.streams
-    if q.shape[1] == 1 and config.dense_below is None and searched:
-        return None
-    return rule_of(config, q, num_kv_heads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,18 @@ def searching_codes(settings: HiPConfig, config: Path | None, preset: str | None
     return settings.replace(code_bits=OFFLOAD_CODE_BITS, rerank=rerank)
 
 
+def offloaded(
+    settings: HiPConfig, code_bits: int | None, config: Path | None, preset: str | None
+) -> HiPConfig:
+    """The settings of a plan with keys on the host, which a search cannot read there."""
+    if code_bits is None:
+        settings = searching_codes(settings, config, preset)
+    if settings.code_bits == 16:
+        expected = "4 or 8 with --kv-offload: a search cannot read keys on the host"
+        raise ArgumentError("code_bits", expected, "16")
+    return settings
+
+
 def make_offload(
     loaded: LoadedModel, file: Path | None, host_memory: int | None, device_memory: int | None
 ) -> Offload:

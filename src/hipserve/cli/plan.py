@@ -17,7 +17,7 @@ from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
 from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
-from hipserve.cli.offloading import searching_codes
+from hipserve.cli.offloading import offloaded
 from hipserve.cli.output import result, result_json
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
@@ -91,11 +91,8 @@ def plan(
     shape = ModelShape.of(read_config(name), dtype)
     machine = find_machine(gpu, device_memory)
     settings = options.make_config(config, preset, budget, selector, code_bits)
-    if kv_offload and code_bits is None:
-        settings = searching_codes(settings, config, preset if machine.on_gpu else None)
-    if kv_offload and settings.code_bits == 16:
-        expected = "4 or 8 with --kv-offload: a search cannot read keys on the host"
-        raise ArgumentError("code_bits", expected, "16")
+    if kv_offload:
+        settings = offloaded(settings, code_bits, config, preset if machine.on_gpu else None)
     service = Service(
         model=shape,
         config=settings,

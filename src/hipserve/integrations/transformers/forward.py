@@ -15,8 +15,8 @@ from hipserve.attention import (
     WholeKeys,
     absorb_sinks,
 )
-from hipserve.attention.crossover import rule_of
-from hipserve.attention.hip import check_whole, rule_of_whole
+from hipserve.attention.crossover import rule_of, rule_of_whole
+from hipserve.attention.hip import check_whole
 from hipserve.attention.inference import without_gradient
 from hipserve.attention.padding import attend_columns, without_padding
 from hipserve.config import HiPConfig
