@@ -18,7 +18,7 @@ from hipserve.lab.intervals import Estimate, estimate, student, student_above
 from hipserve.lab.quality import depth, far
 from hipserve.lab.quality.controls import blind
 from hipserve.lab.quality.long_range import OFTEN, SELDOM
-from hipserve.lab.quality.retrieval import Flips, Score, TaskResult, score
+from hipserve.lab.quality.retrieval import Flips, Score, TaskResult, encode_questions, score
 from hipserve.lab.quality.tasks import PUZZLES, Sample
 from hipserve.lab.text import language_reference
 from hipserve.lab.verdicts import Verdict, judge, judge_all
@@ -113,9 +113,8 @@ def test_aggregation_defeats_a_budget(loaded: LoadedModel) -> None:
     changes: list[float] = []
     for seed in range(2):
         sample = make_sample("frequent", TEXT, 2500, count, seed)
-        nats = [
-            score(loaded, config, sample, "continuation")[0].nats for config in (None, blind(SMALL))
-        ]
+        asked = encode_questions(loaded, sample, "continuation")
+        nats = [score(loaded, config, asked, True)[0].nats for config in (None, blind(SMALL))]
         changes.append(nats[1] - nats[0])
     assert sum(changes) / len(changes) < -0.05
 

@@ -141,8 +141,9 @@ def evaluate_retrieval(
                 task, text, length, count, seed + i, questions=questions, depth=depth
             )
             exact = sample.exact
+            asked = encode_questions(loaded, sample, form)
             for name, config in configs.items():
-                rounds[name].append(score(loaded, config, sample, form))
+                rounds[name].append(score(loaded, config, asked, exact))
                 if progress:
                     progress(task, name, i + 1)
         changes.append(_changes(rounds, exact))
@@ -172,16 +173,25 @@ class Scored(NamedTuple):
     nats: float
 
 
+def encode_questions(
+    loaded: LoadedModel, sample: Sample, form: Form = "chat"
+) -> list[tuple[Tensor, Tensor]]:
+    """Prompt `[1, tokens]` and answer `[tokens]` of each question."""
+    return [_encode(loaded, sample.document, question, form) for question in sample.questions]
+
+
 def score(
-    loaded: LoadedModel, config: HiPConfig | None, sample: Sample, form: Form = "chat"
+    loaded: LoadedModel,
+    config: HiPConfig | None,
+    asked: Sequence[tuple[Tensor, Tensor]],
+    exact: bool,
 ) -> list[Scored]:
-    """Of each question: 1 or 0 for an exact task, else the share of answer tokens that greedy
-    decoding gets right."""
+    """Of each question, as `encode_questions` gives it: 1 or 0 for an exact task, else the share of
+    answer tokens that greedy decoding gets right."""
     loaded.use(config)
-    pairs = [_encode(loaded, sample.document, question, form) for question in sample.questions]
-    found = read_answers(loaded, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    found = read_answers(loaded, [prompt for prompt, _ in asked], [answer for _, answer in asked])
     return [
-        Scored(float(all(hits)) if sample.exact else mean([float(hit) for hit in hits]), nats)
+        Scored(float(all(hits)) if exact else mean([float(hit) for hit in hits]), nats)
         for hits, nats in found
     ]
 
