@@ -3,8 +3,7 @@
     python benchmarks/gpu.py check --count 1000 --processes 16   # kernels against the definition
     python benchmarks/gpu.py tune             # tiles of the search, timed
     python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
-    python benchmarks/gpu.py speed --csv docs/data/attention-gpu.csv
-    python benchmarks/gpu.py speed --only prefill --csv docs/data/attention-hopper.csv
+    python benchmarks/gpu.py speed --csv docs/data/attention-h200.csv
 
 `speed` runs `check` first and times nothing if it fails. One layer, 32/8 heads, head_dim 128,
 bfloat16, the default configuration; selection is part of every HiP number. Dense is the fastest of
