@@ -143,7 +143,7 @@ def test_the_command_shows_what_pinning_mends(
         for key in ("83724",)
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    settings.write_text(SMALL.replace(budget=16, num_sink_tokens=0).dumps())
+    settings.write_text(SMALL.replace(budget=16, budget_factors=[[]], num_sink_tokens=0).dumps())
     words = ["lab", "drift", "--prompts", str(prompts), "--lengths", "300"]
     words += ["--config", str(settings), "--json"]
     shown = CliRunner().invoke(app, words)

@@ -50,7 +50,7 @@ class CacheReport:
 
     Attributes:
         steps: decode steps of each sample, the first of which only fills the cache.
-        max_selected: blocks of a selection.
+        max_selected: blocks of a selection, mean over heads.
         keys: of the sequence in its last step; a share of them is what a cache holds.
         block_bytes: keys and values of one block of one KV head.
         samples: name and domain of each text.
@@ -118,8 +118,8 @@ def measure_cache(
 ) -> CacheReport:
     """Records the last `steps` tokens of each sample as decode steps; simulates caches on them.
 
-    Every layer and head has a cache of its own, of `capacities` times the blocks of a selection.
-    Sinks and window are always there and not counted.
+    Every layer and head has a cache of its own, of `capacities` times the blocks of its own
+    selection. Sinks and window are always there and not counted.
 
     Raises:
         ArgumentError: fewer than two steps, or steps that leave nothing to read before them.
@@ -155,7 +155,7 @@ def measure_cache(
 def _point(
     sample: Sample, trace: LayerTrace, policy: str, capacity: int, interval: int
 ) -> CachePoint:
-    steps, heads, selected = trace.blocks.shape
+    steps, heads, _ = trace.blocks.shape
     blocks = hits = 0
     mass = mass_hit = 0.0
     for head in range(heads):
@@ -166,7 +166,8 @@ def _point(
             )
         ]
         chosen = requests[::interval]  # between them nothing can be missing
-        missed = simulate([list(request) for request in chosen], capacity * selected, policy)
+        own = max(map(len, requests))  # heads have budgets of their own
+        missed = simulate([list(request) for request in chosen], capacity * own, policy)
         held = [requests[step - step % interval] for step in range(1, steps)]
         blocks += sum(map(len, held))
         mass += sum(sum(request.values()) for request in held)

@@ -24,8 +24,9 @@ def _by_policy(report: CacheReport) -> Grid:
     ]
     caption = (
         f"{len(report.samples)} texts of {report.length:,} tokens, their last {report.steps} as "
-        f"decode steps. A head's cache holds so many selections of {report.max_selected} blocks. "
-        "Share of blocks that it held; the same weighted by attention; MiB that a step loads."
+        f"decode steps. A cache holds so many selections of its head, {report.max_selected} blocks "
+        "each on average. Share of blocks that it held; the same weighted by attention; MiB that a "
+        "step loads."
     )
     shares = [f"{size}x, {report.share_of_keys(size):.0%} of keys" for size in capacities]
     title = f"{report.model}: hits of a cache of blocks"
