@@ -186,8 +186,8 @@ def score(
     asked: Sequence[tuple[Tensor, Tensor]],
     exact: bool,
 ) -> list[Scored]:
-    """Of each question, as `encode_questions` gives it: 1 or 0 for an exact task, else the share of
-    answer tokens that greedy decoding gets right."""
+    """Of each question, prompt `[1, tokens]` and answer `[tokens]`: 1 or 0 for an exact task, else
+    the share of answer tokens that greedy decoding gets right."""
     loaded.use(config)
     found = read_answers(loaded, [prompt for prompt, _ in asked], [answer for _, answer in asked])
     return [
