@@ -294,8 +294,8 @@ class HiPConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HiPConfig:
-        """`default`; `fast`, a cheaper and less exact search (docs/quality.md measures both); or
-        `paper`: arXiv 2406.09827 (its appendix).
+        """`default`; `fast` and `accurate`, with a cheaper and a more exact search (docs/quality.md
+        measures all three); or `paper`: arXiv 2406.09827 (its appendix).
         """
         return cls.from_dict({"preset": name, **changes})
 

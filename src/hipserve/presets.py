@@ -7,6 +7,7 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"rerank": 2},
+    "accurate": {"rerank": 8},
     "paper": {
         "budget": 512,
         "selector": "tree",
