@@ -26,12 +26,14 @@ class Turn {
     if (!rope_.partner) return;
     cos_ = arena.take<float>(dim_);
     sin_ = arena.take<float>(dim_);
+    half_ = rope_.partner[0];
+    if (!in_halves()) half_ = 0;
   }
 
   void set(int64_t by) {
     if (by == by_) return;
     by_ = by;
-    for (int64_t c = 0; c < dim_; c += kLanes) {
+    for (int64_t c = 0; c < (half_ ? half_ : dim_); c += kLanes) {
       vf cos, sin;
       cos_sin(*(const vu*)(rope_.step + c) * (uint32_t)by, &cos, &sin);
       store(cos_ + c, cos);
@@ -40,14 +42,34 @@ class Turn {
   }
 
   template <class T> void apply(const T* row, T* out) const {
-    float x[kMaxDim], turned[kMaxDim];
-    to_floats(row, (int)dim_, x);
+    if (half_) return apply_in_halves(row, out);
+    float x[kMaxDim];
+    for (int64_t c = 0; c < dim_; c += kLanes) store(x + c, load_floats(row + c));
     for (int64_t c = 0; c < dim_; c += kLanes)
-      store(turned + c, load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c));
-    for (int64_t c = 0; c < dim_; ++c) from_float(turned[c], out + c);
+      store_floats(load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c), out + c);
   }
 
  private:
+  // Whether channels c and half_ + c are pairs, as most models have them, in whole vectors, and
+  // the channels behind never turn.
+  bool in_halves() const {
+    if (half_ % kLanes || 2 * half_ > dim_) return false;
+    for (int64_t c = 0; c < dim_; ++c) {
+      const int64_t partner = c < half_ ? c + half_ : c < 2 * half_ ? c - half_ : c;
+      if (rope_.partner[c] != partner || rope_.step[c] != -rope_.step[partner]) return false;
+    }
+    return true;
+  }
+  template <class T> void apply_in_halves(const T* row, T* out) const {
+    for (int64_t c = 0; c < half_; c += kLanes) {
+      const vf a = load_floats(row + c), b = load_floats(row + half_ + c);
+      const vf cos = load(cos_ + c), sin = load(sin_ + c);
+      store_floats(a * cos + b * sin, out + c);
+      store_floats(b * cos - a * sin, out + half_ + c);
+    }
+    memcpy(out + 2 * half_, row + 2 * half_, (dim_ - 2 * half_) * sizeof(T));
+  }
+
   // x[partner] of channels c and behind: neighbours too, unless a model pairs even with odd ones.
   vf partners(const float* x, int64_t c) const {
     const int32_t* partner = rope_.partner + c;
@@ -59,7 +81,8 @@ class Turn {
 
   const Rope rope_;
   const int64_t dim_;
-  int64_t by_ = 0;  // no turn at all: nobody asks for that
+  int64_t half_ = 0;  // channels of a half, or 0
+  int64_t by_ = 0;    // no turn at all: nobody asks for that
   float *cos_ = nullptr, *sin_ = nullptr;
 };
 
@@ -85,22 +108,21 @@ class FarKeys {
     nearest_ = maximum((window_start >> bits_) - 1, (int64_t)0) << bits_;
   }
 
-  // Calls use(first, end, shift) for stretches of the n ascending keys key(i) that are seen `shift`
-  // positions nearer.
-  template <class Key, class Use>
-  void in_stretches(int64_t n, const Key& key, const Use& use) const {
-    for (int64_t first = 0, end; first < n; first = end) {
-      const int64_t shift = shift_of(key(first));
-      for (end = first + 1; nearest_ && end < n && shift_of(key(end)) == shift;) ++end;
-      if (!nearest_) end = n;
-      use(first, end, shift);
-    }
-  }
-
- private:
+  // How many positions nearer a key is seen: whole segments.
   int64_t shift_of(int64_t key) const {
     return maximum(nearest_ - (key >> bits_ << bits_), (int64_t)0);
   }
+  // The end, `limit` at most, of the ascending keys key(first), key(first + 1), ... that are seen
+  // as much nearer as the first of them.
+  template <class Key> int64_t seen_alike(int64_t first, int64_t limit, const Key& key) const {
+    if (!nearest_) return limit;
+    const int64_t shift = shift_of(key(first));
+    while (++first < limit && shift_of(key(first)) == shift) {
+    }
+    return first;
+  }
+
+ private:
   int64_t nearest_ = 0;
   int bits_ = 0;
 };

@@ -41,6 +41,31 @@ template <class T> static inline void to_floats(const T* x, int n, float* y) {
   for (int i = 0; i < n; ++i) y[i] = to_float(x[i]);
 }
 
+// A vector of stored numbers, and back.
+template <class T> static inline vf load_floats(const T* x) {
+  float y[kLanes];
+  to_floats(x, kLanes, y);
+  return load(y);
+}
+template <class T> static inline void store_floats(vf y, T* x) {
+  for (int i = 0; i < kLanes; ++i) from_float(y[i], x + i);
+}
+typedef uint16_t vhalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+static inline vf load_floats(const bf16* x) {
+  return (vf)(__builtin_convertvector(*(const vhalves*)x, vu) << 16);
+}
+static inline void store_floats(vf y, bf16* x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh((__m512)y));
+#else
+  const vu bits = (vu)y, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu stored = (bits & 0x7fffffff) > 0x7f800000 ? vu{} + 0x7fc0 : rounded;
+  *(vhalves*)x = __builtin_convertvector(stored, vhalves);
+#endif
+}
+static inline vf load_floats(const float* x) { return load(x); }
+static inline void store_floats(vf y, float* x) { store(x, y); }
+
 // An integer that orders as the number of which it has the bits; its own inverse.
 template <class Bits> static inline Bits ordered(Bits x) {
   return x ^ (x >> (8 * sizeof(Bits) - 1) & (Bits)(~0ull >> (65 - 8 * sizeof(Bits))));

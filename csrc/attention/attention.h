@@ -19,7 +19,7 @@ template <class Unit> struct AttentionPieces {
   float *scores, *weights;           // [block of rows][kKeys], [rows][kWeights]
   int32_t* high;  // [rows]: lanes of the tile that a group of rows reads, at its first row
   Turn turn;
-  float* turned[2];  // [kKeys][dim], of two tiles
+  float* turned = nullptr;  // [kKeys][dim]
   AttentionPieces(Arena& arena, const Batch& batch, int64_t max_rows)
       : depth(depth_of<Unit>(batch.head_dim)), turn(arena, batch) {
     const int64_t dim = batch.head_dim;
@@ -34,8 +34,7 @@ template <class Unit> struct AttentionPieces {
     scores = arena.take<float>(kBlockRows * kKeys);
     weights = arena.take<float>((kTiled<Unit> ? kBlockRows : rows) * kWeights);
     high = arena.take<int32_t>(rows);
-    for (float*& keys : turned)
-      keys = batch.rope.partner ? arena.take<float>(kKeys * dim) : nullptr;
+    if (batch.rope.partner) turned = arena.take<float>(kKeys * dim);
   }
 };
 
@@ -63,7 +62,7 @@ template <class Q, class K> class Attention {
     const QueryBlock& block = call_.batch.query_blocks[item.block];
     const KeyList list(call_, block, item.block, item.head);
     const Sequence seq(call_.batch, block.seq);
-    const Reader reader{call_, list, seq, s_.turn, rows.kv_head, item.end};
+    const Reader reader{call_, list, seq, s_.turn, s_.turned, rows.kv_head, item.end};
     if (few_rows<Unit>(rows.count, dim_)) read_few(item, rows, reader);
     else read(item, rows, reader);
     if (part) put_part(rows, part);
@@ -108,9 +107,9 @@ template <class Q, class K> class Attention {
 
   void read(const Item& item, const StackedRows& rows, const Reader& reader) {
     Tile tile;
-    tile.turned = s_.turned[0];
     for (int64_t n = item.begin; n < item.end; n += tile.k.count) {
-      reader.read(n, tile);
+      reader.find(n, tile);
+      reader.turn_keys(tile);
       if constexpr (kTiled<Unit>) attend_in_blocks(tile, rows);
       else attend(tile, rows);
     }
@@ -118,12 +117,12 @@ template <class Q, class K> class Attention {
   // Few rows wait for memory: the next tile is asked for meanwhile.
   void read_few(const Item& item, const StackedRows& rows, const Reader& reader) {
     Tile tiles[2];
-    for (int i = 0; i < 2; ++i) tiles[i].turned = s_.turned[i];
-    reader.read(item.begin, tiles[0]);
+    reader.find(item.begin, tiles[0]);
     int turn = 0;
     for (int64_t n = item.begin; n < item.end; turn ^= 1) {
       n += tiles[turn].k.count;
-      reader.read(n, tiles[turn ^ 1]);
+      reader.find(n, tiles[turn ^ 1]);
+      reader.turn_keys(tiles[turn]);
       attend_few(tiles[turn], tiles[turn ^ 1], rows);
     }
   }

@@ -11,7 +11,11 @@ namespace HIPSERVE_TIER {
 struct Tile {
   TileRows k, v;
   int32_t positions[kKeys];  // ascending
-  float* turned = nullptr;   // [kKeys][head_dim]: copies of keys that are seen elsewhere
+  int num_moved;
+  struct Moved {
+    int first, end;
+    int64_t shift;
+  } moved[kKeys];  // keys that are seen `shift` positions later
 };
 
 // The stacked rows of an item. Row r is query row r / group, query head head * group + r % group.
@@ -38,11 +42,13 @@ template <class Unit, class K> struct TileReader {
   const KeyList& list;
   const Sequence& seq;
   Turn& turn;
+  float* turned;  // [kKeys][head_dim]
   int64_t kv_head, end;
 
-  // Fills a tile with the keys from the n-th on.
-  void read(int64_t n, Tile& tile) const {
+  // Fills a tile with the keys from the n-th on, where they lie.
+  void find(int64_t n, Tile& tile) const {
     int count = 0;
+    tile.num_moved = 0;
     const int64_t limit = minimum(end - n, (int64_t)kKeys);
     auto add = [&](int64_t key, int64_t keys) {
       const K* k_row = key_row<K>(call.k, seq, kv_head, key);
@@ -57,7 +63,7 @@ template <class Unit, class K> struct TileReader {
       const Segment segment = list.from(n + count);
       const int first = count;
       walk_pages(seq, segment.key, minimum(segment.count, limit - count), add);
-      if (segment.shift) turn_keys(first, count, segment.shift, tile);
+      if (segment.shift) tile.moved[tile.num_moved++] = {first, count, segment.shift};
     }
     tile.k.count = tile.v.count = count;
     tile.k.fill_up();
@@ -66,14 +72,16 @@ template <class Unit, class K> struct TileReader {
     tile.v.count = kTiled<Unit> ? round_up(count, kStep) : round_up(count, 2);
   }
 
- private:
-  // Replaces keys of a tile by copies, `shift` positions later.
-  void turn_keys(int first, int end, int64_t shift, Tile& tile) const {
-    turn.set(shift);
-    for (int j = first; j < end; ++j) {
-      K* copy = (K*)tile.turned + j * call.batch.head_dim;
-      turn.apply((const K*)tile.k.row[j], copy);
-      tile.k.row[j] = copy;
+  // Replaces the keys of a tile that are seen elsewhere by turned copies.
+  void turn_keys(Tile& tile) const {
+    for (int i = 0; i < tile.num_moved; ++i) {
+      const Tile::Moved& moved = tile.moved[i];
+      turn.set(moved.shift);
+      for (int j = moved.first; j < moved.end; ++j) {
+        K* copy = (K*)turned + j * call.batch.head_dim;
+        turn.apply((const K*)tile.k.row[j], copy);
+        tile.k.row[j] = copy;
+      }
     }
   }
 };

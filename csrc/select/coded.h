@@ -63,12 +63,13 @@ static inline void to_units(const CodeRow<kBits, kParts>* rows, int count,
 }
 
 // A sampled row in floats.
-static inline void query_floats(const Batch& batch, const SampledRows& rows, int64_t r, float* x) {
+static inline void query_floats(const Batch& batch, SampledRows& rows, int64_t r, int64_t shift,
+                                float* x) {
   const int n = (int)batch.head_dim;
   switch (batch.dtype) {
-    case Dtype::bf16: return to_floats(rows.row<bf16>(r), n, x);
-    case Dtype::f16: return to_floats(rows.row<f16>(r), n, x);
-    default: return to_floats(rows.row<float>(r), n, x);
+    case Dtype::bf16: return to_floats(rows.row<bf16>(r, shift), n, x);
+    case Dtype::f16: return to_floats(rows.row<f16>(r, shift), n, x);
+    default: return to_floats(rows.row<float>(r, shift), n, x);
   }
 }
 
@@ -78,6 +79,9 @@ template <int kBits> class CodedKeys {
   using Row = CodeRow<kBits, 1>;
   using Queries = CodedColumns<kBits, 1>;
   explicit CodedKeys(const SelectCall& call) : call_(call) {}
+  static Queries queries(Arena& arena, int64_t max_rows, int64_t head_dim) {
+    return {arena, max_rows, head_dim};
+  }
   Row at(const Middle& middle, int64_t key) const {
     return {key_row<uint8_t>(call_.index.codes, middle.seq, middle.kv_head, key),
             key_row<bf16>(call_.index.code_scales, middle.seq, middle.kv_head, key)};
@@ -86,11 +90,11 @@ template <int kBits> class CodedKeys {
     return {row.numbers + call_.index.codes.slot_stride,
             row.scales + call_.index.code_scales.slot_stride};
   }
-  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
     queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
-      query_floats(call_.batch, rows, r, x);
+      query_floats(call_.batch, rows, r, shift, x);
       const float scale = to_integers(x, n, kTurnedBits) / (float)rotation_size(n);
       rotate(x, n);
       return scale * encode(x, n, kQueryBits, numbers);
@@ -106,7 +110,7 @@ class CodedSummaries {
  public:
   using Row = CodeRow<kSummaryBits, 2>;
   using Queries = CodedColumns<kSummaryBits, 2>;
-  CodedSummaries(Arena&, const DescentCall& call) : call_(call) {
+  explicit CodedSummaries(const DescentCall& call) : call_(call) {
     const int steps = (int)__builtin_nearbyintf(call.bound_reach * kReachSteps);
     for (int i = 0; i < 128; ++i)
       reached_[i] = (int8_t)((steps * i + kReachSteps / 2) / kReachSteps);
@@ -118,11 +122,11 @@ class CodedSummaries {
     return {slot_row<const uint8_t>(call_.index.summaries, page, run, head),
             slot_row<const bf16>(call_.index.summary_scales, page, run, head)};
   }
-  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
     queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
-      query_floats(call_.batch, rows, r, x);
+      query_floats(call_.batch, rows, r, shift, x);
       const float scale = encode(x, n, kQueryBits, numbers);
       for (int64_t c = 0; c < n; ++c) numbers[n + c] = reached_[abs(numbers[c])];
       return scale;

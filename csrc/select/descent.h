@@ -32,28 +32,18 @@ struct DescentSize {
   static int64_t wanted_keys(const DescentCall& call) {
     return call.budget * maximum(call.rerank, (int64_t)1);
   }
-
- private:
-  static int64_t longest_sequence(const DescentCall& call) {
-    int64_t keys = 0;
-    for (int64_t i = 0; i < call.batch.num_query_blocks; ++i) {
-      const QueryBlock& block = call.batch.query_blocks[i];
-      keys = maximum(keys, (int64_t)block.position + block.num_rows);
-    }
-    return keys;
-  }
 };
 
 template <class Keys, class Summaries> class Descent {
  public:
   using Call = DescentCall;
   using Size = DescentSize;
-  Descent(Arena& arena, const Call& call, const Size& size, int64_t max_rows, Scorer& scorer,
-          BlockRank<Keys>& blocks)
+  Descent(Arena& arena, const Call& call, const Size& size, int64_t max_rows, SampledRows& rows,
+          Scorer& scorer, BlockRank<Keys>& blocks)
       : call_(call),
         levels_(size.levels),
         block_rank_(blocks),
-        run_rank_(arena, call, levels_, max_rows, scorer) {
+        run_rank_(arena, call, levels_, max_rows, rows, scorer) {
     candidates_ = arena.take<int32_t>(size.runs);
     best_runs_ = arena.take<int32_t>(size.runs);
     kept_runs_ = arena.take<int32_t>(size.kept);
@@ -63,8 +53,8 @@ template <class Keys, class Summaries> class Descent {
   }
 
   // As many blocks as the head may choose, ascending.
-  BlockList find(const QueryBlock& block, int64_t head, const Middle& middle) {
-    run_rank_.begin(block, head);
+  BlockList find(int64_t head, const Middle& middle) {
+    run_rank_.begin();
     const BlockList proposed = propose(middle);
     if (!call_.rerank) return proposed;
     const int64_t keep =

@@ -31,7 +31,6 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
   static constexpr int kSlices = 8 / kBits;  // numbers in a byte
   int64_t dim, side;                         // numbers of a part; with those that fill it up
   int64_t slice;                             // bytes of a part of a row, in whole vectors
-  CodeValue* values;                         // [kChunk][width]
   int8_t* integers;                          // [kFewRows][kParts][kSlices][slice]
   float scale[kFewRows];
   float excess[kFewRows][kParts];  // what code_sums() counts too much
@@ -41,7 +40,6 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
         dim(head_dim),
         side(side_of(head_dim)),
         slice(round_up(head_dim / kSlices, (int64_t)64)) {
-    values = arena.take<CodeValue>(kChunk * kParts * side);
     integers = arena.take<int8_t>(kFewRows * part_bytes() * kParts);
   }
   // Parts of more than one begin on a whole step.
@@ -52,7 +50,7 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
   int64_t part_bytes() const { return kSlices * slice; }
 
   // Takes `count` rows: encode(r, numbers) writes the kParts * dim integers of the r-th and returns
-  // its scale.
+  // its scale. `convert` holds kKeys * kParts * side floats.
   template <class Encode> void fill(int64_t count, float* convert, const Encode& encode) {
     int8_t numbers[kParts * kMaxDim];
     if (kFewCodes && count <= kFewRows) {
@@ -64,8 +62,8 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
       }
       return;
     }
-    Columns<CodeUnit>::template fill<CodeValue>(count, false, convert, [&](int64_t r) {
-      CodeValue* row = values + r % kChunk * kParts * side;
+    Columns<CodeUnit>::template fill<CodeValue>(count, width, false, nullptr, [&](int64_t r) {
+      CodeValue* row = (CodeValue*)convert + r % kChunk * kParts * side;
       const float step = encode(r, numbers);
       for (int p = 0; p < kParts; ++p)
         for (int64_t c = 0; c < side; ++c)

@@ -2,6 +2,7 @@
 // lie and what queries meet them as is a class `Keys`: StoredKeys, or CodedKeys in coded.h.
 #pragma once
 #include "select/scores.h"
+#include "select/seen_rows.h"
 
 namespace hipserve {
 namespace HIPSERVE_TIER {
@@ -12,13 +13,6 @@ struct BlockList {
   int64_t count;
 };
 
-// The keys between sinks and window of one query block and KV head: positions [begin, end).
-struct Middle {
-  Sequence seq;
-  int64_t kv_head, begin, end;
-  FarKeys far;
-};
-
 // Keys stored as K, met by queries stored as Q.
 template <class Q, class K> class StoredKeys {
  public:
@@ -26,15 +20,18 @@ template <class Q, class K> class StoredKeys {
   using Unit = typename UnitOf<Q, K>::type;
   using Queries = Columns<Unit>;
   explicit StoredKeys(const SelectCall& call) : call_(call) {}
+  static Queries queries(Arena& arena, int64_t max_rows, int64_t head_dim) {
+    return {arena, max_rows, head_dim};
+  }
   Row at(const Middle& middle, int64_t key) const {
     return key_row<K>(call_.index.codes, middle.seq, middle.kv_head, key);
   }
   // The row of the next slot.
   Row next(Row row) const { return row + call_.index.codes.slot_stride; }
-  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
-    const int64_t count = rows.count();
-    queries.template fill<Q>(count, few_rows<Unit>(count, call_.batch.head_dim), convert,
-                             [&](int64_t r) { return rows.template row<Q>(r); });
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
+    const int64_t count = rows.count(), dim = call_.batch.head_dim;
+    queries.template fill<Q>(count, dim, few_rows<Unit>(count, dim), convert,
+                             [&](int64_t r) { return rows.template row<Q>(r, shift); });
   }
 
  private:
@@ -46,11 +43,8 @@ template <class Keys> struct KeysOutside {
   using Row = typename Keys::Row;
   const Keys& keys;
   const Middle& middle;
-  int64_t first;
-  Row operator()(int64_t i) const { return keys.at(middle, position(middle, first + i)); }
-  static int64_t position(const Middle& middle, int64_t i) {
-    return i < middle.begin ? i : middle.end + i - middle.begin;
-  }
+  Row operator()(int64_t i) const { return keys.at(middle, position(i)); }
+  int64_t position(int64_t i) const { return i < middle.begin ? i : middle.end + i - middle.begin; }
 };
 
 // The keys of a list of blocks, one after the other.
@@ -77,55 +71,39 @@ template <class Keys> struct KeysOfBlocks {
 // Ranks blocks by the maximum score of their keys with the sampled rows.
 template <class Keys> class BlockRank {
  public:
-  BlockRank(Arena& arena, const SelectCall& call, int64_t max_rows, Scorer& scorer)
+  BlockRank(Arena& arena, const SelectCall& call, int64_t max_rows, SampledRows& rows,
+            Scorer& scorer)
       : call_(call),
         scorer_(scorer),
         keys_(call),
-        rows_(arena, call),
-        queries_(arena, max_rows, call.batch.head_dim) {}
+        rows_(arena, max_rows, call.batch.head_dim, keys_, rows, scorer.convert()) {}
 
-  // Takes the rows of a query block. With relative scores, the baseline of each is its maximum
-  // score among sinks and window, as far as every row sees them.
-  void begin(const QueryBlock& block, int64_t head, const Middle& middle) {
-    rows_.take(block, head);
-    keys_.take_queries(rows_, scorer_.convert(), queries_);
+  // Begins with rows of a query block that were sampled. With relative scores, the baseline of
+  // each is its maximum score among sinks and window, as far as every row sees them.
+  void begin(const QueryBlock& block, const Middle& middle) {
+    rows_.forget();
     const bool relative = call_.relative_scores;
-    scorer_.set_baseline(rows_.count(), relative ? -INFINITY : 0.f);
-    const int64_t outside = relative ? middle.begin + block.position + 1 - middle.end : 0;
-    middle.far.in_stretches(
-        outside, [&](int64_t i) { return KeysOutside<Keys>::position(middle, i); },
-        [&](int64_t first, int64_t end, int64_t shift) {
-          see(shift);
-          scorer_.raise_baseline(end - first, queries_, KeysOutside<Keys>{keys_, middle, first});
-        });
+    scorer_.set_baseline(num_sampled(call_, block), relative ? -INFINITY : 0.f);
+    if (!relative) return;
+    const KeysOutside<Keys> keys{keys_, middle};
+    const auto seen = rows_.by(middle.far, [&](int64_t i) { return keys.position(i); });
+    scorer_.raise_baseline(middle.begin + block.position + 1 - middle.end, seen, keys);
   }
 
   // Positions of the `keep` best of n blocks, ascending.
   int64_t best(const int32_t* blocks, int64_t n, int64_t keep, const Middle& middle,
                int32_t* kept) {
     const int64_t size = call_.key_block_size;
-    middle.far.in_stretches(
-        n, [&](int64_t i) { return blocks[i] * size; },
-        [&](int64_t first, int64_t end, int64_t shift) {
-          see(shift);
-          const KeysOfBlocks<Keys> keys{keys_, middle, size, blocks + first};
-          scorer_.score(first, end, size, queries_, keys);
-        });
+    const auto seen = rows_.by(middle.far, [&](int64_t i) { return blocks[i] * size; });
+    scorer_.score(n, size, seen, KeysOfBlocks<Keys>{keys_, middle, size, blocks});
     return scorer_.best(n, keep, kept);
   }
 
  private:
-  void see(int64_t shift) {
-    if (shift == rows_.shift()) return;
-    rows_.see(shift);
-    keys_.take_queries(rows_, scorer_.convert(), queries_);
-  }
-
   const SelectCall& call_;
   Scorer& scorer_;
   Keys keys_;
-  SampledRows rows_;
-  typename Keys::Queries queries_;
+  SeenRows<Keys> rows_;
 };
 
 }  // namespace HIPSERVE_TIER

@@ -82,6 +82,12 @@ static inline void multiply(const unit* const* keys, int count, float* chunk, in
     }
 }
 
+// In how many rows multiply() takes steps.
+template <class Unit> static inline int tall_rows(const Columns<Unit>& columns) {
+  const bool wide = columns.rows % (kColumns * kLanes) == 0;
+  return wide && !kTiled<Unit> ? kRows : kTall;
+}
+
 // Rows that are multiplied together: as a source found them, and as units, unless they are few
 // codes. Behind `count` units the last ones are repeated.
 template <class Row> struct RowBatch {
@@ -102,36 +108,41 @@ static inline void to_units(const K* const* rows, int count, const Columns<Unit>
   unit_rows<Unit, K>(rows, count, columns.width, scratch, units);
 }
 
-// Calls use(batch) for batches of the n rows of a source: source(i) gives the i-th, a Source::Row,
-// and is called for one after the other. `convert` holds 2 kKeys rows of half the width.
-template <class Queries, class Source, class Use>
-static inline void in_batches(int64_t n, const Queries& columns, Source source, float* convert,
-                              const Use& use) {
+// Calls use(batch, columns) for batches of n groups of `size` rows: source(i) gives the i-th row, a
+// Source::Row, and is called for one after the other; `seen` (SeenBy) tells the columns that meet a
+// group. `convert` holds 2 kKeys rows of half the width.
+template <class Seen, class Source, class Use>
+static inline void in_batches(int64_t n, int64_t size, const Seen& seen, Source source,
+                              float* convert, const Use& use) {
   using Row = typename Source::Row;
   Row rows[2][kBatch];
   RowBatch<Row> batch;
+  const auto& any = seen.any();
   auto find = [&](int64_t first, Row* out) {
-    const int count = (int)minimum(n - first, (int64_t)kBatch);
+    const int64_t group = first / size, limit = minimum(n, ceil_div(first + kBatch, size));
+    if (group >= n) return 0;
+    const int count = (int)minimum(seen.alike(group, limit) * size - first, (int64_t)kBatch);
     for (int j = 0; j < count; ++j) {
       out[j] = source(first + j);
-      if (!columns.asks_ahead()) prefetch(out[j], columns.width);
+      if (!any.asks_ahead()) prefetch(out[j], any.width);
     }
     return count;
   };
   int turn = 0, count = find(0, rows[0]);
-  for (int64_t i = 0; i < n; turn ^= 1) {
+  for (int64_t i = 0; count; turn ^= 1) {
     const int next = find(i + count, rows[turn ^ 1]);
+    const auto& columns = seen.columns(i / size);
     to_units(rows[turn], count, columns, convert, batch.rows);
     batch.found = rows[turn];
     batch.next = rows[turn ^ 1];
     batch.num_next = next;
     batch.first = i;
     batch.count = count;
-    batch.padded = round_up(count, kTall);
+    batch.padded = round_up(count, tall_rows(columns));
     for (int j = count; j < kBatch; ++j) batch.rows[j] = batch.rows[count - 1];
-    if (kTiled<typename Queries::Unit> && !columns.few)
+    if (kTiled<typename Seen::Queries::Unit> && !columns.few)
       even_rows(batch.rows, batch.padded, columns.width, convert + kKeys * columns.width / 2);
-    use(batch);
+    use(batch, columns);
     i += count;
     count = next;
   }

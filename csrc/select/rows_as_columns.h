@@ -21,41 +21,80 @@ static inline int64_t num_sampled(const SelectCall& call, const QueryBlock& bloc
   return ((block.num_rows - 1) / call.query_stride + 1) * group_size(call);
 }
 
-// The sampled rows of one query block and head, turned back to see keys `shift` positions nearer.
+// Keys of the longest sequence of a call.
+static inline int64_t longest_sequence(const SelectCall& call) {
+  int64_t keys = 0;
+  for (int64_t i = 0; i < call.batch.num_query_blocks; ++i) {
+    const QueryBlock& block = call.batch.query_blocks[i];
+    keys = maximum(keys, (int64_t)block.position + block.num_rows);
+  }
+  return keys;
+}
+
+constexpr int64_t kMostShifts = 64;  // for so many is kept what is made of rows; for others, once
+
+// By how many positions keys are seen nearer: whole segments, or none. What is made of the rows
+// for one of them is kept in its slot, where it may replace that of another.
+struct Shifts {
+  int bits = 0;
+  int64_t slots = 1;
+  explicit Shifts(const SelectCall& call) {
+    if (!call.batch.rope.partner) return;
+    bits = segment_bits(call.batch.rope);
+    slots = minimum((longest_sequence(call) >> bits) + 1, kMostShifts);
+  }
+  int64_t slot(int64_t shift) const { return minimum(shift >> bits, slots - 1); }
+};
+
+// The sampled rows of one query block and head, turned back to see keys nearer.
 class SampledRows {
  public:
-  SampledRows(Arena& arena, const SelectCall& call) : call_(call), turn_(arena, call.batch) {
-    if (call.batch.rope.partner) turned_ = arena.take<float>(kChunk * call.batch.head_dim);
+  SampledRows(Arena& arena, const SelectCall& call, int64_t max_rows)
+      : call_(call), shifts_(call), max_rows_(max_rows), turn_(arena, call.batch) {
+    if (!call.batch.rope.partner) return;
+    const int64_t bytes = call.batch.dtype == Dtype::f32 ? 4 : 2;
+    turned_ = arena.take<char>(shifts_.slots * max_rows * call.batch.head_dim * bytes);
+    shift_ = arena.take<int64_t>(shifts_.slots);
+    done_ = arena.take<int64_t>(shifts_.slots);
   }
   void take(const QueryBlock& block, int64_t head) {
     block_ = &block;
     head_ = head;
-    shift_ = 0;
+    if (turned_)
+      for (int64_t i = 0; i < shifts_.slots; ++i) done_[i] = 0;
   }
-  int64_t shift() const { return shift_; }
-  void see(int64_t shift) {
-    shift_ = shift;
-    turn_.set(-shift);
-  }
+  const Shifts& shifts() const { return shifts_; }
   int64_t count() const { return num_sampled(call_, *block_); }
 
-  // The r-th of them; it lasts for kChunk calls.
-  template <class Q> const Q* row(int64_t r) const {
-    const int64_t group = group_size(call_);
-    const int64_t row = block_->num_rows - 1 - r / group * call_.query_stride;
-    const Q* q = token_row<const Q>(call_.q, block_->row + row, head_ * group + r % group);
-    if (!shift_) return q;
-    Q* turned = (Q*)turned_ + r % kChunk * call_.batch.head_dim;
-    turn_.apply(q, turned);
+  // The r-th of them, as it meets keys that are seen `shift` positions nearer. Those before it have
+  // been asked for, and last until another shift of its slot.
+  template <class Q> const Q* row(int64_t r, int64_t shift) {
+    if (!turned_) return in_call<Q>(r);
+    const int64_t slot = shifts_.slot(shift), dim = call_.batch.head_dim;
+    Q* turned = (Q*)turned_ + (slot * max_rows_ + r) * dim;
+    if (r < done_[slot] && shift_[slot] == shift) return turned;
+    shift_[slot] = shift;
+    done_[slot] = r + 1;
+    if (!shift) return (Q*)memcpy(turned, in_call<Q>(r), dim * sizeof(Q));
+    turn_.set(-shift);
+    turn_.apply(row<Q>(r, 0), turned);
     return turned;
   }
 
  private:
+  template <class Q> const Q* in_call(int64_t r) const {
+    const int64_t group = group_size(call_);
+    const int64_t row = block_->num_rows - 1 - r / group * call_.query_stride;
+    return token_row<const Q>(call_.q, block_->row + row, head_ * group + r % group);
+  }
   const SelectCall& call_;
+  const Shifts shifts_;
+  const int64_t max_rows_;
   Turn turn_;
-  float* turned_ = nullptr;  // [kChunk][head_dim]
+  char* turned_ = nullptr;                      // [slots][max_rows][head_dim]
+  int64_t *shift_ = nullptr, *done_ = nullptr;  // of each slot; how many rows are turned by it
   const QueryBlock* block_ = nullptr;
-  int64_t head_ = 0, shift_ = 0;
+  int64_t head_ = 0;
 };
 
 // Rows as columns: chunks of kChunk rows, units[k][row]. Lanes beyond the last row have a baseline
@@ -76,9 +115,9 @@ template <class Unit_> struct Columns {
   // Whether products ask for the rows of the next batch by themselves.
   bool asks_ahead() const { return false; }
 
-  // Takes `count` rows of any number, of which row(r) gives the r-th, stored as Q; a result of
-  // row(r) lasts for kChunk calls. `convert` holds kKeys * width floats.
-  template <class Q, class Row> void fill(int64_t count, bool are_few, float* convert,
+  // Takes `count` rows of any number, of which row(r) gives the r-th, n values stored as Q; a
+  // result of row(r) lasts for kChunk calls. `convert` holds kKeys * width floats.
+  template <class Q, class Row> void fill(int64_t count, int64_t n, bool are_few, float* convert,
                                           const Row& row) {
     rows = count;
     few = are_few;
@@ -86,19 +125,19 @@ template <class Unit_> struct Columns {
       TileRows chunk;
       chunk.count = (int)minimum(count - first, (int64_t)kChunk);
       for (int j = 0; j < chunk.count; ++j) chunk.row[j] = row(first + j);
-      if (few) put_few<Q>(chunk);
-      else put_chunk<Q>(chunk, units + first * depth, convert);
+      if (few) put_few<Q>(chunk, n);
+      else put_chunk<Q>(chunk, n, units + first * depth, convert);
     }
   }
 
  private:
-  template <class Q> void put_few(const TileRows& chunk) {
+  template <class Q> void put_few(const TileRows& chunk, int64_t n) {
     for (int j = 0; j < chunk.count; ++j)
-      pack_row<Unit, Q>((const Q*)chunk.row[j], width, units + j * depth);
+      pack_row<Unit, Q>((const Q*)chunk.row[j], (int)n, units + j * depth);
   }
-  template <class Q> void put_chunk(TileRows& chunk, float* to, float* convert) {
+  template <class Q> void put_chunk(TileRows& chunk, int64_t n, float* to, float* convert) {
     chunk.fill_up();
-    KeyTile<Unit, Q>::pack(chunk, width, to, convert);
+    KeyTile<Unit, Q>::pack(chunk, (int)n, to, convert);
     const int64_t used = width / Unit::kValues;
     memset(to + used * kChunk, 0, (depth - used) * kChunk * 4);
   }

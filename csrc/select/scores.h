@@ -100,27 +100,25 @@ class Scorer {
     for (int64_t r = 0; r < lanes; ++r) baseline_[r] = r < rows ? baseline : INFINITY;
   }
   // To the row's maximum score with n keys.
-  template <class Queries, class Source>
-  void raise_baseline(int64_t n, const Queries& columns, const Source& keys) {
-    in_batches(n, columns, keys, convert_, [&](const auto& batch) {
+  template <class Seen, class Source>
+  void raise_baseline(int64_t n, const Seen& seen, const Source& keys) {
+    in_batches(n, 1, seen, keys, convert_, [&](const auto& batch, const auto& columns) {
       if (columns.few) few_max_over_keys(batch, columns);
       else max_over_keys(batch, columns, baseline_);
     });
   }
 
-  // Scores the groups [first, end) of `size` rows each; the score of a group is the maximum of its
-  // rows' scores. `rows` begins with those of the first.
-  template <class Queries, class Source>
-  void score(int64_t first, int64_t end, int64_t size, const Queries& columns, const Source& rows) {
-    float* scores = scores_ + first;
-    for (int64_t i = 0; i < end - first; ++i) scores[i] = -INFINITY;
-    in_batches((end - first) * size, columns, rows, convert_, [&](const auto& batch) {
+  // Scores n groups of `size` rows each; the score of a group is the maximum of its rows' scores.
+  template <class Seen, class Source>
+  void score(int64_t n, int64_t size, const Seen& seen, const Source& rows) {
+    for (int64_t i = 0; i < n; ++i) scores_[i] = -INFINITY;
+    in_batches(n, size, seen, rows, convert_, [&](const auto& batch, const auto& columns) {
       if (columns.few) {
         few_max_over_rows(batch, columns);
-        reduce_few_groups(batch, size, scores);
+        reduce_few_groups(batch, size, scores_);
       } else {
         max_over_rows(batch, columns, baseline_, best_);
-        reduce_groups(batch, size, scores);
+        reduce_groups(batch, size, scores_);
       }
     });
   }

@@ -25,8 +25,9 @@ template <class Keys, class Find> class Search {
   Search(Arena& arena, const Call& call, const typename Find::Size& size, int64_t max_rows)
       : call_(call),
         scorer_(arena, max_rows, size.scores, call.batch.head_dim),
-        block_rank_(arena, call, max_rows, scorer_),
-        find_(arena, call, size, max_rows, scorer_, block_rank_) {}
+        rows_(arena, call, max_rows),
+        block_rank_(arena, call, max_rows, rows_, scorer_),
+        find_(arena, call, size, max_rows, rows_, scorer_, block_rank_) {}
   Search(const Search&) = delete;  // its members refer to each other
 
   // Writes the blocks chosen for a query block and head: ascending, then -1.
@@ -39,14 +40,16 @@ template <class Keys, class Find> class Search {
     const Middle middle{seq, head * call_.batch.num_kv_heads / call_.heads, call_.num_sink_tokens,
                         end, FarKeys(call_.batch, block, end)};
     if (middle.end == middle.begin) return;
-    block_rank_.begin(block, head, middle);
-    const BlockList found = find_.find(block, head, middle);
+    rows_.take(block, head);
+    block_rank_.begin(block, middle);
+    const BlockList found = find_.find(head, middle);
     for (int64_t i = 0; i < found.count; ++i) out[i] = found.data[i];
   }
 
  private:
   const Call& call_;
   Scorer scorer_;
+  SampledRows rows_;
   BlockRank<Keys> block_rank_;
   Find find_;
 };

@@ -9,12 +9,17 @@ namespace hipserve {
 namespace HIPSERVE_TIER {
 
 // A run scores q . center + reach |q| . radius: what a key would score that lies `reach` radii
-// from the center in every channel, towards q. out[0 .. 2n) is what meets [center, radius].
-template <class Q> static inline void reach_out(const Q* q, int64_t n, float reach, Q* out) {
-  for (int64_t c = 0; c < n; ++c) {
-    out[c] = q[c];
-    from_float(reach * __builtin_fabsf(to_float(q[c])), out + n + c);
-  }
+// from the center in every channel, towards q. Units of reach |q|, rounded to Q, for units of q.
+template <class Unit, class Q> static inline vf reach_out(vf q, float reach) {
+  auto reached = [&](vf x) {
+    Q stored[kLanes];
+    store_floats(reach * maximum(x, -x), stored);
+    return load_floats(stored);
+  };
+  if constexpr (Unit::kValues == 1) return reached(q);
+  const vu both = (vu)q;
+  const vu low = (vu)reached((vf)(both << 16)), high = (vu)reached((vf)(both >> 16 << 16));
+  return (vf)(low >> 16 | high);
 }
 
 // Summaries stored as S, met by queries stored as Q.
@@ -23,26 +28,28 @@ template <class Q, class S> class StoredSummaries {
   using Row = const S*;
   using Unit = typename UnitOf<Q, S>::type;
   using Queries = Columns<Unit>;
-  StoredSummaries(Arena& arena, const DescentCall& call)
-      : call_(call), sides_(arena.take<Q>(kChunk * 2 * call.batch.head_dim)) {}
+  explicit StoredSummaries(const DescentCall& call) : call_(call) {}
   static Queries queries(Arena& arena, int64_t max_rows, int64_t head_dim) {
     return {arena, max_rows, 2 * head_dim};
   }
   Row at(int64_t page, int64_t run, int64_t head) const {
     return slot_row<const S>(call_.index.summaries, page, run, head);
   }
-  void take_queries(const SampledRows& rows, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
     const int64_t dim = call_.batch.head_dim, count = rows.count();
-    queries.template fill<Q>(count, few_rows<Unit>(count, dim), convert, [&](int64_t r) {
-      Q* sides = sides_ + r % kChunk * 2 * dim;
-      reach_out(rows.template row<Q>(r), dim, call_.bound_reach, sides);
-      return sides;
-    });
+    queries.template fill<Q>(count, dim, few_rows<Unit>(count, dim), convert,
+                             [&](int64_t r) { return rows.template row<Q>(r, shift); });
+    const int64_t lanes = queries.few ? 1 : kChunk;  // of a unit
+    for (int64_t r = 0; r < count; r += lanes) {
+      float *center = queries.units + r * queries.depth,
+            *radius = center + dim / Unit::kValues * lanes;
+      for (int64_t i = 0; i < radius - center; i += kLanes)
+        store(radius + i, reach_out<Unit, Q>(load(center + i), call_.bound_reach));
+    }
   }
 
  private:
   const DescentCall& call_;
-  Q* sides_;  // [kChunk][2 * head_dim]
 };
 
 // The summaries of a list of runs of one level.
@@ -63,46 +70,30 @@ template <class Summaries> struct SummariesOfRuns {
 template <class Summaries> class RunRank {
  public:
   RunRank(Arena& arena, const DescentCall& call, const RunLevels& levels, int64_t max_rows,
-          Scorer& scorer)
+          SampledRows& rows, Scorer& scorer)
       : levels_(levels),
         scorer_(scorer),
-        summaries_(arena, call),
-        rows_(arena, call),
-        queries_(Summaries::queries(arena, max_rows, call.batch.head_dim)) {}
+        summaries_(call),
+        rows_(arena, max_rows, call.batch.head_dim, summaries_, rows, scorer.convert()) {}
 
-  // Takes the rows of a query block.
-  void begin(const QueryBlock& block, int64_t head) {
-    rows_.take(block, head);
-    summaries_.take_queries(rows_, scorer_.convert(), queries_);
-  }
+  // Begins with rows of a query block that were sampled.
+  void begin() { rows_.forget(); }
 
   // Positions of the `keep` best of n runs of a level, ascending.
   int64_t best(const int32_t* runs, int64_t n, int level, int64_t keep, const Middle& middle,
                int32_t* kept) {
     const int64_t length = levels_.length[level], offset = levels_.offset[level];
-    middle.far.in_stretches(
-        n, [&](int64_t i) { return runs[i] * length; },
-        [&](int64_t first, int64_t end, int64_t shift) {
-          see(shift);
-          const SummariesOfRuns<Summaries> of_runs{summaries_, middle, runs + first, length,
-                                                   offset};
-          scorer_.score(first, end, 1, queries_, of_runs);
-        });
+    const SummariesOfRuns<Summaries> of_runs{summaries_, middle, runs, length, offset};
+    const auto seen = rows_.by(middle.far, [&](int64_t i) { return runs[i] * length; });
+    scorer_.score(n, 1, seen, of_runs);
     return scorer_.best(n, keep, kept);
   }
 
  private:
-  void see(int64_t shift) {
-    if (shift == rows_.shift()) return;
-    rows_.see(shift);
-    summaries_.take_queries(rows_, scorer_.convert(), queries_);
-  }
-
   const RunLevels& levels_;
   Scorer& scorer_;
   Summaries summaries_;
-  SampledRows rows_;
-  typename Summaries::Queries queries_;
+  SeenRows<Summaries> rows_;
 };
 
 }  // namespace HIPSERVE_TIER

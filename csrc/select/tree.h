@@ -25,7 +25,8 @@ template <class Keys> class Tree {
  public:
   using Call = TreeCall;
   using Size = TreeSize;
-  Tree(Arena& arena, const Call& call, const Size& size, int64_t, Scorer&, BlockRank<Keys>& blocks)
+  Tree(Arena& arena, const Call& call, const Size& size, int64_t, SampledRows&, Scorer&,
+       BlockRank<Keys>& blocks)
       : call_(call), block_rank_(blocks), beam_(size.beam) {
     left_ = arena.take<int32_t>(beam_);
     right_ = arena.take<int32_t>(beam_);
@@ -36,7 +37,7 @@ template <class Keys> class Tree {
   }
 
   // Blocks of `budget` keys, ascending.
-  BlockList find(const QueryBlock&, int64_t, const Middle& middle) {
+  BlockList find(int64_t, const Middle& middle) {
     const int64_t first = middle.begin / call_.key_block_size;
     const int64_t count = middle.end / call_.key_block_size - first;
     for (int64_t i = 0; i < beam_; ++i) {

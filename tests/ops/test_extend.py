@@ -153,6 +153,19 @@ def test_searches_agree_on_what_lies_far(
         assert not torch.equal(got.indices[~within], unmoved.indices[~within])
 
 
+@every_backend
+@pytest.mark.parametrize("rows", [1, 40])
+def test_searches_agree_over_more_segments_than_a_kernel_keeps(backend: str, rows: int) -> None:
+    config = STREAM.replace(trained_length=352, num_sink_tokens=16, code_bits=8)
+    assert 5300 // segment_length(352) > 80
+    case = make_case(Shape((5300,), (rows,), page_size=256), config.index_form)
+    options: dict[str, Any] = {"config": config, "rope": rope_like("halves")}
+    expected = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    with using(backend) as name:
+        got = select_blocks(case.q, case.index, case.layout, backend=name, **options)
+    assert torch.equal(got.indices, expected.indices)
+
+
 def test_a_far_key_is_found_where_it_would_be_trained() -> None:
     """A query that looks 200 positions back finds the key there, and one that its segment moves
     there; not the same key 200 behind another place."""
