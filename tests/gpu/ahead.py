@@ -159,7 +159,7 @@ def select(
     )
     due = torch.zeros(blocks, dtype=torch.int32) if query_len == 1 else None
     kept = BlockSelection(chosen, chosen[:, 0, 0].contiguous())
-    selection.refresh_blocks(inputs, search_spec(config), due, kept)
+    selection.refresh_blocks(inputs, search_spec(config, config.streams), due, kept)
 
 
 def write(recorders: dict[str, Recorder], head_dim: int) -> None:

@@ -12,6 +12,7 @@ from backends import every_backend, using
 from hipserve import ArgumentError, HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.ops.rope import nearest_segment, segment_length, turn
+from hipserve.ops.select_blocks.spec import search_spec
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.testing.cases import Case, Pages, Shape, attend, in_pages, make_case, make_rope
 from hipserve.testing.oracle import Reading, bound, read_by
@@ -215,6 +216,11 @@ def test_rows_beyond_the_trained_length_are_pruned_wherever_dense_attention_ends
     assert bool((starts[~beyond] == 16).all())
     never = pruning_rule(STREAM, "cpu").dense_within()
     assert torch.equal(layout.window_starts(never) > 16, beyond)
+
+
+def test_a_step_within_the_trained_length_searches_as_without() -> None:
+    assert search_spec(STREAM) == search_spec(NONE)
+    assert search_spec(STREAM, moved=True).trained_length == TRAINED
 
 
 @pytest.mark.parametrize(

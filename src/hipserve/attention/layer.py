@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -172,12 +171,11 @@ class AttentionLayer:
         )
 
     def _attend(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> tuple[Tensor, Tensor]:
-        if self.rope is not None and not layout.reaches(self.config.trained_length or 0):
-            near = replace(self, config=_unextended(self.config), rope=None)
-            return near._attend(q, keys, layout)
+        # Steps that stay within the trained length are those of a model that does not stream.
+        rope = self.rope if layout.reaches(self.config.trained_length or 0) else None
         account = self.account
         began = time.perf_counter() if account else 0.0
-        selection = self._select(q, keys, layout)
+        selection = self._select(q, keys, layout, rope)
         selected = time.perf_counter() if account else 0.0
         pool = keys.fetch(selection, layout, self.config, self.rule)
         out, lse = attend_chosen(
@@ -189,7 +187,7 @@ class AttentionLayer:
             sliding_window=self.sliding_window,
             sm_scale=self.sm_scale,
             softcap=self.softcap,
-            rope=self.rope,
+            rope=rope,
             backend=self.backend,
         )
         if self.sink_logits is not None:
@@ -214,7 +212,9 @@ class AttentionLayer:
             )
         return out, lse
 
-    def _select(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> BlockSelection | None:
+    def _select(
+        self, q: Tensor, keys: LayerKeys, layout: BatchLayout, rope: Tensor | None
+    ) -> BlockSelection | None:
         """The selection of every query block; None where all of them read everything."""
         rule, selections = self.rule, self.selections
         if rule is None or not layout.may_prune(rule):
@@ -222,7 +222,7 @@ class AttentionLayer:
                 selections.clear()
             return None
         if selections is not None:
-            search = Search(self.config, self.backend, self.rope)
+            search = Search(self.config, self.backend, rope)
             return selections.select(q, keys.index, layout, rule, search)
         return select_blocks(
             q,
@@ -230,7 +230,7 @@ class AttentionLayer:
             layout,
             config=self.config,
             rule=rule,
-            rope=self.rope,
+            rope=rope,
             backend=self.backend,
             check=False,
         )
@@ -238,9 +238,3 @@ class AttentionLayer:
     def _count_dense(self, batch: int, rows: int) -> None:
         if self.account is not None and self.rule is not None:
             self.account.add_dense(batch, rows)
-
-
-@functools.lru_cache(64)
-def _unextended(config: HiPConfig) -> HiPConfig:
-    """Of steps that stay within the trained length: no kernel need ask for it."""
-    return replace(config, extend="none")

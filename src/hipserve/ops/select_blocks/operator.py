@@ -97,8 +97,8 @@ def run(inputs: SearchInputs, config: HiPConfig, backend: str) -> Tensor:
     Calls the backend, through the custom operator while torch.compile traces.
     """
     if torch.compiler.is_compiling():
-        return _operator(*inputs, _text(config), backend)
-    return select(inputs, search_spec(config), backend)
+        return _operator(*inputs, _text(config, inputs.rope is not None), backend)
+    return select(inputs, search_spec(config, inputs.rope is not None), backend)
 
 
 def refresh(
@@ -108,7 +108,7 @@ def refresh(
 
     due: `[num_query_blocks]` int32.
     """
-    spec = search_spec(config)
+    spec = search_spec(config, inputs.rope is not None)
     module = _backend(backend, inputs.q, spec.selector.name)
     if module not in (cpu, reference):
         return module.refresh_blocks(inputs, spec, due, selection)
@@ -120,9 +120,9 @@ def refresh(
 
 
 @torch.compiler.assume_constant_result
-def _text(config: HiPConfig) -> str:
+def _text(config: HiPConfig, moved: bool) -> str:
     """A search as an operator takes it; written while torch.compile traces."""
-    return search_spec(config).dumps()
+    return search_spec(config, moved).dumps()
 
 
 @torch.library.custom_op("hipserve::select_blocks", mutates_args=())

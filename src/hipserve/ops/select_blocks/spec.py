@@ -85,12 +85,12 @@ class SearchSpec(HashedOnce):
 
 
 @functools.lru_cache(256)
-def search_spec(config: HiPConfig) -> SearchSpec:
-    """What a search reads of `config`."""
+def search_spec(config: HiPConfig, moved: bool = False) -> SearchSpec:
+    """What a search reads of `config`; moved: some keys are seen nearer than they are."""
     own = ("selector", "trained_length")
     shared = [field.name for field in fields(SearchSpec) if field.name not in own]
     return SearchSpec(
         selector=SELECTORS[config.selector].of(config),
-        trained_length=config.trained_length if config.streams else None,
+        trained_length=config.trained_length if moved else None,
         **{name: getattr(config, name) for name in shared},
     )
