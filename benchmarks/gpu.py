@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import functools
 import json
-import math
-import multiprocessing
-import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,114 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_check import check
+from gpu_inputs import DIM, HEADS, KV_HEADS, PAGE, contiguous, decode_inputs, inputs, paged, say
 from hipserve import HiPConfig, hip_attention
-from hipserve.cache.store import empty_pages
 from hipserve.ops import (
     block_sparse_attention,
     build_index,
-    join_runs,
     refresh_blocks,
     select_blocks,
 )
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
-from hipserve.testing.cases import Shape, make_case, random_config, random_shape
-from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
-HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 Rows = list[dict[str, Any]]
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-# Correctness.
-
-
-def in_tiles(rng: random.Random, shape: Shape, config: HiPConfig) -> tuple[Shape, HiPConfig]:
-    """A similar configuration that the attention kernel for Hopper takes."""
-    longest = max(shape.seq_lens)
-    rows = [n if n == longest else q for n, q in zip(shape.seq_lens, shape.query_lens, strict=True)]
-    group_size, head_dim = rng.choice([2, 3, 4, 7]), rng.choice([64, 128])
-    shape = dataclasses.replace(
-        shape, query_lens=tuple(rows), group_size=group_size, head_dim=head_dim, softcap=0.0
-    )
-    return shape, config.replace(query_block_size=64, key_block_size=16, share_group=True)
-
-
-def later_windows(selection: BlockSelection, layout: BatchLayout, shift: int) -> BlockSelection:
-    """The same blocks, with windows that start up to `shift` keys later, anywhere in a page."""
-    position = layout.query_blocks(64)[:, 3]
-    start = selection.window_start
-    return BlockSelection(
-        selection.indices, torch.minimum(start + shift, torch.maximum(position, start))
-    )
-
-
-def check_one(seed: int) -> None:
-    """Raises AssertionError where a random configuration differs from the definition."""
-    rng = random.Random(seed)
-    shape = random_shape(rng, (torch.bfloat16, torch.float16))
-    config = random_config(rng, shape.page_size, shape.num_kv_heads)
-    if seed % 2:
-        shape, config = in_tiles(rng, shape, config)
-    if shape.kind == "normal":
-        shape = dataclasses.replace(shape, kind="grid")
-    case = make_case(shape, config.index_form)
-    gpu = case.on("cuda")
-    chosen = select_blocks(gpu.q, gpu.index, gpu.layout, config=config)
-    host = BlockSelection(chosen.indices.cpu(), chosen.window_start.cpu())
-    if shape.kind == "grid" or config.code_bits < 16:
-        expected = select_blocks(
-            case.q, case.index, case.layout, config=config, backend="reference"
-        )
-        assert torch.equal(host.indices, expected.indices), "selection differs"
-        assert torch.equal(host.window_start, expected.window_start)
-    choices: list[Any] = [(chosen, host), (None, None)]
-    if seed % 2:
-        shift = rng.randint(1, 15)
-        later = later_windows(chosen, gpu.layout, shift)
-        choices.append((later, BlockSelection(later.indices.cpu(), later.window_start.cpu())))
-    for choice, mask in choices:
-        out, lse = block_sparse_attention(
-            gpu.q, gpu.pool, gpu.layout, choice, config=config, softcap=shape.softcap
-        )
-        assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, mask, config))
-
-
-def failure_of(seed: int) -> str:
-    """What is wrong with a configuration, if anything: a check reports it and goes on."""
-    try:
-        check_one(seed)
-    except Exception as error:
-        return f"check {seed} FAILED: {type(error).__name__}: {str(error)[:300]}"
-    return ""
-
-
-def check(seeds: Iterable[int], processes: int = 1, seconds: float = math.inf) -> bool:
-    """Checks configurations, each with kernels of its own, until the time is over.
-
-    Compiling them takes most of the time, so that several processes get further.
-    """
-    began, done, failed = time.time(), 0, 0
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for complaint in pool.imap_unordered(failure_of, seeds):
-            done += 1
-            failed += bool(complaint)
-            if complaint:
-                say(complaint)
-            if time.time() - began > seconds:
-                say("out of time; the rest is unchecked")
-                break  # leaving the pool ends its processes
-    say(f"check: {done - failed} of {done} random configurations agree with the definition")
-    return not failed
-
-
-# Timing.
 
 
 def milliseconds(call: Callable[[], object], runs: int = 5, in_a_row: int = 4) -> float:
@@ -156,20 +59,6 @@ def milliseconds(call: Callable[[], object], runs: int = 5, in_a_row: int = 4) -
         end.synchronize()
         times.append(begin.elapsed_time(end) / in_a_row)
     return statistics.median(times)
-
-
-def inputs(length: int, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian q, k, v; every stretch of 256 keys has a topic that some query blocks share."""
-    g = torch.Generator("cuda").manual_seed(length)
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": g}
-    k, v = torch.randn(2, 1, length, KV_HEADS, DIM, **options)
-    q = torch.randn(1, rows or length, HEADS, DIM, **options)
-    topics = torch.randn(1, -(-length // 256), KV_HEADS, DIM, **options)
-    k += topics.repeat_interleave(256, 1)[:, :length]
-    picks = torch.randint(topics.shape[1], (-(-q.shape[1] // 64), 3), device="cuda", generator=g)
-    wanted = topics[0, picks].mean(1).repeat_interleave(HEADS // KV_HEADS, 1)
-    q += wanted.repeat_interleave(64, 0)[None, : q.shape[1]]
-    return q, k, v
 
 
 def dense_call(q: Tensor, k: Tensor, v: Tensor, name: str) -> Callable[[], Tensor]:
@@ -194,20 +83,6 @@ def fastest(
         except RuntimeError as error:
             say(f"dense {name} cannot: {str(error)[:100]}")
     return min(times.items(), key=lambda item: item[1], default=("none", float("nan")))
-
-
-def paged(
-    k: Tensor, v: Tensor, query_len: int, config: HiPConfig
-) -> tuple[KeyPool, KeyIndex, BatchLayout]:
-    batch, length = k.shape[:2]
-    index = build_index(k, **config.index_form._asdict())
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
-    layout = BatchLayout(
-        torch.arange(batch, **ints)[:, None],
-        torch.full((batch,), length, **ints),
-        torch.arange(batch + 1, **ints) * query_len,
-    )
-    return KeyPool(k, v), index, layout
 
 
 def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
@@ -253,39 +128,6 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step()
     return graph
-
-
-def decode_inputs(
-    length: int, batch: int, config: HiPConfig, seed: int = 0
-) -> tuple[Tensor, KeyPool, KeyIndex, BatchLayout]:
-    """One row for each of `batch` sequences in shuffled pages, the same pages for every seed.
-
-    The pages are those of `HiPCache`: a head's keys lie together.
-    """
-    g = torch.Generator("cuda").manual_seed(length + batch)
-    count = length // PAGE
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
-    table = torch.randperm(batch * count, device="cuda", generator=g).view(batch, count).int()
-    layout = BatchLayout(
-        table, torch.full((batch,), length, **ints), torch.arange(batch + 1, **ints)
-    )
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    options["generator"] = g.manual_seed(seed)
-    q = torch.randn(batch, HEADS, DIM, **options)
-    pool, index = empty_pages(batch * count, PAGE, config.index_form, q[:, :KV_HEADS])
-    for x in (pool.k_cache, pool.v_cache):
-        x.normal_(generator=g)
-    made = build_index(pool.k_cache, **config.index_form._asdict())
-    for held, rows in zip(index.tensors(), made.tensors(), strict=True):
-        held[:, : rows.shape[1]] = rows
-    join_runs(index, table, [length] * batch)
-    return q, pool, index, layout
-
-
-def contiguous(x: Tensor, block_table: Tensor) -> Tensor:
-    """`[batch, length, num_kv_heads, head_dim]` out of the pages, a head's rows together."""
-    pages = x[block_table.long()].permute(0, 3, 1, 2, 4)
-    return pages.flatten(2, 3).contiguous().transpose(1, 2)
 
 
 def decode(

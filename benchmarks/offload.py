@@ -20,6 +20,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from hipserve.cache.host import PinnedMemory
+from hipserve.cache.staging import Staging
+from hipserve.cache.store import PageStore, ResidentPages
+from hipserve.cache.tiles import TiledPages, row_tiles
+from hipserve.cli.numbers import parse_count
+from hipserve.config import HiPConfig
+from hipserve.offload import slot_bytes
 from offload_layers import (
     DIM,
     GROUP,
@@ -32,16 +42,6 @@ from offload_layers import (
     recurring,
     topics,
 )
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-from hipserve.cache.host import PinnedMemory
-from hipserve.cache.staging import Staging
-from hipserve.cache.store import PageStore, ResidentPages
-from hipserve.cache.tiles import TiledPages, row_tiles
-from hipserve.cli.numbers import parse_count
-from hipserve.config import HiPConfig
-from hipserve.offload import slot_bytes
 
 TILE_BYTES = 2 * 16 * DIM
 
