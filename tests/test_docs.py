@@ -85,9 +85,29 @@ def parse(command: Any, words: list[str]) -> None:
 
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", prose(page)):
+        if not target.startswith("https://"):
+            aim = page.parent / target if target else page
+            assert aim.exists(), target
+            assert not heading or heading in headings(aim), f"{target}#{heading}"
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pages
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    folders = "src|csrc|tests|benchmarks|docs|examples"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text("utf-8"))
+    missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    assert missing == []
 
 
 def test_the_reference_says_what_the_code_says() -> None:

@@ -48,7 +48,7 @@ class IndexForm(NamedTuple):
 
 
 NO_INDEX = IndexForm(run_size=None)
-"""Of keys that nobody searches."""
+"""The form of an index of keys that nobody searches: none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class HostMemory:
 
     @classmethod
     def read(cls, root: Path = ROOT) -> HostMemory | None:
-        """Of this machine; None where the kernel does not say.
+        """The memory of this machine; None where the kernel does not say.
 
         root: where /proc and /sys are.
         """

@@ -113,7 +113,7 @@ class TileArena:
 
     @property
     def nbytes(self) -> int:
-        """Of the tiles and the tables."""
+        """Bytes of the tiles and the tables."""
         tables = (self.where, self.owner, self.stamp, self.state, self.loads, self.counts)
         return self.tiles.nbytes + sum(x.nbytes for x in tables)
 

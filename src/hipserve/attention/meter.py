@@ -93,7 +93,7 @@ class UnreadMass:
 
     @property
     def mean(self) -> float:
-        """Of a pruned row and head; 0 where none was metered."""
+        """Mean share of a pruned row and head; 0 where none was metered."""
         return self.total / max(self.count, 1)
 
     def since(self, earlier: UnreadMass) -> UnreadMass:
@@ -118,7 +118,7 @@ class Meter:
 
     @property
     def mass(self) -> UnreadMass:
-        """Of all rows that were metered so far."""
+        """What all rows that were metered so far leave unread."""
         return UnreadMass(float(self._total), self._count)
 
     def measure(self, call: Attended) -> None:

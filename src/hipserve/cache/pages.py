@@ -20,7 +20,7 @@ from hipserve.plan.parts import num_runs_of
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 MakeStore = Callable[[int, IndexForm, Tensor], PageStore]
-"""Of a page size, what the index holds, and keys `[..., num_kv_heads, head_dim]`."""
+"""Takes a page size, what the index holds, and keys `[..., num_kv_heads, head_dim]`."""
 
 FEW_SLOTS = 64
 """Up to so many slots are computed one by one; more of them page by page."""

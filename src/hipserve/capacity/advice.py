@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def longest_context(self) -> int:
-        """Of as many sequences, by memory alone."""
+        """Maximum context of as many sequences, by memory only."""
         return self.room.longest_context(self.service)
 
     @property
     def most_sequences(self) -> int:
-        """Of this context."""
+        """Maximum number of sequences of this context."""
         return self.room.most_sequences(self.service)
 
     @property

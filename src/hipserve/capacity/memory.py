@@ -85,7 +85,7 @@ class Service:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences, and of the block that vLLM keeps empty."""
+        """Tokens of all sequences, and of the block that vLLM keeps empty."""
         return self.sequences * self.rows + BLOCK
 
     @property

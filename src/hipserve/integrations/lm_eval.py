@@ -13,7 +13,7 @@ from hipserve.errors import HipserveError
 from hipserve.integrations.transformers import HiPCache, register
 
 VERSION = "0.4.13"
-"""Of lm-eval, the one that was tested."""
+"""The version of lm-eval that was tested."""
 OPTIONS = {"preset", *(field.name for field in dataclasses.fields(HiPConfig))}
 
 

@@ -12,8 +12,8 @@ Z = 1.959964
 MIN_VALUES = 4
 """Fewest units that say how much units differ: an interval of two or three is wider than useful."""
 CORRELATION = 0.2
-"""Of the answers to questions about one document, at least: samples of usual sizes underestimate
-it, and verdicts would come too early (`tests/test_lab_intervals.py`)."""
+"""Minimum correlation of the answers to questions about one document: samples of usual sizes
+underestimate it, and verdicts would come too early (`tests/test_lab_intervals.py`)."""
 
 Interval = tuple[float, float]
 

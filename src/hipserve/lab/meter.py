@@ -22,7 +22,7 @@ from hipserve.models import LoadedModel
 from hipserve.models.passes import make_cache
 
 EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Of the bins of the calibration curve: shares of attention."""
+"""Edges of the bins of the calibration curve: shares of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ def _compared(meter: Truth, first: int, kl: Tensor) -> _Compared | None:
 
 
 def _points(sample: str, layers: dict[int, _Compared]) -> Iterator[LayerPoint]:
-    """Of each layer, and of the mean of all."""
+    """A point of each layer, and of the mean of all."""
     parts = list(layers.values())
     estimated = torch.stack([rows.estimated for rows in parts]).mean(0)
     unread = torch.stack([rows.unread for rows in parts]).mean(0)

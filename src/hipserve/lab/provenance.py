@@ -33,7 +33,7 @@ class Provenance:
 
 
 def provenance(clock: str) -> Provenance:
-    """Of a measurement made here and now by the `clock` of `Limits`."""
+    """The provenance of a measurement made here and now by the `clock` of `Limits`."""
     now = datetime.datetime.now(datetime.UTC)
     return Provenance(
         cpu=cpu_name().rpartition(", ")[0],

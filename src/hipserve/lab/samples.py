@@ -19,7 +19,7 @@ from hipserve.models import LoadedModel
 CITIES = ("Lima", "Osaka", "Tunis", "Bergen", "Quito", "Perth", "Dakar", "Turin", "Hanoi", "Leeds")
 STATES = ("open", "closed", "waiting", "failed")
 CHARACTERS = 8
-"""Of a token, at most: longer texts than needed are cut."""
+"""Characters of a token, at most: longer texts than needed are cut."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Verdict:
 
     Attributes:
         decision: `same`, `different` or `undecided`.
-        margin: greatest difference to zero that counts as none.
+        margin: maximum difference to zero that counts as none.
         more: units (documents, pieces, questions) with which it would be decided four times in
             five if the truth is what was measured; None where it is decided, or would take more
             than `MAX_UNITS`.
@@ -77,13 +77,13 @@ def judge_all(measured: Sequence[Estimate], margin: float) -> list[Verdict]:
 
 
 def _p_same(measured: Estimate, margin: float) -> float:
-    """Of the worse of two one-sided tests: below the margin, and above minus it."""
+    """p of the worse of two one-sided tests: below the margin, and above minus it."""
     below = _mirror(measured).beyond(-margin)
     return max(below, measured.beyond(-margin))
 
 
 def _p_different(measured: Estimate, margin: float) -> float:
-    """Of the better of two: above the margin, or below minus it."""
+    """p of the better of two: above the margin, or below minus it."""
     return min(measured.beyond(margin), _mirror(measured).beyond(margin))
 
 

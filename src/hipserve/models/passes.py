@@ -68,7 +68,7 @@ def read(
 
 
 def _chunk(cache: Cache) -> int:
-    """Of SDPA in layers with a window: it computes all of a chunk and the window before it."""
+    """Tokens of a chunk; fewer where SDPA computes all of a chunk and the window before it."""
     layers = () if isinstance(cache, HiPCache) else cache.layers
     windowed = any(getattr(layer, "is_sliding", False) for layer in layers)
     return WINDOWED_CHUNK if windowed else CHUNK

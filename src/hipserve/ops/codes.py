@@ -37,7 +37,7 @@ class Code(NamedTuple):
 
 
 def rotation_size(n: int) -> int:
-    """Channels that are rotated together: the greatest power of two that divides `n`."""
+    """Channels that are rotated together: the largest power of two that divides `n`."""
     return n & -n
 
 

@@ -50,7 +50,7 @@ def pack_rope(partner: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def segment_length(trained_length: int) -> int:
-    """Keys that a search beyond the trained length moves together: the greatest power of two up to
+    """Keys that a search beyond the trained length moves together: the largest power of two up to
     a quarter of it, so that what it sees stays within the other half."""
     return 1 << max((trained_length // 4).bit_length() - 1, 0)
 

@@ -31,7 +31,7 @@ class Part:
     dtype: Literal["keys", "int8", "bfloat16"]
 
     def nbytes(self, key_bytes: int) -> int:
-        """Of one head of a page, with keys of `key_bytes` a number."""
+        """Bytes of one head of a page, with keys of `key_bytes` a number."""
         return self.count * math.prod(self.shape) * WIDTHS.get(self.dtype, key_bytes)
 
 
@@ -71,7 +71,7 @@ def index_bytes(
     form: IndexForm,
     keys: int = 0,
 ) -> int:
-    """Of a page with all its heads, the keys themselves not counted, as KV blocks hold it.
+    """Bytes of the index of a page with all its heads, as KV blocks hold it, keys not counted.
 
     keys: of the longest sequence.
     """

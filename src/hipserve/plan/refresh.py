@@ -62,7 +62,7 @@ class RefreshSchedule:
                 self._free.append(use.slot)
 
     def reordered(self, order: Sequence[int]) -> RefreshSchedule:
-        """Of a batch whose sequence i, in slot i, continues what was sequence `order[i]`."""
+        """The schedule of a batch whose sequence i, in slot i, was sequence `order[i]`."""
         new = RefreshSchedule(len(order), self.refresh_interval)
         for i, source in enumerate(order):
             if (use := self._uses.get(source)) is not None:

@@ -67,7 +67,7 @@ class PruningRule(NamedTuple):
         return cast("Position", self.num_sink_tokens + pruned * middle)
 
     def dense_within(self) -> PruningRule:
-        """Of a layer that is never pruned, but beyond the trained length."""
+        """The rule of a layer that is never pruned, but beyond the trained length."""
         return self._replace(dense_below=FURTHEST, decode_dense_below=FURTHEST)
 
     def prunes(self, position: int, num_rows: int) -> bool:

@@ -11,10 +11,10 @@ RUN_RATIO = 16
 quarter of it."""
 
 COARSE_KEEP = 6
-"""Of the fine level a search scores this many times what it keeps."""
+"""A search scores this many times as many fine runs as it keeps."""
 
 LONG_KEEP = 128
-"""Of every level beyond the coarse one a search keeps at least so many runs, so that it chooses
+"""A search keeps at least so many runs of every level beyond the coarse one, so that it chooses
 from 524,288 keys what it would without these levels. Shorter sequences have none."""
 
 WRITTEN_LEVELS = 2

@@ -89,7 +89,7 @@ class CacheReport:
         return missed * self.block_bytes / (self.steps - 1) / len({p.sample for p in chosen})
 
     def share_of_keys(self, capacity: int) -> float:
-        """Of all keys of a head, those that a cache of this capacity holds."""
+        """The share of all keys of a head that a cache of this capacity holds."""
         size = self.config["key_block_size"]
         return min(capacity * self.max_selected * size / self.keys, 1.0)
 

@@ -13,7 +13,7 @@ from hipserve.models.loading import Turn
 
 BARE = "bare"
 PLACES = ("behind", "inside", "before")
-"""Of the prompt: behind the filler, in the middle of it, or before it."""
+"""Where the prompt stands: behind the filler, in the middle of it, or before it."""
 INSIDE = "Answer the question in the middle of the text above."
 BEFORE = "Answer my first message."
 SPARE = 8

@@ -200,7 +200,7 @@ def _first_tokens(loaded: LoadedModel, words: Sequence[str]) -> list[int]:
 
 
 def _log_odds(log_p: Tensor, sides: Sequence[list[int]]) -> float:
-    """Of the first list of tokens against the second, under `[words]` log-probabilities."""
+    """Log-odds of the first tokens against the second, under `[words]` log-probabilities."""
     one, other = (log_p[side].logsumexp(0) for side in sides)
     return float(one - other)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MASS = 0.9
-"""Of the attention of a row to the keys that are searched: what `waste` collects."""
+"""Share of the attention of a row to the keys that are searched: what `waste` collects."""
 
 
 def intraclass(scores: Tensor, size: int) -> float:

@@ -118,7 +118,7 @@ def evaluate_depths(
 
 
 def _signs(cells: Sequence[Cell], name: str) -> Iterator[list[int]]:
-    """Of each document its answer lost (-1), gained (1) or as before."""
+    """For each document, its answer lost (-1), gained (1) or as before."""
     for cell in cells:
         flips = cell.result.flips[name]
         kept = cell.result.samples - flips.lost - flips.gained

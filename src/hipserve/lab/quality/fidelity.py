@@ -122,7 +122,7 @@ def evaluate_fidelity(
         documents: those with fewer than `length` tokens are left out and listed in the report.
         length: tokens read of each document.
         first: position of the first token that counts; a quarter of `length` if None.
-        margins: greatest differences that count as none, by measure: `likelihood`, `kl`, `top1`,
+        margins: maximum differences that count as none, by measure: `likelihood`, `kl`, `top1`,
             `far`.
         controls: two rows more: the reference again, in other chunks and through other kernels
             (what no difference looks like), and sinks and window with a single block (what has to
@@ -220,7 +220,7 @@ class _Units(NamedTuple):
         return cls("documents" if enough else f"pieces of {PIECE:,} tokens", size, domains, weights)
 
     def means(self, columns: Sequence[Tensor]) -> list[float]:
-        """Of each unit; a column `[tokens]` for each document."""
+        """The mean of each unit; a column `[tokens]` for each document."""
         return [
             float(part.double().mean()) for column in columns for part in column.split(self.size)
         ]
@@ -319,7 +319,7 @@ def _judge(
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Of `[tokens]`, which may be more than `torch.quantile` takes."""
+    """A quantile of `[tokens]`, which may be more than `torch.quantile` takes."""
     return float(values.kthvalue(max(math.ceil(share * len(values)), 1)).values)
 
 

@@ -67,7 +67,7 @@ def multivalue(rng: random.Random) -> Puzzle:
 
 
 def multiquery(rng: random.Random) -> Puzzle:
-    """Four of eight keys in one answer: every value is looked for anew while answering."""
+    """Four of eight keys in one answer: every value is looked for again while answering."""
     keys = rng.sample(WORDS, 8)
     values = {key: digits(rng, 7) for key in keys}
     asked = rng.sample(keys, 4)

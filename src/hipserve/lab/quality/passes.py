@@ -174,7 +174,7 @@ def greedy_hits(
 
 
 def _answer(logits: Tensor, tokens: Tensor) -> Answer:
-    """Of logits `[tokens, words]`, each row before its token."""
+    """The answer by logits `[tokens, words]`, each row before its token."""
     likely = logits.float().log_softmax(-1).gather(1, tokens[:, None])
     return Answer((logits.argmax(-1) == tokens).tolist(), float(likely.sum()))
 

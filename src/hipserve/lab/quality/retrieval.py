@@ -186,8 +186,8 @@ def score(
     asked: Sequence[tuple[Tensor, Tensor]],
     exact: bool,
 ) -> list[Scored]:
-    """Of each question, prompt `[1, tokens]` and answer `[tokens]`: 1 or 0 for an exact task, else
-    the share of answer tokens that greedy decoding gets right."""
+    """The score of each question, prompt `[1, tokens]` and answer `[tokens]`: 1 or 0 for an exact
+    task, else the share of answer tokens that greedy decoding gets right."""
     loaded.use(config)
     found = read_answers(loaded, [prompt for prompt, _ in asked], [answer for _, answer in asked])
     return [
@@ -235,7 +235,7 @@ def _count(loaded: LoadedModel, form: Form, sample: Sample) -> int:
 
 
 def _changes(rounds: dict[str, list[list[Scored]]], exact: bool) -> dict[str, Estimate]:
-    """Of the mean score, under every attention but the first."""
+    """The change of the mean score, under every attention but the first."""
     names = list(rounds)
     return {name: _change(rounds[names[0]], rounds[name], exact) for name in names[1:]}
 
@@ -283,7 +283,7 @@ def _score(documents: list[list[Scored]], exact: bool) -> Score:
 
 
 def _change(base: list[list[Scored]], other: list[list[Scored]], exact: bool) -> Estimate:
-    """Of the mean score; of exact answers with the interval of lost and gained ones."""
+    """The change of the mean score; of exact answers with the interval of lost and gained ones."""
     changes = [
         [b.score - a.score for a, b in zip(before, after, strict=True)]
         for before, after in zip(base, other, strict=True)

@@ -71,12 +71,12 @@ class RepresentativeReport:
         return asdict(self)
 
     def share(self, size: int, representative: str, *, predicted: bool = False) -> Estimate:
-        """Of ranges split right, mean over heads, and then over texts."""
+        """The share of ranges split right, mean over heads, and then over texts."""
         kind = "predicted" if predicted else "measured"
         return self._over_samples(lambda point: getattr(point, kind)[size][representative])
 
     def recall(self, search: str) -> Estimate:
-        """Of the best blocks, mean over heads, and then over texts."""
+        """The share of the best blocks found, mean over heads, and then over texts."""
         return self._over_samples(lambda point: point.recall[search])
 
     def heads(self) -> Iterator[tuple[tuple[int, int], list[HeadPoint]]]:
@@ -132,7 +132,7 @@ def measure_representatives(
 
 
 def _of_head(found: Tensor, head: int, record: LayerRecord) -> float:
-    """Of `[heads]`, which are KV heads or query heads, the mean for one KV head."""
+    """The mean for one KV head of `[heads]`, which are KV heads or query heads."""
     return float(found.unflatten(0, (record.num_kv_heads, -1))[head].mean())
 
 

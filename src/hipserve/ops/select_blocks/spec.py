@@ -69,7 +69,7 @@ class SearchSpec(HashedOnce):
     trained_length: int | None
 
     def selection_shape(self, inputs: SearchInputs) -> tuple[int, int, int]:
-        """Of `indices`: `[num_query_blocks, heads, max_selected]`."""
+        """The shape of `indices`: `[num_query_blocks, heads, max_selected]`."""
         heads = inputs.codes.shape[2] if self.share_group else inputs.q.shape[1]
         return inputs.query_blocks.shape[0], heads, self.max_selected
 

@@ -18,7 +18,7 @@ from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex
 
 LONG_RADIUS = 0.5
-"""Of half the width of its box, the radius of a long run has so much. The box of 4,096 keys says
+"""The radius of a long run, as a share of half the width of its box. The box of 4,096 keys says
 little of most of them: ranked by all of it, runs that matter lose against those with a wide one. A
 single key that stands out still moves center and radius (docs/log/2026-11-29-depth.md)."""
 

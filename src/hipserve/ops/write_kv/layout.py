@@ -30,7 +30,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Of one head of a page."""
+        """Bytes of one head of a page."""
         return self.count * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -56,12 +56,15 @@ class IndexLayout:
     def of_pages(
         cls, page_size: int, head_dim: int, dtype: torch.dtype, form: IndexForm, keys: int = 0
     ) -> IndexLayout:
-        """Of pages of longer sequences, with up to `keys` keys."""
+        """The layout of pages of longer sequences, with up to `keys` keys."""
         return cls(page_size, num_runs_of(page_size, form, keys), head_dim, dtype, form)
 
     @classmethod
     def of_whole(cls, k: Tensor, form: IndexForm) -> IndexLayout:
-        """Of keys k `[num_pages, page_size, num_kv_heads, head_dim]`, each page a sequence."""
+        """The layout of sequences that are a page each.
+
+        k: `[num_pages, page_size, num_kv_heads, head_dim]`.
+        """
         page_size, head_dim = k.shape[1], k.shape[3]
         num_runs = 0 if form.run_size is None else bound_offsets(page_size, form.run_size)[-1]
         return cls(page_size, num_runs, head_dim, k.dtype, form)
@@ -82,7 +85,7 @@ class IndexLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of one head of a page, the keys themselves not counted."""
+        """Bytes of one head of a page, the keys themselves not counted."""
         return sum(rows.nbytes for rows in self.rows)
 
     @property

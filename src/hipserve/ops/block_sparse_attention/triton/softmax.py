@@ -54,7 +54,7 @@ class Reading(NamedTuple):
     softcap: Any
     sliding_window: Any
     rope: Any
-    """Of `Trained`."""
+    """How the model turns its keys, as `Trained` has it."""
     moves: Any
     """The block lies beyond the trained length."""
 

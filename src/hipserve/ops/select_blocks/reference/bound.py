@@ -23,7 +23,7 @@ class BoundSearch(Search):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Of pages: their keys, the keys of a fine run, and the runs that have a summary."""
+        """Keys of a page, keys of a fine run, and runs of a page that have a summary."""
         index = self.seen.keys.index
         assert self.spec.run_size is not None
         return index.page_size, self.spec.run_size, index.num_runs

@@ -31,7 +31,7 @@ class Shifts(NamedTuple):
     """`[n]`, multiples of a segment; -1 for what is not there."""
     first: Any
     last: Any
-    """The least and the greatest of those that are there."""
+    """The minimum and the maximum of those that are there."""
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from hipserve.platform import gpu_processors
 
 HALF = 64
 REGISTERS = 168
-"""Of a thread at the start: 12 warps, four of them without work, share the 65,536 of a processor.
-Consumers then take what producers give up."""
+"""Registers of a thread at the start: 12 warps, four of them without work, share the 65,536 of a
+processor. Consumers then take what producers give up."""
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 
