@@ -6,28 +6,19 @@ import gzip
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
-import time
 import typing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
-from rich.table import Table
-from typer.testing import CliRunner, Result
 
 from hipserve.cli import main as command
-from hipserve.cli import output
-from hipserve.cli.demo import FACTS
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
-from hipserve.errors import ArgumentError, BackendError, FitError, HipserveError
 from hipserve.lab import text
 from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
+from shell import HIPSERVE, call, invoke, refused
 
-HIPSERVE = Path(sys.executable).with_name("hipserve")
 FACT, QUESTION = pass_key("83724"), PASS_KEY_QUESTION
 
 
@@ -36,35 +27,6 @@ def doc(tmp_path: Path) -> str:
     path = tmp_path / "doc.txt"
     path.write_text(f"Rivers run to the sea.\n{FACT}\nHills do not.\n", encoding="utf-8")
     return str(path)
-
-
-def invoke(*words: str, stdin: str | None = None) -> Result:
-    """In this process: quick, but without `main`'s treatment of errors."""
-    return CliRunner().invoke(command.app, list(words), input=stdin)
-
-
-def call(*words: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
-    """As a shell would: a process, its streams and its exit code."""
-    done = subprocess.run(
-        [HIPSERVE, *words], input=stdin, capture_output=True, timeout=240, env={**os.environ, **env}
-    )
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
-    )
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str):
-    """Exit code, error and hint of a call that fails: on stderr, with nothing on stdout."""
-    monkeypatch.setattr(sys, "argv", ["hipserve", *words])
-    with pytest.raises(SystemExit) as exit_:
-        command.main()
-    streams = capsys.readouterr()
-    assert streams.out == ""
-    assert "Traceback" not in streams.err
-    line, *hints = [line for line in streams.err.splitlines() if line.strip()]
-    assert len(hints) <= 1, streams.err
-    assert all(hint.startswith("hint: ") for hint in hints)
-    return exit_.value.code, line, "".join(hints).removeprefix("hint: ")
 
 
 @pytest.mark.parametrize(
@@ -392,149 +354,6 @@ def test_wrong_usage_and_unknown_commands() -> None:
         assert "Usage: " in result.stderr
 
 
-def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever happens inside, it leaves as a sentence; markup in it is printed, not obeyed."""
-    for error, code, line in (
-        (FitError("too [red]long[/red]"), 3, "error: too [red]long[/red]"),
-        (BackendError("no backend"), 4, "error: no backend"),
-        (ArgumentError("budget", "more", "0"), 2, "error: budget: expected more, got 0"),
-        (HipserveError("the server did not start"), 1, "error: the server did not start"),
-        (MemoryError(), 1, "error: MemoryError: no reason given; HIPSERVE_DEBUG=1 shows where"),
-        (RuntimeError("a\nb"), 1, "error: RuntimeError: a b; HIPSERVE_DEBUG=1 shows where"),
-    ):
-
-        def fail(error: Exception = error) -> None:
-            raise error
-
-        monkeypatch.setattr(command, "app", fail)
-        assert refused(monkeypatch, capsys) == (code, line, "")
-        monkeypatch.setenv("HIPSERVE_DEBUG", "1")
-        with pytest.raises(type(error)):
-            command.main()
-        monkeypatch.delenv("HIPSERVE_DEBUG")
-
-
-def test_eval_tables_and_json(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("The heron waits by the river until the salmon come. " * 300)
-    small = ("--text", str(path), "--length", "1k", "--budget", "128")
-    options = (*small, "--vary", "num_sink_tokens=16,64")
-    result = invoke("eval", "perplexity", *options, "--json")
-    report = json.loads(result.stdout)
-    assert list(report["results"]) == ["dense", "hip", "num_sink_tokens=16", "num_sink_tokens=64"]
-    assert report["results"]["dense"]["change"] == 0
-    assert report["configs"]["hip"]["budget"] == 128
-    assert report["first"] == 256
-    options = (
-        *small,
-        "--samples",
-        "2",
-        "--tasks",
-        "passkey,quote,niah",
-        "--questions",
-        "3",
-        "--also",
-        "paper",
-        "--no-dense",
-    )
-    result = invoke("eval", "retrieval", *options)
-    assert result.exit_code == 0
-    for word in ("passkey", "quote", "hip", "paper", "acorn, 1k tokens"):
-        assert word in result.stdout
-    assert re.search(r"niah\s+│ 6 ", result.stdout), "three questions about two documents"
-    assert "dense" not in result.stdout
-    assert result.stderr.startswith("hip: nothing was pruned in 1,024 tokens")
-    assert "paper:" not in result.stderr
-    hip = next(line for line in result.stdout.splitlines() if "passkey" in line)
-    assert hip.count("[") == 2, "Wilson's intervals of a score; none of a difference of two samples"
-
-
-def test_eval_takes_the_models_context_and_says_what_it_did_not_do(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    from hipserve.models import bundled_path
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=1024)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(bundled_path()).save_pretrained(tmp_path)
-    result = invoke("eval", "perplexity", str(tmp_path))
-    assert result.exit_code == 0
-    assert "length: 1k tokens" in result.stderr
-    assert "hip: nothing was pruned in 1,024 tokens" in result.stderr
-    shown = " ".join(result.stdout.replace("│", " ").split())
-    assert "needs 4 pieces" in shown
-    assert "has 1" in shown
-    tasks = ("--samples", "1", "--tasks", "passkey", "--form", "continuation", "--json")
-    report = json.loads(invoke("eval", "retrieval", str(tmp_path), *tasks).stdout)
-    assert (report["length"], report["form"]) == (1024, "continuation")
-    assert report["results"][0]["difference"]["hip"]["interval"] is None
-
-
-def test_demo_with_a_document_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "doc.txt"
-    path.write_text("The heron waits by the river until the salmon come. " * 250)
-    result = invoke("demo", "--doc", str(path), "--length", "3k", "--dense-length", "2k")
-    assert result.exit_code == 0
-    assert "4 of 4 answers right" in result.stdout
-    assert all(fact.value in result.stdout for fact in FACTS)
-    assert "reading the first 2,048 of the text's" in result.stderr
-    for word in ("time to first token", "tokens/s", "keys read", "peak memory", "dense", "ratio"):
-        assert word in result.stdout
-
-
-def test_demo_as_json() -> None:
-    result = invoke("demo", "--length", "3k", "--dense-length", "2k", "--json")
-    values: dict[str, Any] = json.loads(result.stdout)
-    assert [answer["right"] for answer in values["answers"]] == [True] * 4
-    assert values["peak_bytes"] > values["cache_bytes"] > 0
-    comparison = values["comparison"]
-    ratio = comparison["dense"]["first_token_seconds"] / comparison["hip"]["first_token_seconds"]
-    assert comparison["first_token_ratio"] == ratio
-    assert values["config"]["budget"] == 1024
-
-
-def test_doctor_and_version() -> None:
-    import torch
-
-    checks = json.loads(invoke("doctor", "--json").stdout)
-    by_name = {check["name"]: check for check in checks}
-    assert all(check["ok"] != bool(check["advice"]) for check in checks)
-    assert by_name["dense result"]["ok"]
-    assert by_name["bundled model"]["found"] == "acorn, 23.2 M parameters"
-    assert invoke("doctor").exit_code == int(not all(check["ok"] for check in checks))
-    assert json.loads(invoke("version", "--json").stdout)["torch"] == torch.__version__
-    assert f"torch {torch.__version__}" in invoke("version").stdout
-
-
-def test_without_native_kernels_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hipserve import platform
-
-    missing = platform.NativeLibrary(None, "no compiler was there")
-    monkeypatch.setattr(platform, "native_library", lambda: missing)
-    result = invoke("doctor", "--json")
-    assert result.exit_code == 1
-    native = json.loads(result.stdout)[0]
-    assert not native["ok"]
-    assert native["found"] == "no compiler was there"
-    assert "install gcc" in native["advice"]
-
-
-def test_a_gpu_without_triton_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hipserve import platform
-
-    monkeypatch.setattr(platform, "gpu_name", lambda: "a card")
-    monkeypatch.setattr(platform, "triton_library", lambda: "Triton is not installed")
-    result = invoke("doctor", "--json")
-    assert result.exit_code == 1
-    gpu = json.loads(result.stdout)[-1]
-    assert (gpu["ok"], gpu["found"]) == (False, "a card: Triton is not installed")
-    assert "install triton" in gpu["advice"]
-
-
 def test_a_reader_that_leaves_early_is_no_error(doc: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -549,25 +368,6 @@ def test_a_reader_that_leaves_early_is_no_error(doc: str) -> None:
     assert b"Error" not in done.stderr
 
 
-def test_interrupts_are_quiet() -> None:
-    """Ctrl-C while a long document is read."""
-    process = subprocess.Popen(
-        [HIPSERVE, "demo"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ,
-        # A shell's background job ignores the signal, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    first = process.stderr.readline()  # printed when the model is loaded
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in first + rest
-
-
 def test_a_process_prints_as_the_runner_does(doc: str) -> None:
     done = call("run", QUESTION, "--doc", "-", stdin=FACT.encode(), NO_COLOR="1")
     assert (done.returncode, done.stdout) == (0, "The pass key is 83724.\n")
@@ -575,31 +375,3 @@ def test_a_process_prints_as_the_runner_does(doc: str) -> None:
     done = call("run", QUESTION, "--doc", "-", stdin=b"\xff")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: file: expected")
-
-
-def test_help_needs_no_heavy_import() -> None:
-    """`hipserve --help` answers without loading transformers."""
-    code = (
-        "import sys; from hipserve.cli.main import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("columns", [None, "60"])
-def test_tables_lose_nothing_in_pipes_and_narrow_terminals(
-    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns:
-        monkeypatch.setenv("COLUMNS", columns)
-    table = Table(*(f"measure{i}" for i in range(9)))
-    table.add_row(*(f"+{i}.1234567" for i in range(9)))
-    output.show(table)
-    shown = capsys.readouterr().out
-    assert "…" not in shown
-    assert columns or all(f"+{i}.1234567" in shown for i in range(9))
-    assert all(len(line) <= int(columns or 400) for line in shown.splitlines())

@@ -34,10 +34,11 @@ PACKAGES = (
 
 
 def test_files_stay_short() -> None:
-    files = [*(ROOT / "src").rglob("*.py"), *NATIVE]
-    lengths = {str(f.relative_to(ROOT)): len(f.read_text("utf-8").splitlines()) for f in files}
-    assert len(lengths) > 80
-    assert {file for file, length in lengths.items() if length > LONGEST} == set()
+    folders = ("src", "tests", "benchmarks", "docs", "examples", "build_backend")
+    files = [*NATIVE, *(f for folder in folders for f in (ROOT / folder).rglob("*.py"))]
+    long = {str(f.relative_to(ROOT)): len(f.read_text("utf-8").splitlines()) for f in files}
+    assert len(long) > 300
+    assert {file for file, length in long.items() if length > LONGEST} == set()
 
 
 def test_the_pruning_rule_has_one_home() -> None:
