@@ -103,6 +103,7 @@ def tiles_of(head, first, start, reading, LISTS: tl.constexpr):
 @triton.jit
 def missing_tiles(lists, entries):
     """`[ROWS, WIDTH]` int32: the tiles of those of the entries that missed them; -1 elsewhere."""
+    # of the shape [ROWS, WIDTH]:
     entry = tl.load(lists + entries.at, mask=entries.exists, other=-1, cache_modifier=".cg")
     return tl.where(entry < -1, -2 - entry, -1)
 
@@ -174,6 +175,7 @@ def resolve_kernel(
             entries = entries_of(head, first, start, reading, LISTS)
             tile = tiles_of(head, first, start, reading, LISTS)
             there = tile >= 0
+            # of the shape [ROWS, WIDTH]:
             slot = tl.load(where + tile, mask=there, other=-1, cache_modifier=".cg")
             tl.store(stamp + slot, tl.zeros_like(slot) + step, mask=there & (slot >= 0))
             tl.atomic_min(where + tile, entries.order - CLAIM, mask=there & (slot < 0))
@@ -190,6 +192,7 @@ def resolve_kernel(
             for start in range(0, reading.max_tiles, LISTS.width):
                 entries = entries_of(head, first, start, reading, LISTS)
                 tile = missing_tiles(lists, entries)
+                # of the shape [ROWS, WIDTH]:
                 found = tl.load(where + tile, mask=tile >= 0, other=0, cache_modifier=".cg")
                 wins = (tile >= 0) & (found == entries.order - CLAIM)
                 wins, tile = tl.reshape(wins, [N]), tl.reshape(tile, [N])
@@ -197,7 +200,7 @@ def resolve_kernel(
                 rank = tl.cumsum(wins.to(tl.int32), axis=0) - 1
                 hand = sweep(stamp, victims, num_slots, hand, step, wanted, LISTS.sweep)
                 slot = tl.load(victims + rank, mask=wins, other=0, cache_modifier=".cg")  # [N]
-                before = tl.load(owner + slot, mask=wins, other=-1)
+                before = tl.load(owner + slot, mask=wins, other=-1)  # [N]
                 held = tl.load(where + before, mask=before >= 0, other=-1, cache_modifier=".cg")
                 stale = (before >= 0) & (held == slot)
                 tl.store(where + before, tl.full([N], -1, tl.int32), mask=stale)
@@ -212,6 +215,7 @@ def resolve_kernel(
             for start in range(0, reading.max_tiles, LISTS.width):
                 entries = entries_of(head, first, start, reading, LISTS)
                 tile = missing_tiles(lists, entries)
+                # of the shape [ROWS, WIDTH]:
                 slot = tl.load(where + tile, mask=tile >= 0, other=-1, cache_modifier=".cg")
                 tl.store(lists + entries.at, slot, mask=tile >= 0)
     tl.store(state + 3 * head, step)
@@ -259,6 +263,7 @@ def load_kernel(
         in_page = (tile % per_page * TILE + row) * HEAD_DIM
         source = pages + (tile // per_page).to(tl.int64) * strides.page + in_page
         source += head * strides.head + plane * strides.plane
+        # of the shape [PAIRS * 2 * TILE, DIM]:
         rows = tl.load(source[:, None] + d[None, :], mask=keep, cache_modifier=".cg")
         to = tiles + head * head_stride + slot * slot_stride + (plane * TILE + row) * HEAD_DIM
         tl.store(to[:, None] + d[None, :], rows, mask=keep)
@@ -304,9 +309,11 @@ def store_kernel(
     resident = inside & (slot >= 0)[:, None]
     in_page = pages + page * strides.page + head * strides.head + offset * HEAD_DIM
     in_tile = tiles + head * head_stride + slot * slot_stride + offset % TILE * HEAD_DIM
+    # of the shape [HEADS, DIM]:
     row = tl.load(k + token * k_strides.token + head[:, None] * k_strides.head + d, mask=inside)
     tl.store(in_page[:, None] + d, row, mask=inside)
     tl.store(in_tile[:, None] + d, row, mask=resident)
+    # of the shape [HEADS, DIM]:
     row = tl.load(v + token * v_strides.token + head[:, None] * v_strides.head + d, mask=inside)
     tl.store(in_page[:, None] + strides.plane + d, row, mask=inside)
     tl.store(in_tile[:, None] + TILE * HEAD_DIM + d, row, mask=resident)

@@ -175,7 +175,7 @@ def candidate_runs(c, parents, candidates, RATIO: tl.constexpr):
     first, before, behind = candidates.first, candidates.before, candidates.behind
     children = candidates.parents * RATIO
     inner = (c >= before) & (c < before + children)
-    parent = tl.load(parents + (c - before) // RATIO, mask=inner, other=0)
+    parent = tl.load(parents + (c - before) // RATIO, mask=inner, other=0)  # like c
     child = parent * RATIO + (c - before) % RATIO
     outer = tl.where(c < before, first + c, behind + c - before - children)
     return tl.where(inner, child, outer)
@@ -242,6 +242,7 @@ def summaries_of(c, item, candidates, LEVEL: tl.constexpr, GEOMETRY: tl.constexp
     bounds = item.bounds
     key = candidate_keys(c, item, candidates, LEVEL, GEOMETRY) + LENGTH - 1
     there = c < candidates.count
+    # like c
     page = tl.load(bounds.table + key // bounds.page_size, mask=there, other=0).to(tl.int64)
     run = (GEOMETRY.offsets[LEVEL] + key % bounds.page_size // LENGTH).to(tl.int64)
     rows = bounds.start + page * bounds.strides.page + run * bounds.strides.run

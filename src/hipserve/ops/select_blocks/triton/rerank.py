@@ -15,6 +15,7 @@ from hipserve.ops.select_blocks.triton.threshold import keep_best
 def run_positions(i, total, item, SIZE: tl.constexpr):
     """Positions of the i-th of all `total` keys in the kept finest runs, of SIZE keys each."""
     runs = level_runs(item.scratch, 0)
+    # like i
     return tl.load(runs + i // SIZE, mask=i < total, other=0) * SIZE + i % SIZE
 
 

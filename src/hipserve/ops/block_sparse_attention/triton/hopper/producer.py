@@ -34,10 +34,10 @@ def places_of(work, blocks, table, first, SHAPE: gl.constexpr):
         chosen = work.chosen // RUN
         after = run - work.sinks // RUN
         inside = there & (after >= 0) & (after < chosen)
-        block = gl.load(blocks + after // SIZE, mask=inside, other=0)
+        block = gl.load(blocks + after // SIZE, mask=inside, other=0)  # [32]
         position = gl.where(after < 0, run, work.window // RUN + after - chosen)
         position = gl.where(inside, block * SIZE + after % SIZE, position)
-    page = gl.load(table + position // PER_PAGE, mask=there, other=0)
+    page = gl.load(table + position // PER_PAGE, mask=there, other=0)  # [32]
     return gl.where(there, page * (2 * PER_PAGE) + position % PER_PAGE, PER_PAGE)
 
 

@@ -106,10 +106,11 @@ def load_work(number, inputs, SHAPE: gl.constexpr):
 def load_chosen(blocks, there, layout: gl.constexpr, COUNT: gl.constexpr):
     """`[LANES]` int32: a list of up to LANES entries itself, or the entries of a longer one."""
     i = gl.arange(0, LANES, layout)
-    entries = gl.load(blocks + i, mask=there & (i < COUNT), other=-1)
+    entries = gl.load(blocks + i, mask=there & (i < COUNT), other=-1)  # [LANES]
     if COUNT > LANES:
         entries = (entries >= 0).to(gl.int32)
         for first in range(LANES, COUNT, LANES):
+            # of the shape [LANES]:
             more = gl.load(blocks + first + i, mask=there & (first + i < COUNT), other=-1)
             entries += (more >= 0).to(gl.int32)
     return entries
