@@ -171,6 +171,8 @@ def write(recorders: dict[str, Recorder], head_dim: int) -> None:
             recorder.case = f"codes of {code_bits} bits"
         index = writing.build_index(pages, 16, code_bits)
         writing.write_kv(k, k, KeyPool(pages, pages), index, slots)
+        for apart in (True, False):
+            writing.write_whole_runs(k, k, KeyPool(pages, pages), index, slots, apart)
 
 
 def load(

@@ -29,6 +29,8 @@ KERNELS = {
     "search_kernel",
     "write_kernel",
     "summaries_kernel",
+    "append_kernel",
+    "completed_kernel",
     "resolve_kernel",
     "load_kernel",
     "store_kernel",

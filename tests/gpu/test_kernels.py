@@ -6,6 +6,7 @@ interpreter computes it wrongly.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from hipserve import BackendError, HiPConfig, hip_attention
 from hipserve.attention import absorb_sinks
+from hipserve.config import IndexForm
 from hipserve.ops import (
     block_sparse_attention,
     build_index,
@@ -22,7 +24,7 @@ from hipserve.ops import (
     select_blocks,
     write_kv,
 )
-from hipserve.plan import BatchLayout
+from hipserve.plan import BatchLayout, bound_levels
 from hipserve.platform import interpreting
 from hipserve.testing.cases import (
     Case,
@@ -198,6 +200,18 @@ def test_heads_may_lie_further_apart_than_32_bits_count() -> None:
         assert torch.equal(got.cpu(), expected_index.summaries)
 
 
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_the_result_takes_the_room_it_is_given(query_len: int) -> None:
+    q, kv, layout = moved(make_case(Shape((300,), (query_len,))))
+    options: dict[str, Any] = {"backend": "triton"}
+    expected, lse = block_sparse_attention(q, kv.pool, layout, **options)
+    room = torch.full_like(q, torch.nan)
+    out, same = block_sparse_attention(q, kv.pool, layout, out=room, **options)
+    assert out is room
+    assert torch.equal(out, expected)
+    assert torch.equal(same, lse)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_and_bounds(seed: int) -> None:
     """Jumping, repeated and skipped slots; compared where the definition is finite."""
@@ -219,6 +233,40 @@ def test_pages_and_bounds(seed: int) -> None:
         for got, expected in zip(there.tensors, here.tensors, strict=True):
             seen = expected.isfinite()
             assert torch.equal(got.cpu()[seen], expected[seen])
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_runs_are_summarised_when_they_are_complete(page_size: int, bits: int) -> None:
+    """By chunks and by single rows of two sequences, in pages that an earlier owner has filled."""
+    shape = Shape((1,), (1,), page_size=page_size)
+    pages = [empty_pages(4, shape, IndexForm(16, bits)) for _ in range(2)]
+    pages[0] = pages[0].map(lambda x: x.to(DEVICE))
+    there, here = pages
+    g, whole = torch.Generator().manual_seed(page_size), 2 * page_size
+    slots_of = torch.arange(2 * whole).view(2, whole)
+    near = {at for edge in (16, page_size) for at in range(edge - 2, edge + 3)}
+    for begin, end in itertools.pairwise([0, whole, 0, *sorted(near), whole - 1, whole]):
+        if end < begin:
+            continue  # another owner
+        slots = torch.cat([slots_of[:, begin:end].flatten(), torch.tensor([-1])])
+        k = torch.randn(len(slots), shape.num_kv_heads, shape.head_dim, generator=g)
+        apart = end - begin == 1
+        options: dict[str, Any] = {"whole_runs": True, "apart": apart}
+        moved = (x.to(DEVICE) for x in (k, 2 * k))
+        write_kv(*moved, there.pool, there.index, slots.to(DEVICE), backend="triton", **options)
+        write_kv(k, 2 * k, here.pool, here.index, slots, backend="reference", **options)
+        for got, expected in zip(there.tensors, here.tensors, strict=True):
+            rows = complete_rows(got.shape[1], page_size, end)
+            assert torch.equal(got.cpu().flatten(0, 1)[rows], expected.flatten(0, 1)[rows])
+
+
+def complete_rows(per_page: int, page_size: int, end: int) -> torch.Tensor:
+    """Which rows of `per_page` a page are complete in two sequences of two pages and `end` keys."""
+    lengths = [1] if per_page == page_size else bound_levels(page_size, 16, per_page)
+    behind = torch.cat([torch.arange(n, page_size + 1, n) for n in lengths])
+    in_pages = torch.arange(4)[:, None] % 2 * page_size + behind
+    return (in_pages <= end).flatten()
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 300])

@@ -25,6 +25,7 @@ from hipserve.cache import PagedLayer
 from hipserve.capacity.scratch import SEARCH_BYTES, scratch_bytes
 from hipserve.config import IndexForm
 from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
+from hipserve.integrations.vllm import layer as vllm_layer
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import HiPStep, due_runs, found_keys, found_pages
 from hipserve.ops import build_index, write_kv
@@ -295,6 +296,34 @@ def test_builders_of_a_group_share_slots() -> None:
         for one, request in ((first, 0), (second, 1))
     ]
     assert len(set(slots)) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_of_single_rows_writes_them_at_once(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = HiPConfig(dense_below=0), dict[str, Any]()
+    spec = backend.HiPBackend.customize_spec(SPEC)
+    starts = torch.tensor([0, 1, 1 + rows], dtype=torch.int32)
+    batch: Any = SimpleNamespace(
+        num_reqs=2,
+        max_query_len=rows,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([9, 40], dtype=torch.int32),
+        block_table_tensor=torch.tensor([[1], [2]], dtype=torch.int32),
+        slot_mapping=torch.arange(1 + rows),
+        is_prefilling=torch.zeros(2, dtype=torch.bool),
+        seq_lens_cpu_upper_bound=None,
+        req_idx=None,
+    )
+    step = build(config, spec, layers(1, config)).build(0, batch)
+    monkeypatch.setattr(vllm_layer, "write_kv", lambda *_, **options: found.update(options))
+    pages: Any = SimpleNamespace(pool=None, index=None)
+    k = torch.zeros(1 + rows, 2, 64)
+    vllm_layer.BlockKeys(pages, step, (k, k), keeps_index=False).append()
+    assert found["apart"] == (rows == 1)
+    assert found["whole_runs"]
 
 
 def test_blocks_that_are_not_what_they_should_be_are_refused() -> None:

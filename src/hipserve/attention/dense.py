@@ -88,6 +88,7 @@ def attend_chosen(
     softcap: float = 0.0,
     rope: Tensor | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention`, in which the fastest dense kernel takes rows that read everything.
 
@@ -119,6 +120,7 @@ def attend_chosen(
         softcap=softcap,
         rope=rope,
         backend=backend,
+        out=out,
         check=False,
     )
 

@@ -109,16 +109,19 @@ class AttentionLayer:
         """What a search reads of the keys."""
         return NO_INDEX if self.rule is None else self.config.index_form
 
-    def forward(self, q: Tensor, keys: LayerKeys) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, keys: LayerKeys, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention of packed rows.
 
         q: `[num_tokens, num_q_heads, head_dim]`, packed over the sequences, float.
+        out: like q, as in `block_sparse_attention`.
 
         Returns:
             out like q, and lse `[num_tokens, num_q_heads]`, as from `block_sparse_attention`.
         """
         keys.append()
-        return self._attend(q, keys, keys.layout)
+        return self._attend(q, keys, keys.layout, out)
 
     def forward_batch(
         self, q: Tensor, keys: LayerKeys, *, head: bool = True
@@ -170,7 +173,9 @@ class AttentionLayer:
             backend=self.backend,
         )
 
-    def _attend(self, q: Tensor, keys: LayerKeys, layout: BatchLayout) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, q: Tensor, keys: LayerKeys, layout: BatchLayout, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         # Steps that stay within the trained length are those of a model that does not stream.
         rope = self.rope if layout.reaches(self.config.trained_length or 0) else None
         account = self.account
@@ -189,6 +194,7 @@ class AttentionLayer:
             softcap=self.softcap,
             rope=rope,
             backend=self.backend,
+            out=room,
         )
         if self.sink_logits is not None:
             out, lse = absorb_sinks(out, lse, self.sink_logits, check=False)

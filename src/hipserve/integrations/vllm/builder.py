@@ -177,7 +177,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
             pages = due = None
         count = int(common.query_start_loc_cpu[-1])
         slots = common.slot_mapping[:count]
-        asked = (count, slots, plan, selects, self.counted_layer)
+        asked = (count, slots, plan, selects, self.counted_layer, common.max_query_len == 1)
         return HiPStep(*asked, found_pages=pages, due_runs=due)
 
     def _count_stalls(self) -> None:

@@ -134,10 +134,12 @@ class HiPImpl(AttentionImpl[HiPStep]):
         keeps = self.keeps_index(layer)
         keys = BlockKeys(pages, step, new, keeps, hosted and hosted.pages)
         q = first_rows(query, step.num_tokens)
-        out, _ = self._layer_of(layer, step).forward(q, keys)
+        room = first_rows(output, step.num_tokens)
+        out, _ = self._layer_of(layer, step).forward(q, keys, room)
         if hosted:
             self.tally.add("hipserve_pool_read_bytes", hosted.pages.last_read_bytes)
-        first_rows(output, step.num_tokens).copy_(out)
+        if out is not room:
+            room.copy_(out)
         return output
 
     def _layer_of(self, layer: Any, step: HiPStep) -> AttentionLayer:
@@ -191,7 +193,9 @@ class BlockKeys:
             rebuild_index(self.pages, step.found_pages)
         if self.new is not None:
             k, v = (first_rows(x, step.num_tokens) for x in self.new)
-            write_kv(k, v, self.pages.pool, self.index, step.slot_mapping, check=False)
+            pool, index, apart = self.pages.pool, self.index, step.single_rows
+            slots = step.slot_mapping
+            write_kv(k, v, pool, index, slots, whole_runs=True, apart=apart, check=False)
         if self.keeps_index and step.due_runs is not None:
             step.due_runs.join(self.index)
 

@@ -29,6 +29,7 @@ class HiPStep(AttentionMetadata):
         plan: the batch, and which query blocks select again.
         selects: some query block is pruned, or its selection kept; else every layer is dense.
         counted_layer: the layer whose reads are counted for all pruned ones.
+        single_rows: every request has one row.
         found_pages: `[n]` int64, pages of keys that a request of this step found computed when it
             started, or None: their index is built before anybody reads it.
         due_runs: runs that are joined once the keys of the step are written; None for none.
@@ -39,6 +40,7 @@ class HiPStep(AttentionMetadata):
     plan: StepPlan | CapturedPlan
     selects: bool
     counted_layer: str
+    single_rows: bool = False
     found_pages: Tensor | None = None
     due_runs: DueRuns | None = None
 

@@ -23,6 +23,7 @@ def block_sparse_attention(
     softcap: float = 0.0,
     rope: Tensor | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
     check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention of every row over SINK + its chosen blocks + WINDOW.
@@ -42,6 +43,7 @@ def block_sparse_attention(
             config that extends it by `stream`. Pruned query blocks that begin at
             `trained_length` or behind see sinks, chosen blocks and window at consecutive positions.
         backend: `auto`, `cpu`, `triton` or `reference`.
+        out: like q, contiguous: room that the result may take, instead of memory of its own.
         check: False skips the checks, for callers that have made them.
 
     Returns:
@@ -61,7 +63,7 @@ def block_sparse_attention(
     block_table, lists = layout.block_table, pool.lists
     if pool.places is not None:
         block_table = pool.places[block_table]
-    return operator.attention()(
+    return operator.attention(out)(
         q,
         pool.k_cache,
         pool.v_cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -71,6 +72,21 @@ def _(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=dtype)
 
 
-def attention() -> Callable[..., tuple[Tensor, Tensor]]:
-    """What computes it: the custom operator while torch.compile traces, else the backend itself."""
-    return _operator if torch.compiler.is_compiling() else _run
+def _run_into(
+    out: Tensor, q: Tensor, *inputs: Tensor, backend: str, **options: object
+) -> tuple[Tensor, Tensor]:
+    """As `_run`; kernels for GPUs write to `out` `[num_tokens, num_q_heads, head_dim]`."""
+    on_gpu = resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
+    taken = on_gpu and out.is_contiguous() and out.dtype == q.dtype
+    room = {"out": out} if taken else {}
+    return _backend(backend, q)(q, *inputs, **options, **room)
+
+
+def attention(out: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes it: the custom operator while torch.compile traces, else the backend itself.
+
+    out: `[num_tokens, num_q_heads, head_dim]`, room for the result, which may be taken.
+    """
+    if torch.compiler.is_compiling():
+        return _operator
+    return _run if out is None else functools.partial(_run_into, out)

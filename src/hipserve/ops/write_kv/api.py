@@ -33,6 +33,8 @@ def write_kv(
     slot_mapping: Tensor,
     *,
     backend: str = "auto",
+    whole_runs: bool = False,
+    apart: bool = False,
     check: bool = True,
 ) -> None:
     """Appends keys and values to pages and brings the index of the touched runs up to date.
@@ -55,6 +57,9 @@ def write_kv(
         index: of the same pages; None, or one without summaries, where no search reads any.
         slot_mapping: `[num_tokens]` int64, page * page_size + offset; -1 skips a token.
         backend: `auto`, `cpu`, `triton` or `reference`.
+        whole_runs: nobody reads the summary of a run before its last slot is written, as searches
+            do not: until then it may be out of date.
+        apart: the same, and no two tokens are of one sequence: a GPU takes one launch.
         check: False skips the checks, for callers that have made them.
 
     Raises:
@@ -72,7 +77,11 @@ def write_kv(
             backend=backend,
         )
     else:
-        _backend(backend, k).write_kv(k, v, pool, index, slot_mapping)
+        write = _backend(backend, k)
+        if (whole_runs or apart) and index.summaries is not None:
+            write.write_whole_runs(k, v, pool, index, slot_mapping, apart)
+        else:
+            write.write_kv(k, v, pool, index, slot_mapping)
 
 
 def build_index(

@@ -33,6 +33,7 @@ def block_sparse_attention(
     page_size: int,
     rope: Tensor | None,
     trained_length: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `hipserve.ops.block_sparse_attention`.
 
@@ -42,7 +43,7 @@ def block_sparse_attention(
     """
     tokens, num_q_heads, _ = q.shape
     blocks = query_blocks.shape[0]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((tokens, num_q_heads), dtype=torch.float32, device=q.device)
     if not blocks:
         return out, lse
