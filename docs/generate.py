@@ -15,7 +15,7 @@ import typer
 
 from hipserve import HiPConfig
 from hipserve.cli.main import EXIT_CODES, app
-from hipserve.integrations.vllm.metrics import METRICS
+from hipserve.integrations.vllm.metrics import LAYER_METRICS, METRICS
 from hipserve.presets import PRESETS
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -137,6 +137,7 @@ def metrics() -> str:
         labels = f"reason: {', '.join(reasons)}" if reasons else ""
         shown, kind = (name, "gauge") if same[0].gauge else (f"{name}_total", "counter")
         rows.append((code(shown), kind, labels, same[0].help))
+    rows += [(code(f"{m.name}_total"), "counter", "layer", m.help) for m in LAYER_METRICS]
     return table(("metric", "kind", "labels", ""), rows)
 
 

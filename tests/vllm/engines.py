@@ -200,8 +200,9 @@ def pruned(report: dict[str, Any]) -> None:
     llm = engine("CUSTOM", PRUNED, max_num_seqs=1, enable_prefix_caching=False, **pool)
     report["alone"] = answers(llm, ids, together=False)
     end(llm)
-    llm = engine("CUSTOM", PRUNED, num_gpu_blocks_override=48)
+    llm = engine("CUSTOM", {**PRUNED, "meter": "sampled"}, num_gpu_blocks_override=48)
     report["together"] = answers(llm, ids)
+    report["unread"] = unread(llm)
     report["prefix hits"] = answers(llm, ids)
     report["bounds"] = wrong_bounds(llm)
     answers(llm, ids[:1])
@@ -264,8 +265,17 @@ def counts(llm: Any) -> dict[str, float]:
     from hipserve.integrations.vllm import metrics
 
     folder = metrics.directory(llm.llm_engine.vllm_config.instance_id)
-    values = metrics.totals({folder})
+    values = metrics.totals({folder})[: len(metrics.METRICS)]
     return {m.name + (m.reason or ""): v for m, v in zip(metrics.METRICS, values, strict=True)}
+
+
+def unread(llm: Any) -> dict[int, float]:
+    """By layer, the mean share of attention that was metered as unread."""
+    from hipserve.integrations.vllm import metrics
+
+    folder = metrics.directory(llm.llm_engine.vllm_config.instance_id)
+    layers = metrics.totals({folder})[len(metrics.METRICS) :].reshape(-1, 2)
+    return {i: total / count for i, (total, count) in enumerate(layers.tolist()) if count}
 
 
 def refused(report: dict[str, Any]) -> None:
@@ -280,6 +290,9 @@ def refused(report: dict[str, Any]) -> None:
         "offload without a file": {"hip": {**PRUNED, "offload": {"host_memory": 9}}},
         "offload of keys": {"hip": {"offload": {"host_memory": 9, "file": "kv"}}},
         "no offload": {"hip": {**PRUNED, "offload": {"file": "kv"}}},
+        "meter of a file": {
+            "hip": {**PRUNED, "meter": "sampled", "offload": {"host_memory": 9, "file": "kv"}}
+        },
     }
     for name, case in cases.items():
         hip = case.pop("hip")

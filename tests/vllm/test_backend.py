@@ -199,16 +199,21 @@ def test_workers_are_added_up(tmp_path: Path) -> None:
     first.add("hipserve_refreshes", 3)
     second.add("hipserve_refreshes", 4)
     second.add("hipserve_dense_query_blocks", 5, "short")
+    first.add_unread(3, 0.5, 8)
+    second.add_unread(3, 1.5, 8)
     collector = metrics.HiPCollector()
     collector.folders.add(tmp_path / "e")
     samples = {
-        (sample.name, sample.labels.get("reason")): sample.value
+        (sample.name, sample.labels.get("reason") or sample.labels.get("layer")): sample.value
         for family in collector.collect()
         for sample in family.samples
     }
     assert samples["hipserve_refreshes_total", None] == 7
     assert samples["hipserve_dense_query_blocks_total", "short"] == 5
     assert samples["hipserve_page_bound_bytes", None] == 0
+    assert samples["hipserve_unread_attention_total", "3"] == 2
+    assert samples["hipserve_metered_total", "3"] == 16
+    assert ("hipserve_metered_total", "2") not in samples
     first.remove()
     second.remove()
     assert not (tmp_path / "e").exists()

@@ -54,6 +54,14 @@ def test_pruned_tokens_equal_transformers(pruned: dict[str, Any]) -> None:
     assert pruned["counts"]["hipserve_keys_read"] < pruned["counts"]["hipserve_keys_visible"]
 
 
+def test_the_meter_shows_pruned_layers(pruned: dict[str, Any]) -> None:
+    """It changes no token (those of "together" are compared with metered ones of no engine)."""
+    layers = {int(layer): share for layer, share in pruned["unread"].items()}
+    assert sorted(layers) == [layer for layer in range(12) if layer not in (1, 4)]
+    assert all(0 < share < 1 for share in layers.values())
+    assert layers[0] == max(layers.values())  # nearly an average: docs/lab.md
+
+
 def test_streamed_tokens_equal_transformers(ran: dict[str, dict[str, Any]]) -> None:
     """Beyond the trained length, in batches and after prefix hits."""
     report = ran["streamed"]
@@ -131,6 +139,7 @@ def test_what_cannot_be_meant_is_refused_at_start(
     assert "and no connector, got no file" in said["offload without a file"]
     assert "got code_bits 16, which reads the keys" in said["offload of keys"]
     assert "offload: expected a table such as" in said["no offload"]
+    assert 'meter: expected "off" with offload' in said["meter of a file"]
 
 
 def test_tensor_parallel_gives_the_same_tokens(pruned: dict[str, Any], folder: Path) -> None:

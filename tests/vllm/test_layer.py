@@ -28,6 +28,7 @@ from hipserve.integrations.vllm import backend, block_size, builder, kv_block, r
 from hipserve.integrations.vllm import layer as vllm_layer
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import HiPStep, due_runs, found_keys, found_pages
+from hipserve.offload import Offload
 from hipserve.ops import build_index, write_kv
 from hipserve.plan import RefreshSchedule, SequenceStep, bound_levels, runs_of_pages
 
@@ -203,10 +204,14 @@ def test_keys_are_kept_as_the_model_computes(cache: str, hint: str) -> None:
         settings.check_cache_dtype(cache, "float32")
 
 
-def test_an_engine_has_no_meter() -> None:
-    asked = SimpleNamespace(additional_config={"hip": {"meter": "sampled"}})
-    with pytest.raises(ConfigError, match="meter"):
-        settings.hip_config(asked)
+def test_steps_that_a_gpu_repeats_have_no_meter() -> None:
+    metered = HiPConfig(meter="sampled")
+    settings.check_meter(metered, "cpu", None)
+    settings.check_meter(HiPConfig(), "cuda", Offload(host_memory=9, file="kv"))
+    with pytest.raises(ConfigError, match='meter: expected "off" on a GPU in vLLM'):
+        settings.check_meter(metered, "cuda", None)
+    with pytest.raises(ConfigError, match='meter: expected "off" with offload'):
+        settings.check_meter(metered, "cpu", Offload(host_memory=9, file="kv"))
 
 
 @pytest.mark.parametrize("size", [96, 320, 1152])

@@ -65,6 +65,7 @@ def serve(
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
+    meter: options.Meter = False,
     dense: Annotated[
         bool, typer.Option("--dense", help="vLLM's dense attention instead of HiP.")
     ] = False,
@@ -87,8 +88,8 @@ def serve(
         code_bits = OFFLOAD_CODE_BITS
     given = (config, preset, budget, selector, code_bits)
     if dense:
-        options.refuse_with_dense(*given)
-    settings = None if dense else options.make_config(*given, extend=extend)
+        options.refuse_with_dense(*given, meter=meter)
+    settings = None if dense else options.make_config(*given, extend=extend, meter=meter)
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*quick_start(flags), *flags)

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
+from hipserve.attention.meter import Meter, MeteredRows
 from hipserve.cache.mapped import MappedPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
@@ -78,6 +79,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             heads = self.num_kv_heads if self.config.share_group else num_heads
             self.selections.allocate(self.device, heads, self.config.max_selected)
         self.tally = tally(vllm_config.instance_id)
+        self.meter: TallyMeter | None = None  # of a layer that knows its number
         self.hosted: HostedLayer | None = None
         self.rope: Tensor | None = None
         if self.config.streams and not self.sliding_window:
@@ -156,7 +158,13 @@ class HiPImpl(AttentionImpl[HiPStep]):
             sink_logits=self.sinks,
             selections=StepSelections(self.selections, step.plan),
             account=TallyAccount(self.tally, counted) if self.device.type == "cpu" else None,
+            meter=self._meter_of(layer) if self.config.meter == "sampled" else None,
         )
+
+    def _meter_of(self, layer: Any) -> TallyMeter:
+        if self.meter is None:
+            self.meter = TallyMeter(layer_index(layer.layer_name), self.tally)
+        return self.meter
 
 
 @dataclass(slots=True)
@@ -234,6 +242,19 @@ class TallyAccount:
         """As `KeyCounter.add_seconds`."""
         self.tally.add("hipserve_selection_seconds", search)
         self.tally.add("hipserve_attention_seconds", attention)
+
+
+class TallyMeter(Meter):
+    """Adds what it meters to the metrics of a worker."""
+
+    def __init__(self, layer: int, tally: Tally) -> None:
+        super().__init__(layer)
+        self.tally = tally
+
+    def add(self, share: Tensor, rows: MeteredRows) -> None:
+        """As `Meter.add`: share `[n, num_q_heads]`."""
+        super().add(share, rows)
+        self.tally.add_unread(self.layer, float(share.sum()), share.numel())
 
 
 def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:

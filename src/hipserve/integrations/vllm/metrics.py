@@ -62,6 +62,17 @@ METRICS = (
     Metric("hipserve_pool_read_bytes", "Bytes of that file that steps needed, summed over layers."),
     Metric("hipserve_pool_stalls", "Page faults of workers with such a file that read a disk."),
 )
+LAYER_METRICS = (
+    Metric(
+        "hipserve_unread_attention",
+        "Estimated shares of attention that metered rows left unread, summed over query heads.",
+    ),
+    Metric("hipserve_metered", "Metered rows, times query heads."),
+)
+"""Numbers of every layer, which is their label. Only the meter counts them."""
+LAYERS = 512
+"""More than any model has."""
+SIZE = len(METRICS) + LAYERS * len(LAYER_METRICS)
 _PLACES = {(metric.name, metric.reason): place for place, metric in enumerate(METRICS)}
 
 
@@ -77,13 +88,19 @@ class Tally:
         folder.mkdir(mode=0o700, exist_ok=True)
         self.path = folder / f"worker-{worker or os.getpid()}"
         with self.path.open("w+b") as file:
-            file.truncate(8 * len(METRICS))
+            file.truncate(8 * SIZE)
             # Layers add several numbers each: to a view of doubles, which costs less than an array.
             self._values = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
         atexit.register(self.remove)
 
     def add(self, name: str, value: float, reason: Reason | None = None) -> None:
         self._values[_PLACES[name, reason]] += value
+
+    def add_unread(self, layer: int, total: float, count: int) -> None:
+        """Adds what was metered in a layer: shares in all, and how many."""
+        place = len(METRICS) + layer * len(LAYER_METRICS)
+        self._values[place] += total
+        self._values[place + 1] += count
 
     def remove(self) -> None:
         """Removes the numbers, and the directory with the last of them."""
@@ -99,8 +116,9 @@ def tally(instance_id: str) -> Tally:
 
 
 def totals(folders: set[Path]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """`[len(METRICS)]` float64, summed over the workers of some engines."""
-    sums = np.zeros(len(METRICS))
+    """`[SIZE]` float64, summed over the workers of some engines: `METRICS`, then of every layer
+    `LAYER_METRICS`."""
+    sums = np.zeros(SIZE)
     for path in (path for folder in folders for path in folder.glob("worker-*")):
         values = np.fromfile(path)
         if len(values) == len(sums):  # else the worker is just starting or ending
@@ -117,10 +135,16 @@ class HiPCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         values = totals(self.folders)
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for metric, value in zip(METRICS, values, strict=True):
+        for metric, value in zip(METRICS, values[: len(METRICS)], strict=True):
             family = families.setdefault(metric.name, _family(metric))
             family.add_metric([metric.reason] if metric.reason else [], value)
         yield from families.values()
+        layers = values[len(METRICS) :].reshape(LAYERS, -1)
+        for i, metric in enumerate(LAYER_METRICS):
+            family = CounterMetricFamily(metric.name, metric.help, labels=["layer"])
+            for layer in layers[:, -1].nonzero()[0]:
+                family.add_metric([str(layer)], layers[layer, i])
+            yield family
 
 
 def _family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily:

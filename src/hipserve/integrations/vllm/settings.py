@@ -22,15 +22,11 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
     """The HiPConfig of an engine.
 
     Raises:
-        ConfigError: an unknown key, a value out of range, or the meter, which engines do not have.
+        ConfigError: an unknown key, or a value out of range.
     """
     values = _table(vllm_config)
     values.pop("offload", None)
-    config = HiPConfig.from_dict(values)
-    if config.meter != "off":
-        hint = "run, chat and HiPCache have a meter"
-        raise ConfigError("meter", '"off" in vLLM', repr(config.meter), hint)
-    return config
+    return HiPConfig.from_dict(values)
 
 
 def offload_of(vllm_config: VllmConfig) -> Offload | None:
@@ -75,6 +71,7 @@ def check(vllm_config: VllmConfig) -> None:
     check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
     check_extend(vllm_config.model_config.hf_text_config, hip_config(vllm_config))
     offload = offload_of(vllm_config)
+    check_meter(hip_config(vllm_config), vllm_config.device_config.device_type, offload)
     if offload is not None:
         from hipserve.integrations.vllm.offload import check_offload
 
@@ -99,6 +96,20 @@ def check_extend(model: Any, config: HiPConfig) -> None:
         got = ", ".join(map(str, config.dense_layers))
         hint = "leave them out; beyond the trained length every layer is pruned"
         raise ConfigError("dense_layers", 'none with extend="stream"', got, hint)
+
+
+def check_meter(config: HiPConfig, device: str, offload: Offload | None) -> None:
+    """Raises ConfigError where rows cannot be metered: in steps that a GPU repeats as graphs, and
+    where the meter would read keys that no step needs from a file."""
+    if config.meter == "off":
+        return
+    if device != "cpu":
+        hint = "run, chat and HiPCache have a meter there"
+        raise ConfigError("meter", '"off" on a GPU in vLLM', repr(config.meter), hint)
+    if offload is not None:
+        raise ConfigError(
+            "meter", '"off" with offload', repr(config.meter), "leave out one of them"
+        )
 
 
 def check_cache_dtype(cache: str, model: str) -> None:
