@@ -67,7 +67,7 @@ static inline float to_integers(float* x, int64_t n, int bits) {
 static inline float encode(float* x, int64_t n, int bits, int8_t* numbers) {
   const float scale = to_integers(x, n, bits);
   for (int64_t c = 0; c < n; c += kLanes)
-    *(vbytes*)(numbers + c) = __builtin_convertvector(load(x + c), vbytes);
+    store_bytes(numbers + c, __builtin_convertvector(load(x + c), vi));
   return scale;
 }
 

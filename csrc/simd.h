@@ -37,6 +37,22 @@ static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 template <class A> static constexpr A ceil_div(A a, A b) { return (a + b - 1) / b; }
 template <class A> static constexpr A round_up(A a, A b) { return (a + b - 1) / b * b; }
 
+// Bytes in memory as integers, and back. gcc converts vectors of bytes one by one.
+static inline vi load_bytes(const int8_t* x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x));
+#else
+  return __builtin_convertvector(*(const vbytes*)x, vi);
+#endif
+}
+static inline void store_bytes(int8_t* x, vi y) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)x, _mm512_cvtepi32_epi8((__m512i)y));
+#else
+  *(vbytes*)x = __builtin_convertvector(y, vbytes);
+#endif
+}
+
 static inline vf splat(float x) { return vf{} + x; }
 static inline vf load(const float* p) { return *(const vf*)p; }
 static inline void store(float* p, vf x) { *(vf*)p = x; }

@@ -110,11 +110,8 @@ class CodedSummaries {
  public:
   using Row = CodeRow<kSummaryBits, 2>;
   using Queries = CodedColumns<kSummaryBits, 2>;
-  explicit CodedSummaries(const DescentCall& call) : call_(call) {
-    const int steps = (int)__builtin_nearbyintf(call.bound_reach * kReachSteps);
-    for (int i = 0; i < 128; ++i)
-      reached_[i] = (int8_t)((steps * i + kReachSteps / 2) / kReachSteps);
-  }
+  explicit CodedSummaries(const DescentCall& call)
+      : call_(call), steps_((int)__builtin_nearbyintf(call.bound_reach * kReachSteps)) {}
   static Queries queries(Arena& arena, int64_t max_rows, int64_t head_dim) {
     return {arena, max_rows, head_dim};
   }
@@ -128,14 +125,18 @@ class CodedSummaries {
       float x[kMaxDim];
       query_floats(call_.batch, rows, r, shift, x);
       const float scale = encode(x, n, kQueryBits, numbers);
-      for (int64_t c = 0; c < n; ++c) numbers[n + c] = reached_[abs(numbers[c])];
+      for (int64_t c = 0; c < n; c += kLanes) {
+        const vi whole = load_bytes(numbers + c), size = whole < 0 ? -whole : whole;
+        const vu reached = (vu)(steps_ * size + kReachSteps / 2) / kReachSteps;
+        store_bytes(numbers + n + c, (vi)reached);
+      }
       return scale;
     });
   }
 
  private:
   const DescentCall& call_;
-  int8_t reached_[128];  // round(reach i)
+  const int steps_;  // of 1 / kReachSteps that queries reach out
 };
 
 }  // namespace HIPSERVE_TIER

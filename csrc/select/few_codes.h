@@ -65,9 +65,14 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
     Columns<CodeUnit>::template fill<CodeValue>(count, width, false, nullptr, [&](int64_t r) {
       CodeValue* row = (CodeValue*)convert + r % kChunk * kParts * side;
       const float step = encode(r, numbers);
-      for (int p = 0; p < kParts; ++p)
-        for (int64_t c = 0; c < side; ++c)
-          from_float(c < dim ? (float)numbers[p * dim + c] * step : 0.f, row + p * side + c);
+      for (int p = 0; p < kParts; ++p) {
+        CodeValue* part = row + p * side;
+        for (int64_t c = 0; c < dim; c += kLanes) {
+          const vi whole = load_bytes(numbers + p * dim + c);
+          store_floats(__builtin_convertvector(whole, vf) * step, part + c);
+        }
+        for (int64_t c = dim; c < side; ++c) from_float(0.f, part + c);
+      }
       return row;
     });
   }
@@ -76,11 +81,10 @@ template <int kBits, int kParts_> struct CodedColumns : Columns<CodeUnit> {
   void put_integers(int64_t r, int part, const int8_t* numbers) {
     int8_t* to = integers + (r * kParts + part) * part_bytes();
     memset(to, 0, part_bytes());
+    for (int i = 0; i < kSlices; ++i)
+      for (int64_t c = 0; c < dim / kSlices; ++c) to[i * slice + c] = numbers[c * kSlices + i];
     int32_t sum = 0;
-    for (int64_t c = 0; c < dim; ++c) {
-      to[c % kSlices * slice + c / kSlices] = numbers[c];
-      sum += numbers[c];
-    }
+    for (int64_t c = 0; c < dim; ++c) sum += numbers[c];
     excess[r][part] = (float)(sum << (kBits - 1));
   }
 };
