@@ -66,18 +66,18 @@ def append_kernel(
     values = v_cache + place * v_to.page + head * v_to.head
     tl.store(values + offset.to(tl.int64) * v_to.slot + d, row, mask=inside)
     end = offset + 1
-    if (end % LENGTHS[0] == 0) | (end == page_size):
-        tl.debug_barrier()  # other threads of this program read what it has written
-        strides = pages.SummaryStrides(*summaries_strides)
-        side_strides = pages.SummaryStrides(*summary_scales_strides)
-        to = SummaryRows(summaries, strides, summary_scales, side_strides)
-        for level in tl.static_range(len(LENGTHS)):
-            if (end % LENGTHS[level] == 0) | (end == page_size):
-                run = offset // LENGTHS[level]
-                first = run * LENGTHS[level]
-                made = summarize_run(keys, k_to.slot, first, end, level == 0, 16, HEAD_DIM, DIM)
-                index = (OFFSETS[level] + run).to(tl.int64)
-                store_summary(to, index, page, head, made, SUMMARY_BITS, HEAD_DIM)
+    strides = pages.SummaryStrides(*summaries_strides)
+    side_strides = pages.SummaryStrides(*summary_scales_strides)
+    to = SummaryRows(summaries, strides, summary_scales, side_strides)
+    for level in tl.static_range(len(LENGTHS)):
+        if (end % LENGTHS[level] == 0) | (end == page_size):
+            tl.debug_barrier()  # other threads of this program read what it has written
+            run = offset // LENGTHS[level]
+            first = run * LENGTHS[level]
+            made = summarize_run(keys, k_to.slot, first, end, level == 0, 16, HEAD_DIM, DIM)
+            store_summary(
+                to, (OFFSETS[level] + run).to(tl.int64), page, head, made, SUMMARY_BITS, HEAD_DIM
+            )
 
 
 @triton.jit
