@@ -14,9 +14,11 @@ import pytest
 import typer
 
 from hipserve.cli import main as command
+from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes, format_count, parse_count, parse_counts
 from hipserve.lab import text
 from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
+from hipserve.presets import PRESETS
 from shell import HIPSERVE, call, invoke, refused
 
 FACT, QUESTION = pass_key("83724"), PASS_KEY_QUESTION
@@ -296,6 +298,11 @@ def test_h_is_help(words: str) -> None:
     assert short.exit_code == 0
     assert "Usage: " in short.stdout
     assert short.stdout == long.stdout
+
+
+def test_help_names_every_preset() -> None:
+    assert typing.get_args(options.Preset)[1].help == "default, fast, accurate, paper."
+    assert list(PRESETS) == ["default", "fast", "accurate", "paper"]
 
 
 def test_version_as_an_option() -> None:

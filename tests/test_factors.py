@@ -36,8 +36,40 @@ def test_searches_that_rank_no_keys_have_no_factors() -> None:
 
 
 def test_bad_factors_of_a_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match="budget_factors"):
+    with pytest.raises(ConfigError, match="hip_budget_factors: expected one list a layer") as error:
         with_own_factors(HiPConfig(), SimpleNamespace(hip_budget_factors=[[-1.0]]))
+    assert "config.json" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ([[0.5, 2.0, 1.0]], "a factor for each of 2 KV heads, got 3 in layer 0"),
+        ([[0.5, 2.0], [], [1.0] * 4], "a factor for each of 2 KV heads, got 4 in layer 2"),
+        ([[1.0, 2.0]] * 2, "a list for each of 3 layers, got 2 lists"),
+        ([[1.0, 2.0]] * 6, "a list for each of 3 layers, got 6 lists"),
+    ],
+)
+def test_factors_of_other_models_are_refused_before_anything_is_pruned(
+    lists: list[list[float]], expected: str
+) -> None:
+    shape = {"num_hidden_layers": 3, "num_key_value_heads": 2}
+    config, model = HiPConfig(budget_factors=lists), SimpleNamespace(**shape)
+    with pytest.raises(ConfigError, match=f"^budget_factors: expected {expected}"):
+        with_own_factors(config, model)
+    with pytest.raises(ConfigError, match=f"^hip_budget_factors: expected {expected}"):
+        with_own_factors(HiPConfig(), SimpleNamespace(**shape, hip_budget_factors=lists))
+
+
+def test_settings_are_checked_again_for_a_model_of_other_heads() -> None:
+    config = HiPConfig(budget_factors=[[0.5, 2.0]])
+    two, four = (
+        SimpleNamespace(hip=config.to_dict(), max_position_embeddings=1, num_key_value_heads=n)
+        for n in (2, 4)
+    )
+    assert config_of(two) == config
+    with pytest.raises(ConfigError, match="a factor for each of 4 KV heads"):
+        config_of(four)
 
 
 def keys_read(own: Any) -> float:

@@ -12,6 +12,7 @@ from hipserve.cli.numbers import at_least, parse_count, parse_temperature
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
+from hipserve.presets import PRESETS
 
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel
@@ -33,7 +34,7 @@ Budget = Annotated[
     typer.Option(parser=parse_count, metavar="KEYS", help="Keys that a query block selects: 1k."),
 ]
 Selector = Annotated[str | None, typer.Option(help="tree or bound.")]
-Preset = Annotated[str, typer.Option(help="default, fast or paper.")]
+Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", parser=parse_path, metavar="FILE", help="HiPConfig as TOML or JSON."),

@@ -12,7 +12,7 @@ from hipserve.errors import ArgumentError
 from hipserve.integrations import factors
 
 NAME = "hip"
-_READ = (NAME, factors.NAME, "max_position_embeddings")
+_READ = (NAME, factors.NAME, *factors.SHAPE, "max_position_embeddings")
 _last: tuple[HiPConfig, list[Any], HiPConfig] = DEFAULT, [], DEFAULT
 
 
