@@ -100,7 +100,7 @@ wheel: .venv/torch  ## dist/hipserve-*-py3-none-PLATFORM.whl: pip installs it wi
 docs: .venv/dev  ## docs/reference.md: options, exit codes, configuration and metrics
 	$(BIN)/python docs/generate.py
 
-bench: .venv/installed  ## speed compared with dense attention: about 5 minutes on 2 cores
+bench: .venv/lab  ## speed compared with dense attention: about 5 minutes on 2 cores
 	$(BIN)/hipserve bench attention --lengths 2k,8k,32k,128k --rounds 3 --csv docs/data/attention-cpu.csv
 	$(BIN)/python benchmarks/plot.py docs/data/attention-cpu.csv docs/speed.svg
 
