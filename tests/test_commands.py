@@ -119,6 +119,12 @@ def test_demo_with_a_document_of_ones_own(tmp_path: Path) -> None:
         assert word in result.stdout
 
 
+def test_the_demo_takes_whole_numbers_only() -> None:
+    lantern = next(fact for fact in FACTS if fact.value == "7350264")
+    assert lantern.is_in("The special magic number for lantern is 7350264.")
+    assert not lantern.is_in("The special magic number for lantern is 735026433759357.")
+
+
 def test_demo_as_json() -> None:
     result = invoke("demo", "--length", "3k", "--dense-length", "2k", "--json")
     values: dict[str, Any] = json.loads(result.stdout)

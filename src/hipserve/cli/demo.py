@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -35,6 +36,10 @@ class Fact:
     sentence: str
     question: str
     value: str
+
+    def is_in(self, answer: str) -> bool:
+        """The answer has the value as a whole number: one that goes on is another number."""
+        return self.value in re.findall(r"\d+", answer)
 
 
 def _magic(depth: float, key: str, value: str) -> Fact:
@@ -153,7 +158,7 @@ def _read(
     for fact in facts:
         say(f"planted at {fact.depth:.0%}: {fact.question}")
         answer = ask(talk, fact.question, stream=stream, max_new_tokens=40)
-        right = fact.value in answer
+        right = fact.is_in(answer)
         reading.answers.append({**asdict(fact), "answer": answer, "right": right})
         assert talk.statistics is not None
         reading.statistics.append(talk.statistics)
