@@ -201,9 +201,16 @@ class BlockKeys:
             rebuild_index(self.pages, step.found_pages)
         if self.new is not None:
             k, v = (first_rows(x, step.num_tokens) for x in self.new)
-            pool, index, apart = self.pages.pool, self.index, step.single_rows
-            slots = step.slot_mapping
-            write_kv(k, v, pool, index, slots, whole_runs=True, apart=apart, check=False)
+            write_kv(
+                k,
+                v,
+                self.pages.pool,
+                self.index,
+                step.slot_mapping,
+                whole_runs=True,
+                apart=step.single_rows,
+                check=False,
+            )
         if self.keeps_index and step.due_runs is not None:
             step.due_runs.join(self.index)
 

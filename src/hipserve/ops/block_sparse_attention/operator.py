@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from hipserve.ops.block_sparse_attention import cpu, reference
 from hipserve.platform import resolve_backend
 
 
-def _backend(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _backend(name: str, q: Tensor) -> Any:
     chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
     if chosen == "triton":
         from hipserve.ops.block_sparse_attention import triton
 
-        return triton.block_sparse_attention
-    return {"cpu": cpu, "reference": reference}[chosen].block_sparse_attention
+        return triton
+    return cpu if chosen == "cpu" else reference
 
 
 def _run(
@@ -42,7 +43,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
-    return _backend(backend, q)(
+    return _backend(backend, q).block_sparse_attention(
         q,
         k_cache,
         v_cache,
@@ -76,10 +77,10 @@ def _run_into(
     out: Tensor, q: Tensor, *inputs: Tensor, backend: str, **options: object
 ) -> tuple[Tensor, Tensor]:
     """As `_run`; kernels for GPUs write to `out` `[num_tokens, num_q_heads, head_dim]`."""
-    on_gpu = resolve_backend(backend, q.device, q.dtype, q.shape[-1]) == "triton"
-    taken = on_gpu and out.is_contiguous() and out.dtype == q.dtype
+    module = _backend(backend, q)
+    taken = module not in (cpu, reference) and out.is_contiguous() and out.dtype == q.dtype
     room = {"out": out} if taken else {}
-    return _backend(backend, q)(q, *inputs, **options, **room)
+    return module.block_sparse_attention(q, *inputs, **options, **room)
 
 
 def attention(out: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:

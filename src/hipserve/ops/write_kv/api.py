@@ -77,11 +77,12 @@ def write_kv(
             backend=backend,
         )
     else:
-        write = _backend(backend, k)
-        if (whole_runs or apart) and index.summaries is not None:
-            write.write_whole_runs(k, v, pool, index, slot_mapping, apart)
+        module = _backend(backend, k)
+        late = (whole_runs or apart) and index.summaries is not None
+        if late and module not in (cpu, reference):  # these keep every summary up to date
+            module.write_whole_runs(k, v, pool, index, slot_mapping, apart)
         else:
-            write.write_kv(k, v, pool, index, slot_mapping)
+            module.write_kv(k, v, pool, index, slot_mapping)
 
 
 def build_index(

@@ -28,19 +28,6 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
     )
 
 
-def write_whole_runs(
-    k: Tensor,
-    v: Tensor,
-    pool: KeyPool,
-    index: KeyIndex,
-    slot_mapping: Tensor,
-    apart: bool,  # noqa: ARG001
-) -> None:
-    """As `write_kv`, with k and v `[num_tokens, num_kv_heads, head_dim]`: every summary is up to
-    date."""
-    write_kv(k, v, pool, index, slot_mapping)
-
-
 def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     """See `hipserve.ops.build_index`; k `[num_pages, page_size, num_kv_heads, head_dim]`."""
     index = IndexLayout.of_whole(k, IndexForm(run_size, code_bits)).empty_like(k)

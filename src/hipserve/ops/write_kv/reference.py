@@ -38,19 +38,6 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
             put_summary(index, of_page, offsets[level] + i, summary(keys, level))
 
 
-def write_whole_runs(
-    k: Tensor,
-    v: Tensor,
-    pool: KeyPool,
-    index: KeyIndex,
-    slot_mapping: Tensor,
-    apart: bool,  # noqa: ARG001
-) -> None:
-    """As `write_kv`, with k and v `[num_tokens, num_kv_heads, head_dim]`: every summary is up to
-    date."""
-    write_kv(k, v, pool, index, slot_mapping)
-
-
 def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     """See `hipserve.ops.build_index`; k `[num_pages, page_size, num_kv_heads, head_dim]`."""
     codes, code_scales = (k, None) if code_bits == 16 else key_codes(k, code_bits)
