@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from hipserve import ArgumentError, FitError, HiPCache, HiPConfig
 from hipserve.attention import layer
 from hipserve.attention.dense import attend_chosen
-from hipserve.integrations.rope import read_rope, yarn_parameters
+from hipserve.integrations.extend import yarn_parameters
+from hipserve.integrations.rope import read_rope
 from hipserve.integrations.transformers import extend_positions
 from hipserve.models import LoadedModel
 from hipserve.models.loading import extended_length

@@ -73,6 +73,22 @@ REFUSED_IN_A_FILE = {
     "- 3": "no table",
     "a: [": "expected vLLM's flags as YAML",
 }
+HALF_A_MINUTE_EARLY = {
+    "--kv-file kv --host-kv-memory 1G --meter": 'meter: expected "off" with offload',
+    "--kv-file kv --host-kv-memory 1G --code-bits 16": "got code_bits 16, which reads the keys",
+    "--kv-file kv --host-kv-memory 1G -tp 2": "got 2 worker processes",
+    "--kv-file kv --host-kv-memory 1G --kv-transfer-config {}": "got a KV connector",
+    "--kv-file kv --host-kv-memory 1G --speculative-config {}": "got speculative decoding",
+    "--block-size 100": "block_size: expected a multiple of 16",
+    "--kv-cache-dtype fp8": "kv_cache_dtype: expected bfloat16, as the model computes",
+    "--kv-cache-dtype bfloat16 --dtype float32": "kv_cache_dtype: expected float32",
+    "--config factors.json": "budget_factors: expected a factor for each of",
+    "--config stream.json": 'dense_layers: expected none with extend="stream"',
+    "{llama3} --extend yarn": 'got rope_type "llama3"',
+    "{yarn} --extend yarn": "a model without YaRN",
+    "{dynamic} --extend stream": 'got rope_type "dynamic"',
+    "{gpt2} --extend stream": "got model type gpt2",
+}
 LAST_WORDS = [
     (
         "ValueError: To serve at least one request with the model's max seq len (8192), (0.5 GiB "
@@ -88,9 +104,14 @@ LAST_WORDS = [
     ),
     ("  Value error, User-specified max_model_len (9) is greater", ArgumentError, "(9) is greater"),
     (
-        "hipserve.errors.ConfigError: block_size: expected 256, got 48; use 256",
+        "hipserve.errors.ConfigError: block_size: expected 256, got 48; use 256; or 512",
         ArgumentError,
-        "block_size: expected 256",
+        "block_size: expected 256, got 48; use 256; or 512",
+    ),
+    (
+        "  Value error, meter: expected off, got 'sampled' [type=value_error, input_value=3]",
+        ArgumentError,
+        "meter: expected off, got 'sampled'",
     ),
     ("RuntimeError: no kernel", BackendError, "the server did not start: no kernel"),
 ]
@@ -117,6 +138,51 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Server:
 def test_flags_that_cannot_be_meant_are_refused_at_once(words: str, said: str, start) -> None:
     with pytest.raises(ArgumentError, match=re.escape(said)):
         start(*words.split())
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, str]:
+    """The bundled model's config.json with other positions, and two configurations of HiP."""
+    acorn = read_config("acorn")
+    changes: dict[str, dict[str, object]] = {"gpt2": {"model_type": "gpt2"}}
+    for kind in ("llama3", "yarn", "dynamic"):  # as checkpoints before transformers 5 have it
+        changes[kind] = {"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(acorn | change))
+    (tmp_path / "factors.json").write_text('{"budget_factors": [[1, 2, 3, 4, 5, 6, 7]]}')
+    (tmp_path / "stream.json").write_text('{"extend": "stream", "dense_layers": 1}')
+    return {name: str(tmp_path / name) for name in changes}
+
+
+@pytest.mark.parametrize(("words", "said"), HALF_A_MINUTE_EARLY.items())
+def test_settings_are_refused_before_an_engine_starts(
+    words: str,
+    said: str,
+    start,
+    models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in (serve, refusals):
+        monkeypatch.setattr(module, "on_cpu", lambda: True)
+    for name, path in models.items():
+        words = words.replace(f"{{{name}}}", path)
+    with pytest.raises(ArgumentError, match=re.escape(said)) as refused:
+        start(*words.split())
+    assert "vLLM takes" not in str(refused.value)
+
+
+def test_dense_attention_takes_what_hip_does_not(start) -> None:
+    assert start("--kv-cache-dtype", "fp8", "--block-size", "100", "--dense").config is None
+
+
+def test_a_meter_is_refused_on_a_gpu(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (serve, refusals):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    with pytest.raises(ArgumentError, match='meter: expected "off" on a GPU'):
+        start("--meter")
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED_IN_A_FILE.items())

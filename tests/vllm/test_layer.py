@@ -24,7 +24,14 @@ from hipserve import BackendError, ConfigError, HiPConfig
 from hipserve.cache import PagedLayer
 from hipserve.capacity.scratch import SEARCH_BYTES, scratch_bytes
 from hipserve.config import IndexForm
-from hipserve.integrations.vllm import backend, block_size, builder, kv_block, runners, settings
+from hipserve.integrations.vllm import (
+    backend,
+    block_size,
+    builder,
+    kv_block,
+    limits,
+    runners,
+)
 from hipserve.integrations.vllm import layer as vllm_layer
 from hipserve.integrations.vllm.runners import StepRequests
 from hipserve.integrations.vllm.step import HiPStep, due_runs, found_keys, found_pages
@@ -198,28 +205,28 @@ def test_what_the_backend_can_and_cannot() -> None:
 
 @pytest.mark.parametrize(("cache", "hint"), [("bfloat16", "--dtype bfloat16"), ("fp8", "--dense")])
 def test_keys_are_kept_as_the_model_computes(cache: str, hint: str) -> None:
-    settings.check_cache_dtype("auto", "float32")
-    settings.check_cache_dtype("float32", "float32")
+    limits.check_cache_dtype("auto", "float32")
+    limits.check_cache_dtype("float32", "float32")
     with pytest.raises(ConfigError, match=f"float32, as the model computes, got {cache}.*{hint}"):
-        settings.check_cache_dtype(cache, "float32")
+        limits.check_cache_dtype(cache, "float32")
 
 
 def test_steps_that_a_gpu_repeats_have_no_meter() -> None:
     metered = HiPConfig(meter="sampled")
-    settings.check_meter(metered, "cpu", None)
-    settings.check_meter(HiPConfig(), "cuda", Offload(host_memory=9, file="kv"))
+    limits.check_meter(metered, "cpu", None)
+    limits.check_meter(HiPConfig(), "cuda", Offload(host_memory=9, file="kv"))
     with pytest.raises(ConfigError, match='meter: expected "off" on a GPU in vLLM'):
-        settings.check_meter(metered, "cuda", None)
+        limits.check_meter(metered, "cuda", None)
     with pytest.raises(ConfigError, match='meter: expected "off" with offload'):
-        settings.check_meter(metered, "cpu", Offload(host_memory=9, file="kv"))
+        limits.check_meter(metered, "cpu", Offload(host_memory=9, file="kv"))
 
 
 @pytest.mark.parametrize("size", [96, 320, 1152])
 def test_any_multiple_of_the_finest_run_is_a_block_size(size: int) -> None:
-    settings.check_block_size(size, HiPConfig())
+    limits.check_block_size(size, HiPConfig())
     assert all(size % length == 0 for length in bound_levels(size, 16, runs_of_pages(size, 16)))
     with pytest.raises(ConfigError, match="block_size: expected a multiple of 16"):
-        settings.check_block_size(size + 8, HiPConfig())
+        limits.check_block_size(size + 8, HiPConfig())
 
 
 def test_vllm_may_copy_and_extend_a_step() -> None:

@@ -18,6 +18,7 @@ from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
 from hipserve.host import HostMemory
+from hipserve.integrations.extend import check_rope, text_config, yarn_parameters
 from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.config_file import read_config
@@ -31,7 +32,7 @@ from hipserve.serving.engine_file import is_engine_file, read_engine_file
 from hipserve.serving.environment import on_cpu
 from hipserve.serving.fit import check_fit, host_blocks
 from hipserve.serving.log_words import complaint, refusal, stage_of
-from hipserve.serving.refusals import check_flags, check_known, check_model
+from hipserve.serving.refusals import check_flags, check_known, check_model, check_settings
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -99,6 +100,8 @@ def serve(
     if settings is not None and settings.extend != "none":
         server = extended(server, read_config(server.model))
     shape = shape_of(server)
+    server = replace(server, offload=offload)
+    check_settings(server, table_of(server.model), shape and shape.dtype)
     if offload is not None:
         server = with_offload(server, offload, shape)
     memory = HostMemory.read()
@@ -112,7 +115,7 @@ def extended(server: Server, table: dict[str, Any]) -> Server:
     `table`: what vLLM reads of it is overridden.
 
     Raises:
-        ArgumentError: flags override it already, or the model says no length.
+        ArgumentError: flags override it already, or the model says no length or cannot be extended.
     """
     assert server.config is not None
     config = server.config
@@ -122,14 +125,14 @@ def extended(server: Server, table: dict[str, Any]) -> Server:
         got = f"--hf-overrides {given}" if trained else "a config.json without it"
         hint = "leave one of them out" if trained else "set trained_length in --config"
         raise ArgumentError("extend", "a model with max_position_embeddings, as it is", got, hint)
+    model = text_config(table)
+    model.max_position_embeddings = trained
+    check_rope(model, config.extend)
     asked = server.option("--max-model-len")
     length = parse_count(asked) if asked else int(config.extend_factor * trained)
     overrides: dict[str, Any] = {"max_position_embeddings": length}
     if config.extend == "yarn":
-        own = table.get("rope_parameters") or {"rope_theta": table.get("rope_theta", 10_000.0)}
-        scaling = {"rope_type": "yarn", "factor": max(length / trained, 1.0)}
-        scaling["original_max_position_embeddings"] = trained
-        overrides = {"rope_parameters": {**own, **scaling}}
+        overrides = {"rope_parameters": yarn_parameters(model, max(length / trained, 1.0))}
     flags = ("--hf-overrides", json.dumps(overrides))
     if not asked:
         flags += ("--max-model-len", str(length))
@@ -172,18 +175,26 @@ def with_offload(server: Server, offload: Offload, shape: ModelShape | None) -> 
     return replace(server, hosted=host_blocks(server, shape))
 
 
+def table_of(model: str) -> dict[str, Any] | None:
+    """What a model's config.json says; None where it is not on this machine."""
+    try:
+        return read_config(model)
+    except ArgumentError:
+        return None
+
+
 def shape_of(server: Server) -> ModelShape | None:
     """The shape of the model that is served; None where its config.json is not here, or describes
     none that is known: vLLM has to say what it makes of it."""
+    table = table_of(server.model)
     try:
-        table = read_config(server.model)
-        own = ModelShape.of(table)
+        own = ModelShape.of(table or {})
     except ArgumentError:
         return None
     dtype = server.option("--dtype") or "auto"
     if dtype == "auto":  # what vLLM makes of checkpoints in float32
         dtype = "bfloat16" if own.dtype == "float32" else own.dtype
-    return ModelShape.of(table, {"float": "float32", "half": "float16"}.get(dtype, dtype))
+    return ModelShape.of(table or {}, {"float": "float32", "half": "float16"}.get(dtype, dtype))
 
 
 def check(model: str, flags: tuple[str, ...]) -> None:

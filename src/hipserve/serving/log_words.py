@@ -18,8 +18,11 @@ STAGES = (
 )
 """What vLLM's log lines say about the progress of a start."""
 
-USAGE = ("Value error, ", ": error: ", "errors.ConfigError: ", "errors.ArgumentError: ")
-"""Marks of lines in which vLLM or hipserve refuses an option."""
+USAGE = ("Value error, ", ": error: ")
+"""Marks of lines in which vLLM refuses an option."""
+
+OWN = r"([\w-]+): expected (.+?), got (.+?)(?:; (.+))?"
+"""A sentence in which hipserve refuses an option: ArgumentError made it."""
 
 
 def stage_of(line: str) -> str | None:
@@ -49,6 +52,8 @@ def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
         return FitError(
             f"the server did not start: {facts}", f"raise {more} or lower --max-model-len"
         )
+    if own := re.fullmatch(OWN, sentence):
+        return ArgumentError(own[1], own[2], own[3], own[4] or "")
     if any(mark in line for line in lines for mark in USAGE):
         hint = "`hipserve-vllm serve --help=all` lists vLLM's flags"
         return ArgumentError("serve", "options that vLLM takes", sentence, hint)

@@ -1,15 +1,21 @@
-"""What `hipserve serve` refuses before a server starts: models and flags that cannot work."""
+"""What `hipserve serve` refuses before a server starts: models, flags and settings that cannot
+work."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hipserve.errors import ArgumentError
-from hipserve.serving.command_line import normal
+from hipserve.integrations.extend import text_config
+from hipserve.integrations.vllm.limits import BLOCK_SIZE, Engine, check_engine
+from hipserve.serving.command_line import Server, normal
+from hipserve.serving.environment import on_cpu
 
 ATTENTION = ("--attention-backend", "--additional-config", "--attention-config", "-ac")
 """What `hipserve serve` sets up itself: vLLM would put the flag in the place of all of it."""
@@ -84,3 +90,40 @@ def check_model(name: str) -> None:
     if is_path and not path.is_dir():
         got, hint = f"{name}: no such directory", "check the path, or give a name on the hub"
         raise ArgumentError("model", "a directory or a hub name", got, hint)
+
+
+def check_settings(server: Server, table: Mapping[str, Any] | None, dtype: str | None) -> None:
+    """Refuses settings of HiP attention that the engine would refuse, half a minute later.
+
+    Args:
+        server: to be.
+        table: its model's config.json; None where it is not known.
+        dtype: of the model; None where it is not known.
+
+    Raises:
+        ArgumentError: naming the option.
+    """
+    if server.config is None:
+        return
+    cache = server.option("--kv-cache-dtype") or "auto"
+    size = server.option("--block-size") or ""
+    engine = Engine(
+        device="cpu" if on_cpu() else "cuda",
+        model=_overridden(table, server.option("--hf-overrides")),
+        dtype=dtype or cache,
+        cache_dtype=cache,
+        block_size=int(size) if size.isdigit() else BLOCK_SIZE,
+        workers=server.num_workers,
+        connects=server.option("--kv-transfer-config") is not None,
+        speculates=server.option("--speculative-config", "-sc") is not None,
+    )
+    check_engine(server.config, server.offload, engine)
+
+
+def _overridden(table: Mapping[str, Any] | None, overrides: str | None) -> Any:
+    """The text configuration as vLLM will read it; None where that is not known."""
+    try:
+        changes = json.loads(overrides or "{}")
+    except ValueError:
+        return None
+    return text_config({**table, **changes}) if table and isinstance(changes, dict) else None

@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hipserve.config import HiPConfig
-from hipserve.integrations.rope import check_rope, read_rope, yarn_parameters
+from hipserve.integrations.extend import check_rope, yarn_parameters
+from hipserve.integrations.rope import read_rope
 
 _ropes: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 _own: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], dict[str, nn.Module]]]

@@ -18,6 +18,7 @@ from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.builder import HiPBuilder
 from hipserve.integrations.vllm.kv_block import BlockLayout
 from hipserve.integrations.vllm.layer import HiPImpl
+from hipserve.integrations.vllm.limits import BLOCK_SIZE
 from hipserve.integrations.vllm.offload import index_only
 from hipserve.platform import head_dim_refusal
 
@@ -54,7 +55,7 @@ class HiPBackend(AttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """vLLM asks after it has loaded the model, with its configuration in place."""
         if current_platform.is_cpu():
-            return max(default_block_size, settings.BLOCK_SIZE)
+            return max(default_block_size, BLOCK_SIZE)
         memory = current_platform.get_device_total_memory()
         return block_sizes.of_engine(get_current_vllm_config(), memory)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hipserve.integrations.vllm.settings import BLOCK_SIZE, hip_config
+from hipserve.integrations.vllm.limits import BLOCK_SIZE
+from hipserve.integrations.vllm.settings import hip_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

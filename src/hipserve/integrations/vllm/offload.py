@@ -36,28 +36,6 @@ def index_only(spec: AttentionSpec, layout: BlockLayout) -> AttentionSpec:
     return replace(spec, state_content_bytes=content)
 
 
-def check_offload(vllm_config: VllmConfig, offload: Offload, code_bits: int) -> None:
-    """Refuses what does not go together with keys and values in a file.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    parallel = vllm_config.parallel_config
-    workers = parallel.world_size * parallel.data_parallel_size
-    device = vllm_config.device_config.device_type
-    reasons = {
-        f"a device of the type {device}, where it has not been run yet": device != "cpu",
-        "no file": offload.file is None,
-        "code_bits 16, which reads the keys": code_bits == 16,
-        f"{workers} worker processes": workers > 1,
-        "a KV connector, which would move the index only": vllm_config.kv_transfer_config,
-        "speculative decoding": vllm_config.speculative_config,
-    }
-    for reason in (reason for reason, found in reasons.items() if found):
-        expected = "one worker on a CPU, a file, code_bits 4 or 8, and no connector"
-        raise ConfigError("offload", expected, reason)
-
-
 def check_blocks(
     vllm_config: VllmConfig, offload: Offload, layout: BlockLayout, layers: int
 ) -> int:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from hipserve.integrations.vllm import compat, platform, settings
+from hipserve.integrations.vllm import compat, platform
+from hipserve.integrations.vllm.limits import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +29,7 @@ class HiPCpuPlatform(CpuPlatform):
             workers.worker_cls = WORKER
         if compat.uses_hip(vllm_config):
             if not chosen:
-                cache.block_size = settings.BLOCK_SIZE
+                cache.block_size = BLOCK_SIZE
             platform.prepare(vllm_config)
 
     @classmethod

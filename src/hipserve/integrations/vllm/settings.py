@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
-from hipserve.integrations.rope import check_rope
 from hipserve.integrations.vllm import OPTIONS_KEY
+from hipserve.integrations.vllm.limits import Engine, check_engine
 from hipserve.offload import Offload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-BLOCK_SIZE = 256
-"""Tokens of a KV block unless the user says otherwise: it has summaries of all levels."""
 
 
 def hip_config(vllm_config: VllmConfig) -> HiPConfig:
@@ -66,69 +63,15 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    check_block_size(vllm_config.cache_config.block_size, hip_config(vllm_config))
-    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    check_cache_dtype(vllm_config.cache_config.cache_dtype, dtype)
-    check_extend(vllm_config.model_config.hf_text_config, hip_config(vllm_config))
-    offload = offload_of(vllm_config)
-    check_meter(hip_config(vllm_config), vllm_config.device_config.device_type, offload)
-    if offload is not None:
-        from hipserve.integrations.vllm.offload import check_offload
-
-        check_offload(vllm_config, offload, hip_config(vllm_config).code_bits)
-
-
-def check_extend(model: Any, config: HiPConfig) -> None:
-    """Raises an error where the model cannot be extended so, or the engine was not set up for it.
-
-    Args:
-        model: its text configuration, with vLLM's `--hf-overrides` on top.
-    """
-    if config.extend == "none":
-        return
-    kind = check_rope(model, config.extend).get("rope_type")
-    hint = "hipserve serve --extend sets up what vLLM needs"
-    if config.extend == "yarn" and kind != "yarn":
-        raise ConfigError("extend", "rope_parameters of YaRN in --hf-overrides", str(kind), hint)
-    if config.streams and config.trained_length is None:
-        raise ConfigError("trained_length", "a length, as --hf-overrides hides it", "None", hint)
-    if config.streams and config.dense_layers:
-        got = ", ".join(map(str, config.dense_layers))
-        hint = "leave them out; beyond the trained length every layer is pruned"
-        raise ConfigError("dense_layers", 'none with extend="stream"', got, hint)
-
-
-def check_meter(config: HiPConfig, device: str, offload: Offload | None) -> None:
-    """Raises ConfigError where rows cannot be metered: in steps that a GPU repeats as graphs, and
-    where the meter would read keys that no step needs from a file."""
-    if config.meter == "off":
-        return
-    if device != "cpu":
-        hint = "run, chat and HiPCache have a meter there"
-        raise ConfigError("meter", '"off" on a GPU in vLLM', repr(config.meter), hint)
-    if offload is not None:
-        raise ConfigError(
-            "meter", '"off" with offload', repr(config.meter), "leave out one of them"
-        )
-
-
-def check_cache_dtype(cache: str, model: str) -> None:
-    """Raises ConfigError where keys would not be kept as the model computes them."""
-    if cache not in ("auto", model):
-        floats = cache in ("float16", "bfloat16", "float32")
-        other = f"compute in it too (--dtype {cache})" if floats else "use --dense"
-        raise ConfigError(
-            "kv_cache_dtype", f"{model}, as the model computes", cache, f"leave it out, or {other}"
-        )
-
-
-def check_block_size(block_size: int, config: HiPConfig) -> None:
-    """Raises ConfigError where runs of keys would straddle KV blocks."""
-    finest = config.run_size
-    if finest is not None and block_size % finest:
-        raise ConfigError(
-            "block_size",
-            f"a multiple of {finest} (keys that share a summary)",
-            str(block_size),
-            "use a power of two such as 128 or 256",
-        )
+    parallel = vllm_config.parallel_config
+    engine = Engine(
+        vllm_config.device_config.device_type,
+        vllm_config.model_config.hf_text_config,
+        str(vllm_config.model_config.dtype).removeprefix("torch."),
+        vllm_config.cache_config.cache_dtype,
+        vllm_config.cache_config.block_size,
+        parallel.world_size * parallel.data_parallel_size,
+        connects=vllm_config.kv_transfer_config is not None,
+        speculates=vllm_config.speculative_config is not None,
+    )
+    check_engine(hip_config(vllm_config), offload_of(vllm_config), engine)
