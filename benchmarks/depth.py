@@ -18,13 +18,14 @@ from functools import partial
 import torch
 
 from hipserve import HiPConfig
-from hipserve.cli.numbers import parse_count
+from hipserve.cli.numbers import at_least, parse_count
 from hipserve.lab.speed.decode import PAGE_SIZE, Decode
 from hipserve.lab.speed.inputs import LayerShape
 from hipserve.lab.speed.timing import Contender, Limits, in_turn, sweep
 from hipserve.ops import select_blocks
 from hipserve.plan import runs_of_pages
 from hipserve.types import KeyIndex
+from options import call
 
 SHAPE = LayerShape(num_q_heads=4, num_kv_heads=1)
 
@@ -47,7 +48,7 @@ def say(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lengths", help="keys, with commas between")
-    parser.add_argument("--rounds", type=int, default=61)
+    parser.add_argument("--rounds", type=at_least(1), default=61)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     lengths = [parse_count(n) for n in asked.lengths.split(",")]
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

@@ -21,13 +21,14 @@ from hipserve.attention import AttentionLayer
 from hipserve.attention.crossover import rule_of
 from hipserve.attention.layer import HeldKeys
 from hipserve.cache.store import empty_pages
-from hipserve.cli.numbers import parse_count
+from hipserve.cli.numbers import at_least, parse_count
 from hipserve.lab.speed.decode import PAGE_SIZE
 from hipserve.lab.speed.inputs import Inputs, LayerShape, make_decode
 from hipserve.lab.speed.timing import Contender, Limits, in_turn, sweep
 from hipserve.ops import join_runs, select_blocks, write_kv
 from hipserve.plan import BatchLayout
 from hipserve.testing.cases import make_rope
+from options import call, head_counts
 
 ROWS = 512
 """Of prefill."""
@@ -79,13 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", default="32k", help="keys")
     parser.add_argument("--trained", default="8k", help="the trained length")
-    parser.add_argument("--heads", default="8/2", help="query heads / KV heads")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--heads", type=head_counts, default="8/2", help="query heads / KV heads")
+    parser.add_argument("--head-dim", type=at_least(1), default=128)
     parser.add_argument("--code-bits", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=61)
+    parser.add_argument("--rounds", type=at_least(1), default=61)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    num_q_heads, num_kv_heads = map(int, asked.heads.split("/"))
+    num_q_heads, num_kv_heads = asked.heads
     shape = LayerShape(num_q_heads, num_kv_heads, asked.head_dim)
     inputs = make_decode(shape, parse_count(asked.length), ROWS + 32, torch.bfloat16)
     none = HiPConfig(code_bits=asked.code_bits)
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

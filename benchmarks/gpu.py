@@ -40,6 +40,7 @@ from hipserve.ops import (
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
+from options import call, need_gpu
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 Rows = list[dict[str, Any]]
@@ -325,8 +326,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--csv")
     parser.add_argument("--only", choices=["", "prefill", "decode"], default="", help="of speed")
-    parser.add_argument("--config", default="{}", help="changes of the default, as JSON")
+    parser.add_argument(
+        "--config", type=json.loads, default="{}", help="changes of the default, as JSON"
+    )
     options = parser.parse_args()
+    need_gpu()
     began = time.time()
     say(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     if options.what == "tune":
@@ -339,10 +343,10 @@ def main() -> None:
         if not check(seeds, options.processes, options.seconds):
             sys.exit(1)
         if options.what == "speed":
-            config = HiPConfig().replace(**json.loads(options.config))
+            config = HiPConfig().replace(**options.config)
             speed(options.csv, began + options.seconds, config, options.only)
     say(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

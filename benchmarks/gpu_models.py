@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from hipserve.integrations.transformers import HiPCache, capture_decode, register
 from hipserve.lab.text import language_reference
 from hipserve.models import load
+from options import call, need_gpu
 
 STEPS = 48
 SETTLED = 12
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131008])
     parser.add_argument("--csv")
     options = parser.parse_args()
+    need_gpu()
     rows: list[dict[str, Any]] = []
     for name in options.models:
         if name == "bundled":
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from hipserve.cli.numbers import parse_count
+from options import call, need_gpu
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -349,6 +350,7 @@ def main() -> None:
     parser.add_argument("--plan", type=json.loads, help="batches of each length")
     parser.add_argument("--csv")
     options = parser.parse_args()
+    need_gpu()
     options.lengths = [parse_count(x) for x in options.lengths.split(",")]
     options.batches = options.batches.split(",")
     if options.side:
@@ -366,4 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

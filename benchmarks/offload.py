@@ -42,6 +42,7 @@ from offload_layers import (
     recurring,
     topics,
 )
+from options import call, need_gpu
 
 TILE_BYTES = 2 * 16 * DIM
 
@@ -278,6 +279,7 @@ def main() -> None:
     parse.add_argument("--device", default="cuda")
     parse.add_argument("--backend", default="auto")
     options = parse.parse_args()
+    need_gpu(options.device)
     if options.card_memory:
         share = options.card_memory / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
@@ -299,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

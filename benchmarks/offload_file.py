@@ -21,6 +21,7 @@ import hipserve
 from hipserve.cli.numbers import parse_count
 from hipserve.lab.text import language_reference
 from hipserve.models.bundled import bundled_path
+from options import call
 
 CHUNK = 4096
 
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

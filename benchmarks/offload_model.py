@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hipserve
 from hipserve.cli.numbers import parse_count
+from options import call, need_gpu
 
 SHAPE = Path(__file__).parent.parent / "docs" / "data" / "shape-8b.json"
 
@@ -93,6 +94,7 @@ def main() -> None:
     parse.add_argument("--device-memory", default="3.2GiB")
     parse.add_argument("--device", default="cuda")
     options = parse.parse_args()
+    need_gpu(options.device)
     model = build(options.config, options.device)
     ids = torch.randint(1000, (1, options.tokens + options.question), device=options.device)
 
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

@@ -25,6 +25,7 @@ from hipserve.lab.quality.retrieval import encode, score
 from hipserve.lab.quality.tasks import PUZZLES, Sample, plant
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, load
+from options import call
 
 QUESTIONS = 8
 """Asked about a document, of tasks that have so many."""
@@ -87,9 +88,9 @@ def configurations(names: str) -> dict[str, HiPConfig]:
     found: dict[str, HiPConfig] = {}
     for name in names.split(","):
         preset, *changes = name.split("+")
-        values = dict(change.split("=") for change in changes)
+        values = {key: value for key, _, value in (change.partition("=") for change in changes)}
         base = known.get(preset) or HiPConfig.preset(preset)
-        found[name] = base.replace(**{key: int(value) for key, value in values.items()})
+        found[name] = base.replace(**{key: parse_count(value) for key, value in values.items()})
     return found
 
 
@@ -101,11 +102,12 @@ def main() -> None:
     parser.add_argument("--configs", default="dense,default", help="presets; +field=number varies")
     parser.add_argument("--json")
     options = parser.parse_args()
+    configs = configurations(options.configs)
     loaded, text = load(), language_reference()
     scores: dict[str, dict[str, list[float]]] = {}
     for seed in range(options.first, options.first + options.documents):
         document, questions = fit(loaded, seed, text, options.length)
-        for name, config in configurations(options.configs).items():
+        for name, config in configs.items():
             began = time.perf_counter()
             for task, right in ask(loaded, config, document, questions):
                 scores.setdefault(name, {}).setdefault(task, []).append(right)
@@ -140,4 +142,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

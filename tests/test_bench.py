@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import runpy
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -274,3 +275,35 @@ def test_cycles_average_and_then_take_the_median() -> None:
 def test_numbers_are_short() -> None:
     assert [format_seconds(x) for x in (12.34, 0.00456, 2.5e-5)] == ["12.3 s", "4.56 ms", "25.0 µs"]
     assert [format_ratio(x) for x in (148.2, 38.46, 9.8)] == ["148x", "38.5x", "9.80x"]
+
+
+MISTYPED = {
+    "extend.py --heads 4": "'4': write query heads / KV heads",
+    "extend.py --heads 8/3": "the first a multiple of the second",
+    "extend.py --length 32x": "'32x' is no number",
+    "extend.py --code-bits 3": "code_bits: expected",
+    "extend.py --rounds 0": "0 is less than 1",
+    "depth.py 8k,x": "'x' is no number",
+    "offload.py --tokens x": "'x' is no number",
+    "offload_file.py --host-memory x --tokens 8": "host_memory: expected a size",
+    "offload_model.py --device cuda": "needs a GPU",
+    "gpu.py check": "needs a GPU",
+    "retrieval.py --configs dfault": "preset: expected",
+    "retrieval.py --configs dense+budget": "is no number",
+}
+
+
+@pytest.mark.parametrize(("words", "said"), MISTYPED.items())
+def test_what_a_benchmark_cannot_use_ends_in_a_sentence(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *arguments = words.split()
+    path = Path(__file__).parent.parent / "benchmarks" / name
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
