@@ -234,6 +234,18 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+@functools.cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """This CPU has instructions for torch's matrix products of this type, float32 or 16 bits.
+
+    Without them a product of 16 bits takes several times as long as one in float32, for more than
+    some ten rows.
+    """
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)
+    return kind is None or bool(supported())
+
+
 def gpu_name() -> str | None:
     """Name of the first CUDA device."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

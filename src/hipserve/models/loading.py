@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
+from hipserve.host import HostMemory
 from hipserve.integrations.transformers import (
     capture_decode,
     check_model,
@@ -25,9 +26,12 @@ from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.gguf import load_gguf
 from hipserve.models.gguf_files import find_gguf
-from hipserve.platform import check_device, default_device, describe_backend
+from hipserve.platform import check_device, cpu_multiplies, default_device, describe_backend
 
 Turn = dict[str, str]
+
+WIDENED_SHARE = 0.5
+"""Of the memory that is available: weights are made float32 if they then take no more."""
 
 MARK = "\ue0f0{}\ue0f1"
 """Stands for a control token while a conversation is rendered: private-use characters around its
@@ -185,7 +189,8 @@ def load(
         name_or_path: a directory, a GGUF file or a hub name of a Llama, Qwen2, Qwen3, Mistral or
             Gemma checkpoint; the bundled model if None.
         config: what is pruned; the checkpoint's own settings or the defaults if None.
-        dtype: of the weights; the checkpoint's own with `auto`.
+        dtype: of the weights; with `auto` the checkpoint's own, or float32 on a CPU that multiplies
+            nothing shorter and has room for it.
         device: a torch device; a CUDA device if there is one, else the CPU.
 
     Raises:
@@ -207,6 +212,8 @@ def load(
         raise _unknown(name, _first_line(error)) from error
     trained = int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length)
     model = model.to(place).eval()
+    if dtype == "auto" and place.type == "cpu":
+        _widen(model)
     loaded = LoadedModel(
         capture_decode(model) if place.type == "cuda" else model,
         tokenizer,
@@ -249,6 +256,16 @@ def _load(path: Path | str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "hip"}
     model = AutoModelForCausalLM.from_pretrained(path, config=settings, **options)
     return settings, AutoTokenizer.from_pretrained(path), model
+
+
+def _widen(model: Any) -> None:
+    """Makes the weights float32 where the CPU multiplies nothing shorter and memory has room."""
+    if cpu_multiplies(model.dtype):
+        return
+    memory, needed = HostMemory.read(), model.num_parameters() * torch.float32.itemsize
+    if memory is not None and needed <= memory.available * WIDENED_SHARE:
+        model.float()
+        model.config.dtype = torch.float32
 
 
 def _check_text(content: str) -> None:
