@@ -25,7 +25,7 @@ from hipserve.lab.speed.timing import Contender, Limits, in_turn, sweep
 from hipserve.ops import select_blocks
 from hipserve.plan import runs_of_pages
 from hipserve.types import KeyIndex
-from options import call
+from options import launch
 
 SHAPE = LayerShape(num_q_heads=4, num_kv_heads=1)
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -28,7 +28,7 @@ from hipserve.lab.speed.timing import Contender, Limits, in_turn, sweep
 from hipserve.ops import join_runs, select_blocks, write_kv
 from hipserve.plan import BatchLayout
 from hipserve.testing.cases import make_rope
-from options import call, head_counts
+from options import head_counts, launch
 
 ROWS = 512
 """Of prefill."""
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -40,7 +40,7 @@ from hipserve.ops import (
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
-from options import call, need_gpu
+from options import launch, need_gpu
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 Rows = list[dict[str, Any]]
@@ -349,4 +349,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from hipserve.integrations.transformers import HiPCache, capture_decode, register
 from hipserve.lab.text import language_reference
 from hipserve.models import load
-from options import call, need_gpu
+from options import launch, need_gpu
 
 STEPS = 48
 SETTLED = 12
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from hipserve.cli.numbers import parse_count
-from options import call, need_gpu
+from options import launch, need_gpu
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -368,4 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -42,7 +42,7 @@ from offload_layers import (
     recurring,
     topics,
 )
-from options import call, need_gpu
+from options import launch, need_gpu
 
 TILE_BYTES = 2 * 16 * DIM
 
@@ -301,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

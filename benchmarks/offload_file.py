@@ -21,7 +21,7 @@ import hipserve
 from hipserve.cli.numbers import parse_count
 from hipserve.lab.text import language_reference
 from hipserve.models.bundled import bundled_path
-from options import call
+from options import launch
 
 CHUNK = 4096
 
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hipserve
 from hipserve.cli.numbers import parse_count
-from options import call, need_gpu
+from options import launch, need_gpu
 
 SHAPE = Path(__file__).parent.parent / "docs" / "data" / "shape-8b.json"
 
@@ -121,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)

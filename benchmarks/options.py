@@ -13,7 +13,7 @@ import typer
 from hipserve.errors import BackendError, HipserveError
 
 
-def call(main: Callable[[], None]) -> None:
+def launch(main: Callable[[], None]) -> None:
     """Runs a benchmark; an option that it cannot use is a sentence and exit code 2."""
     try:
         main()

@@ -25,7 +25,7 @@ from hipserve.lab.quality.retrieval import encode, score
 from hipserve.lab.quality.tasks import PUZZLES, Sample, plant
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, load
-from options import call
+from options import launch
 
 QUESTIONS = 8
 """Asked about a document, of tasks that have so many."""
@@ -142,4 +142,4 @@ def write(
 
 
 if __name__ == "__main__":
-    call(main)
+    launch(main)
