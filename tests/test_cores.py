@@ -1,0 +1,94 @@
+"""Threads while other programs run: with files of a kernel that tells of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hipserve.models import Conversation, load
+from hipserve.models.cores import INTERVAL, FreeCores, Look, busy_seconds
+
+HERTZ = os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process of four threads on the cores 0 to 3."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def write(path: Path, *seconds: float) -> Path:
+    """/proc/stat of a machine whose cores have worked so long: user, nice, system, idle, iowait,
+    irq, softirq, steal, guest and guest_nice."""
+    path.write_text(
+        "cpu  1 2 3\n"
+        + "".join(
+            f"cpu{i} {round(x * HERTZ)} 0 0 99999 777 0 0 0 555 0\n" for i, x in enumerate(seconds)
+        )
+        + "\nintr 7\n"
+    )
+    return path
+
+
+def test_only_work_on_own_cores_counts(tmp_path: Path) -> None:
+    stat = write(tmp_path / "stat", 10, 20, 40)
+    assert busy_seconds(stat, {0, 2}) == 50
+    assert busy_seconds(tmp_path / "none", {0}) == 0
+    stat.write_text(f"cpu7 {HERTZ} {HERTZ} {HERTZ} 5 5 {HERTZ} {HERTZ} {HERTZ} 9 9\n")
+    assert busy_seconds(stat, {7}) == 6
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"), [((0, 0, 0, 0), 4), ((1, 0.2, 0, 0.1), 3), ((1, 1, 1, 0), 1), ((2,) * 4, 1)]
+)
+@pytest.mark.usefixtures("threads")
+def test_other_programs_keep_the_cores_that_they_use(
+    taken: tuple[float, ...], left: int, tmp_path: Path
+) -> None:
+    stat = write(tmp_path / "stat", 0, 0, 0, 0, 50)
+    since = Look(time.perf_counter() - 100, Look.now(stat).others)
+    write(stat, *(100 * x for x in taken), 5000)  # on another core, which is not ours
+    cores = FreeCores(True, since, stat)
+    with cores:
+        assert torch.get_num_threads() == left
+        write(stat, *([1e6] * 4))  # too soon to look again
+        cores.look()
+        assert torch.get_num_threads() == left
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_come_back_when_the_others_are_gone(tmp_path: Path) -> None:
+    stat = write(tmp_path / "stat", 0, 0, 0, 0)
+    since = Look(time.perf_counter() - 100, Look.now(stat).others)
+    with (cores := FreeCores(True, since, write(stat, 300, 0, 0, 0))):
+        assert torch.get_num_threads() == 1
+        time.sleep(INTERVAL)
+        cores.look()
+        assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_model_on_a_gpu_and_a_kernel_without_the_file_change_nothing(tmp_path: Path) -> None:
+    stat, since = write(tmp_path / "stat", 1e6, 1e6, 1e6, 1e6), Look(0, 0)
+    for cores in (FreeCores(False, since, stat), FreeCores(True, since, tmp_path / "none")):
+        with cores:
+            assert torch.get_num_threads() == 4
+
+
+def test_a_conversation_looks_while_it_reads_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[FreeCores] = []
+    monkeypatch.setattr(FreeCores, "look", lambda self: looks.append(self))
+    talk = Conversation(load())
+    talk.ask("Say yes.", max_new_tokens=4)
+    assert talk.statistics is not None
+    assert len(looks) >= 2 + talk.statistics.new_tokens
