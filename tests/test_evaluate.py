@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from hipserve import ArgumentError, FitError, HiPConfig
+from hipserve.attention import crossover
 from hipserve.lab import (
     Document,
     evaluate_perplexity,
@@ -339,3 +340,17 @@ def test_the_cache_fits_the_attention(loaded: LoadedModel) -> None:
         names.append(type(make_cache(loaded)).__name__)
     assert names == ["DynamicCache", "HiPCache"]
     assert loaded.model.config.hip["budget"] == 64
+
+
+def test_a_measured_crossover_decides_where_anything_is_pruned(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert passes.may_prune(loaded, HiPConfig(), 3000)
+    monkeypatch.setattr(crossover, "_may_measure", lambda kind: True)
+    monkeypatch.setattr(crossover, "measured", lambda name, measure, check: 4096)
+    crossover.rule_for.cache_clear()
+    try:
+        assert not passes.may_prune(loaded, HiPConfig(), 3000)
+        assert passes.may_prune(loaded, HiPConfig(), 5000)
+    finally:
+        crossover.rule_for.cache_clear()

@@ -68,6 +68,7 @@ def report(
             parts=[part.strip() for part in parts.split(",") if part.strip()],
             progress=status.update,
         )
+    comparison.say_what_is_dense(loaded, {"hip": base}, length)
     page = made.to_page()
     for suffix, content in ((".html", page.to_html()), (".md", page.to_markdown())):
         path = out / f"{NAME}{suffix}"

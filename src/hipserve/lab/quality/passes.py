@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from hipserve.attention.crossover import rule_for
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, FitError
 from hipserve.lab.text import Document
 from hipserve.models import LoadedModel, passes
 from hipserve.models.passes import make_cache, read, shorten
-from hipserve.plan import pruning_rule
 
 LOGITS_BYTES = 256 << 20
 """Bound on the float32 logits of one forward pass: 4,096 rows of 262,144 words would be 4 GiB."""
@@ -122,7 +122,9 @@ def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> boo
     text = loaded.model.config.get_text_config()
     count, window = text.num_hidden_layers, getattr(text, "sliding_window", None) or length
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * count
-    rule = pruning_rule(config, loaded.device.type)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    group = text.num_attention_heads // heads
+    rule = rule_for(config, loaded.device, loaded.model.dtype, loaded.head_dim, group)
     visible = [length if kind == "full_attention" else min(length, window) for kind in kinds]
     return any(
         rule.prunes(keys - 1, config.query_block_size)
