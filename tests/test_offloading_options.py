@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from hipserve import ArgumentError, HiPConfig
-from hipserve.cli import offloading
+from hipserve.cli import offloading, options
 from hipserve.cli.main import app
 from hipserve.host import HostMemory
 
@@ -86,3 +87,31 @@ def test_codes_are_searched_unless_a_file_says_what_is() -> None:
     assert made == HiPConfig(budget=512, code_bits=4, rerank=8)
     assert offloading.searching_codes(HiPConfig.preset("fast"), None, "fast").rerank == 2
     assert offloading.searching_codes(HiPConfig(), Path("hip.toml"), "default") == HiPConfig()
+
+
+def test_commands_that_choose_a_search_choose_its_codes() -> None:
+    group: Any = typer.main.get_command(app)
+    commands = {**group.commands, **group.commands["eval"].commands}
+    names = {"run", "chat", "serve", "plan", "perplexity", "retrieval"}
+    for name in names:
+        options = {word for option in commands[name].params for word in option.opts}
+        assert {"--budget", "--selector", "--preset", "--config", "--code-bits"} <= options, name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--code-bits 16 --kv-file kv", "code_bits: expected 4 or 8 where keys are offloaded"),
+        ("--code-bits 4 --dense", "dense: expected no pruning options with it, got --code-bits"),
+        ("--code-bits 5", "code_bits: expected 4, 8 or 16"),
+    ],
+)
+def test_codes_are_refused_before_a_model_is_loaded(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "doc.txt").write_text(FACT)
+    monkeypatch.chdir(tmp_path)
+    given = ["run", "What?", "--doc", "doc.txt", "--device", "cpu", *words.split()]
+    result = CliRunner().invoke(app, given)
+    assert said in str(result.exception)

@@ -32,6 +32,7 @@ def chat(
     pin_system: options.PinSystem = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -55,12 +56,13 @@ def chat(
         preset,
         budget,
         selector,
+        code_bits,
         extend=extend,
         extend_factor=extend_factor,
         meter=meter,
     )
     if offloaded:
-        settings = offloading.searching_codes(settings, config, preset)
+        settings = offloading.offloaded(settings, code_bits, config, preset)
     loaded = options.load_model(model, settings, device, dtype)
     from hipserve.models import Conversation
 

@@ -37,6 +37,7 @@ def perplexity(
     no_dense: NoDense = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -47,7 +48,7 @@ def perplexity(
 ) -> None:
     """Negative log-likelihood of real text under dense and pruned attention."""
     base = options.make_config(
-        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+        config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_perplexity, read_documents

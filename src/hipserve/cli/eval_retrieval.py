@@ -46,6 +46,7 @@ def retrieval(
     seed: options.Seed = 0,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -56,7 +57,7 @@ def retrieval(
 ) -> None:
     """Accuracy of dense and pruned attention: needles, keys and values, variables, passages."""
     base = options.make_config(
-        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+        config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_retrieval, read_documents

@@ -65,6 +65,7 @@ def quality(
     no_dense: NoDense = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -78,7 +79,7 @@ def quality(
     The first row below dense attention is its noise floor, the last one has to be caught.
     """
     base = options.make_config(
-        config, preset, budget, selector, extend=extend, extend_factor=extend_factor
+        config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
     configs = make_configs(base, also, vary, no_dense)
     margins = _margins(margin)

@@ -94,7 +94,7 @@ def offloaded(
     if code_bits is None:
         settings = searching_codes(settings, config, preset)
     if settings.code_bits == 16:
-        expected = "4 or 8 with --kv-offload: a search cannot read keys on the host"
+        expected = "4 or 8 where keys are offloaded: a search cannot read them"
         raise ArgumentError("code_bits", expected, "16")
     return settings
 

@@ -30,6 +30,7 @@ def run(
     pin_system: options.PinSystem = False,
     budget: options.Budget = None,
     selector: options.Selector = None,
+    code_bits: options.CodeBits = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -51,7 +52,7 @@ def run(
     if not words[-1].strip():
         raise ArgumentError("question", "some words", repr(words[-1]))
     if dense:
-        options.refuse_with_dense(config, preset, budget, selector, meter=meter)
+        options.refuse_with_dense(config, preset, budget, selector, code_bits, meter)
     question = as_text("question", words[-1])
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)
@@ -61,12 +62,13 @@ def run(
         preset,
         budget,
         selector,
+        code_bits,
         extend=extend,
         extend_factor=extend_factor,
         meter=meter,
     )
     if offloaded:
-        settings = offloading.searching_codes(settings, config, preset)
+        settings = offloading.offloaded(settings, code_bits, config, preset)
     loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
     if dense:
         loaded.use(None)
