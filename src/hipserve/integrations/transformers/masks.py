@@ -69,13 +69,13 @@ class MaskDescription:
         return self._valid_rows[asked]
 
     def check_held(self, held: int, padded: Sequence[tuple[int, Tensor]]) -> None:
-        """Of the `held` keys the mask hides the same as when a cache read them.
+        """Checks that the mask hides the same of the `held` keys as when the cache read them.
 
-        `padded`: where columns with padding begin, and which count `[batch, columns]`. Compared
-        once for all layers that share these tensors.
+        `padded`: where columns with padding begin, and which of them count `[batch, columns]`. The
+        layers that share these tensors compare them once.
 
         Raises:
-            ArgumentError: it does not.
+            ArgumentError: it hides other keys.
         """
         asked = (held, *((start, id(valid)) for start, valid in padded))
         if held and asked not in self._agrees:

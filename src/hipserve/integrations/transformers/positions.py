@@ -14,7 +14,7 @@ from hipserve.integrations.rope import read_rope
 _ropes: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 _own: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], dict[str, nn.Module]]]
 _own = WeakKeyDictionary()
-"""Of models whose positions are scaled: rotary parameters and modules as they were."""
+"""The original rotary parameters and modules of models whose positions are scaled now."""
 
 
 def rope_of(module: nn.Module, config: HiPConfig, head_dim: int, device: Any) -> Tensor | None:

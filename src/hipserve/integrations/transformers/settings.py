@@ -39,7 +39,7 @@ def _made(given: HiPConfig, model_config: Any) -> HiPConfig:
 
 
 def registered() -> HiPConfig:
-    """What `register` was given: it stands with the function in transformers' own table."""
+    """The configuration that `register` was given; transformers' table has it with the function."""
     return getattr(AttentionInterface().get(NAME), "config", DEFAULT)
 
 

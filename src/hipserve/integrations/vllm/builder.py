@@ -181,7 +181,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         return HiPStep(*asked, found_pages=pages, due_runs=due)
 
     def _count_stalls(self) -> None:
-        """Of the steps before, in this process."""
+        """Counts the page faults of the steps before, in this process."""
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         self.tally.add("hipserve_pool_stalls", faults - self.faults)
         self.faults = faults

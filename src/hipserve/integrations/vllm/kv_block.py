@@ -65,7 +65,7 @@ class BlockLayout:
 
     @property
     def content_bytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of the keys and values of a block."""
         row = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         return self.block_size * row
 
@@ -81,7 +81,7 @@ class BlockLayout:
         )
 
     def part_bytes(self, rows: Rows) -> int:
-        """Of one tensor of the index, all heads of a block."""
+        """Bytes of one tensor of the index, for all heads of a block."""
         return aligned(self.num_kv_heads * rows.nbytes)
 
     @property

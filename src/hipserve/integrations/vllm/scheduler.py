@@ -49,7 +49,7 @@ class QueryBlocks(Scheduler):
         self._check_budget()
 
     def _round_threshold(self) -> None:
-        """With a threshold below a query block every chunk would be empty."""
+        """Rounds the threshold up to query blocks: below one, every chunk would be empty."""
         size, threshold = self.query_block_size, self.scheduler_config.long_prefill_token_threshold
         if threshold % size:
             rounded = threshold + size - threshold % size
@@ -113,8 +113,8 @@ class QueryBlocks(Scheduler):
 
 
 class QueryBlockScheduler(QueryBlocks):
-    """In place of `Scheduler`."""
+    """Replaces `Scheduler`."""
 
 
 class AsyncQueryBlockScheduler(QueryBlocks, AsyncScheduler):
-    """In place of `AsyncScheduler`, which prepares a step while the one before it runs."""
+    """Replaces `AsyncScheduler`, which prepares a step while the one before it runs."""

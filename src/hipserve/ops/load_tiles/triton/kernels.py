@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     """What lists are made of: the record of the same name in `hipserve.ops.load_tiles.reading`."""
 
     num_lists: Any
-    """Of one KV head."""
+    """Lists of one KV head."""
     max_tiles: Any
     query_blocks: Any
     indices: Any

@@ -39,7 +39,7 @@ class CodedRows(NamedTuple):
     table: Any
     page_size: Any
     scales: Any
-    """Of short codes; any pointer otherwise, since a kernel's records hold no None."""
+    """The scales of short codes. Without short codes any pointer: a kernel's record holds no None."""
     scale_strides: Any
 
 
