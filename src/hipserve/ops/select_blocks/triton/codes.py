@@ -39,7 +39,7 @@ class CodedRows(NamedTuple):
     table: Any
     page_size: Any
     scales: Any
-    """The scales of short codes. Without short codes any pointer: a kernel's record holds no None."""
+    """The scales of short codes; without these any pointer, as a kernel's record holds no None."""
     scale_strides: Any
 
 
