@@ -91,7 +91,7 @@ class Offload:
 TILE_SIZE = 16
 """Keys of one KV head that travel together, with their values."""
 
-TAIL_PAGES = 2
+FEW_PAGES = 2
 """Pages of a sequence that a step may write without staging all that it has."""
 
 

@@ -2,6 +2,14 @@
 
 from hipserve.cache.offload import OffloadedLayers
 from hipserve.cache.pages import MakeStore, PagedLayer
-from hipserve.cache.store import PageStore, ResidentPages
+from hipserve.cache.store import HostedStore, PageStore, ResidentPages, Write
 
-__all__ = ["MakeStore", "OffloadedLayers", "PageStore", "PagedLayer", "ResidentPages"]
+__all__ = [
+    "HostedStore",
+    "MakeStore",
+    "OffloadedLayers",
+    "PageStore",
+    "PagedLayer",
+    "ResidentPages",
+    "Write",
+]

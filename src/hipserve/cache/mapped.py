@@ -56,6 +56,7 @@ class MappedPages:
         self.pool = pool_of(self._pages)
         self.index = empty_index(0, page_size, form, self.pool.k_cache)
         self._held = self.last_read_bytes = 0
+        self.sequences: Sequence[Write] = ()
 
     @property
     def host_nbytes(self) -> int:
@@ -79,6 +80,16 @@ class MappedPages:
         self.index = larger_index(self.index, held, count, self.form, self.pool.k_cache)
         self._held = count
         return count
+
+    def hold(self, count: int) -> None:
+        """As `HostedStore.hold`.
+
+        Raises:
+            FitError: the file may not grow so far, or the disk is full.
+        """
+        check_room(count, self._pages.shape[0], self.page_size)
+        self._memory.reserve(count * self._pages[0].nbytes)
+        self._held = count
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, writes: Sequence[Write]) -> None:  # noqa: ARG002
         """As `PageStore.write`; k, v `[num_tokens, num_kv_heads, head_dim]`, slots

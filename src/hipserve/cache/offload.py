@@ -7,7 +7,7 @@ from torch import Tensor
 from hipserve.cache.host import GRANULARITY, MappedFile, PinnedMemory, check_memory
 from hipserve.cache.mapped import MappedPages
 from hipserve.cache.staging import Staging
-from hipserve.cache.store import PageStore
+from hipserve.cache.store import HostedStore
 from hipserve.cache.tiles import TiledPages, row_tiles
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import ArgumentError
@@ -21,13 +21,17 @@ class OffloadedLayers:
         offload: where keys and values go.
         num_layers: layers that share it.
         config: what the layers search with.
+        longest: keys of a sequence for which there is staging from the beginning, and for good; 0
+            takes it as it is needed.
 
     Raises:
         ArgumentError: a search with `config` reads the keys themselves.
         FitError: there is less room than `offload` asks for.
     """
 
-    def __init__(self, offload: Offload, num_layers: int, config: HiPConfig) -> None:
+    def __init__(
+        self, offload: Offload, num_layers: int, config: HiPConfig, longest: int = 0
+    ) -> None:
         if config.code_bits == 16:
             hint = 'set model.config.hip = {"code_bits": 4, "rerank": 8}'
             expected = "a search on codes of the keys, code_bits 4 or 8"
@@ -38,6 +42,7 @@ class OffloadedLayers:
             expected = f"host_memory of {num_layers * GRANULARITY} bytes or more"
             raise ArgumentError("offload", expected, f"{offload.host_bytes} bytes")
         self._config, self._device_share = config, offload.device_bytes // max(num_layers, 1)
+        self._longest = longest
         self._file: MappedFile | None = None
         self._staging: dict[object, Staging] = {}  # of layers whose pages are alike
         if offload.file is None:
@@ -45,7 +50,7 @@ class OffloadedLayers:
         else:
             self._file = MappedFile(offload.file, num_layers * self._share)
 
-    def make_store(self, page_size: int, form: IndexForm, k: Tensor) -> PageStore:
+    def make_store(self, page_size: int, form: IndexForm, k: Tensor) -> HostedStore:
         """The memory of the next layer, whose keys k are `[..., num_kv_heads, head_dim]`.
 
         Raises:
@@ -61,7 +66,7 @@ class OffloadedLayers:
         self._taken += 1
         return MappedPages(page_size, form, k, memory)
 
-    def _tiled(self, page_size: int, form: IndexForm, k: Tensor) -> PageStore:
+    def _tiled(self, page_size: int, form: IndexForm, k: Tensor) -> HostedStore:
         if self._file is not None:
             hint = "leave file out: host memory holds what a GPU does not"
             raise ArgumentError("offload", "no file, for a model on a GPU", "one", hint)
@@ -77,7 +82,7 @@ class OffloadedLayers:
                 raise ArgumentError("offload", expected, str(value), f"change {name}")
         kind = (page_size, k.shape[-2:], k.dtype, k.device)
         if kind not in self._staging:
-            self._staging[kind] = Staging(page_size, k)
+            self._staging[kind] = Staging(page_size, k, -(-self._longest // page_size))
         return TiledPages(
             page_size,
             form,

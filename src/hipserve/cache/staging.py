@@ -73,13 +73,13 @@ class StagedPages:
     def nbytes(self) -> int:
         return self.pages.nbytes + self.places.nbytes
 
-    def holds(self, wanted: Sequence[int], host: HostPages) -> bool:
+    def holds(self, wanted: Collection[int], host: HostPages) -> bool:
         """The pages `wanted` are present."""
         enough = host.pages.shape[0] <= self.places.shape[0]
         return enough and all(p in self.held for p in wanted)
 
     @ordinary_tensors
-    def hold(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+    def hold(self, wanted: Collection[int], host: HostPages, written: Collection[int]) -> None:
         """Makes the pages `wanted` present; those that are not, and were `written`, are copied."""
         self.make_room(len(wanted), host.pages.shape[0])
         self.copy(wanted, host, written)
@@ -89,7 +89,7 @@ class StagedPages:
             self._moved = {}
 
     @ordinary_tensors
-    def copy(self, wanted: Sequence[int], host: HostPages, written: Collection[int]) -> None:
+    def copy(self, wanted: Collection[int], host: HostPages, written: Collection[int]) -> None:
         """What `hold` copies, and no kernel: kernels would wait for those that compute. For no more
         pages than there was made room for."""
         if all(p in self.held for p in wanted):
@@ -163,16 +163,21 @@ class Staging:
     Args:
         page_size: keys in a page.
         k: `[..., num_kv_heads, head_dim]`, keys as the pages hold them.
+        room: pages that each buffer holds from the beginning, and for good; 0 takes memory as it
+            is needed, and gives it up.
     """
 
-    def __init__(self, page_size: int, k: Tensor) -> None:
+    def __init__(self, page_size: int, k: Tensor, room: int = 0) -> None:
         self._page_size, self._like = page_size, k.new_empty((0, *k.shape[-2:]))
+        self._room = room
         self._copies = CopyStream(k.device)
         self._layers: list[weakref.ref[PagesOwner]] = []
         self._clear()
 
     def _clear(self) -> None:
         self._buffers = [Buffer(self._page_size, self._like) for _ in range(STAGED_LAYERS)]
+        for buffer in self._buffers:
+            buffer.pages.make_room(self._room, 0)
         self._held = False
 
     @property
@@ -184,13 +189,16 @@ class Staging:
         self._layers.append(weakref.ref(layer))
 
     def stage(
-        self, layer: PagesOwner, wanted: Sequence[int], written: Collection[int]
+        self, layer: PagesOwner, wanted: Collection[int], written: Collection[int]
     ) -> StagedPages:
         """The pages `wanted` of the layer; of those that were not `written`, only the room.
 
         The copies of the layer before are given up.
         """
         self._held = True
+        last = self._buffers[-1]
+        if last.belongs_to(layer) and last.pages.holds(wanted, layer.host):
+            return last.pages  # what travels meanwhile need not arrive
         self._copies.wait()
         current, other = sorted(self._buffers, key=lambda b: not b.belongs_to(layer))
         current.take(layer)
@@ -207,7 +215,7 @@ class Staging:
         return joined[at] if at < len(joined) else None
 
     def _prefetch(
-        self, buffer: Buffer, layer: PagesOwner, wanted: Sequence[int], written: Collection[int]
+        self, buffer: Buffer, layer: PagesOwner, wanted: Collection[int], written: Collection[int]
     ) -> None:
         """What a layer will want that has as many sequences in the same pages; if it wants
         something else, that is copied when it does."""
@@ -234,7 +242,7 @@ class Staging:
         self._copies.wait()
 
     def release(self) -> None:
-        """Gives up all copies and their memory."""
-        if self._held:
+        """Gives up all copies, and their memory unless it is kept for good."""
+        if self._held and not self._room:
             self._copies.wait()
             self._clear()

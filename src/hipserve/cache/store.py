@@ -49,10 +49,8 @@ class PageStore(Protocol):
         """All pages, wherever they are."""
         ...
 
-    @property
-    def index(self) -> KeyIndex:
-        """What a search reads of them."""
-        ...
+    index: KeyIndex
+    """What a search reads of them."""
 
     @property
     def host_nbytes(self) -> int:
@@ -96,6 +94,24 @@ class PageStore(Protocol):
 
     def count_loads(self) -> tuple[int, int]:
         """Tiles that all steps needed, and that they had to load; zeros where nobody counts."""
+        ...
+
+
+class HostedStore(PageStore, Protocol):
+    """Pages of which only the index is where the model is.
+
+    Attributes:
+        sequences: what `fetch` reads: those that were written last, unless set.
+    """
+
+    sequences: Sequence[Write]
+
+    def hold(self, count: int) -> None:
+        """Makes room for `count` pages, and no more later; whoever keeps their index sets `index`.
+
+        Raises:
+            FitError: there is no room.
+        """
         ...
 
 

@@ -16,7 +16,7 @@ from hipserve.cache.store import Write, empty_index, grown, larger_index, ordina
 from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
-from hipserve.offload import TAIL_PAGES, TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
+from hipserve.offload import FEW_PAGES, TILE_SIZE, format_bytes, slot_bytes, tiles_of_rows
 from hipserve.ops import load_tiles, store_rows, write_kv
 from hipserve.plan import BatchLayout, PruningRule
 from hipserve.types import BlockSelection, KeyPool, TileArena
@@ -46,9 +46,12 @@ class Memory(Protocol):
 class TiledPages:
     """Keys and values in host memory, their index and some tiles on the device: a `PageStore`.
 
-    Host memory always has all rows. A step of few rows writes them there, to their tiles where
-    these are resident, and to the last pages of its sequences, whose copies on the device the index
-    is made from; it loads the tiles that it reads. Longer chunks stage whole sequences.
+    Host memory always has all rows. A step of few rows writes them there, and to their tiles where
+    these are resident; it loads the tiles that it reads. Longer chunks stage whole sequences.
+
+    Attributes:
+        index: of the pages; whoever keeps it elsewhere (`hold`) puts it here.
+        sequences: what `fetch` reads: those that were written last, unless set.
 
     Args:
         page_size, form: as in `PagedLayer`.
@@ -89,10 +92,10 @@ class TiledPages:
                 f"{needs}, and its share of device_memory is {format_bytes(device_bytes)}",
                 "raise device_memory, or lower budget or sliding_window",
             )
-        self.arena = TileArena.empty(slots, 0, k)
-        self._tail, self._staging = StagedPages(page_size, k), staging
+        self.arena, self._staging = TileArena.empty(slots, 0, k), staging
         staging.join(self)
-        self._writes: Sequence[Write] = ()
+        self.sequences: Sequence[Write] = ()
+        self._leaving = set[int]()  # pages that may be on their way to the host
 
     @property
     def host_nbytes(self) -> int:
@@ -101,7 +104,7 @@ class TiledPages:
     @property
     def device_nbytes(self) -> int:
         index = sum(x.nbytes for x in self.index.tensors())
-        return index + self.arena.nbytes + self._tail.nbytes
+        return index + self.arena.nbytes
 
     @ordinary_tensors
     def grow(self, held: int, wanted: int, k: Tensor) -> int:  # noqa: ARG002
@@ -114,15 +117,29 @@ class TiledPages:
         check_room(wanted, capacity, self.page_size)
         count = min(wanted + AHEAD // self.page_size, capacity)
         self._reserve(count)
-        per_page, where = self.page_size // TILE_SIZE, self.arena.where
-        if count * per_page > where.shape[1]:
+        if count > self.arena.where.shape[1] * TILE_SIZE // self.page_size:
             room = min(max(grown(held, wanted, self.page_size), count), capacity)
             self.index = larger_index(self.index, held, room, self.form, self.pool.k_cache)
-            table = where.new_full((where.shape[0], room * per_page), -1)
-            table[:, : where.shape[1]] = where
-            self.arena = replace(self.arena, where=table)
-        self._held = count
+            self._make_table(room)
         return count
+
+    @ordinary_tensors
+    def hold(self, count: int) -> None:
+        """As `HostedStore.hold`.
+
+        Raises:
+            FitError: host_memory has no room for so much.
+        """
+        check_room(count, self._host.shape[0], self.page_size)
+        self._reserve(count)
+        self._make_table(count)
+
+    def _make_table(self, room: int) -> None:
+        """Says of the tiles of so many pages where they are."""
+        where = self.arena.where
+        table = where.new_full((where.shape[0], room * self.page_size // TILE_SIZE), -1)
+        table[:, : where.shape[1]] = where
+        self.arena = replace(self.arena, where=table)
 
     def _reserve(self, count: int) -> None:
         """Whole pages at a time: a copy of pages is within what was reserved together."""
@@ -131,23 +148,29 @@ class TiledPages:
         for begin in range(self._held, count, most):
             self._memory.reserve(min(begin + most, count) * page_bytes)
             self._cuts.append(begin)
+        self._held = max(count, self._held)
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, writes: Sequence[Write]) -> None:
         """As `PageStore.write`; k, v `[num_tokens, num_kv_heads, head_dim]`, slots
         `[num_tokens]`."""
-        self._writes = writes
+        self.sequences = writes
         size, changed = self.page_size, list[int]()
-        few = True
+        few = apart = True
         for table, begin, end in writes:
             first, last = begin // size, -(-end // size)
             if begin < end:
                 changed += table[first:last]
-                few = few and last - first <= TAIL_PAGES
+                few = few and last - first <= FEW_PAGES
+                apart = apart and end - begin == 1
         if few:
-            self._staging.wait()
-            if not self._tail.holds(changed, self.host):
-                self._tail.hold(changed, self.host, self._written())
-            write_kv(k, v, self._tail.pool, self.index, slots, backend=self.backend, check=False)
+            self._arrive()
+            write_kv(
+                *(k, v, self.pool, self.index, slots),
+                backend=self.backend,
+                whole_runs=True,
+                apart=apart,
+                check=False,
+            )
             store_rows(k, v, self.arena, self.host.pages, slots, backend=self.backend)
             self._staging.forget(self, changed)
             return
@@ -155,6 +178,12 @@ class TiledPages:
         staged = self._stage(self._written())
         write_kv(k, v, staged.pool, self.index, slots, backend=self.backend, check=False)
         self._staging.store(staged, changed, self.host)
+        self._leaving.update(changed)
+
+    def _arrive(self) -> None:
+        """What is launched from here on finds on the host what was stored."""
+        self._staging.wait()
+        self._leaving.clear()
 
     @property
     def host(self) -> HostPages:
@@ -163,16 +192,17 @@ class TiledPages:
 
     def _written(self) -> set[int]:
         """Pages that have rows from before."""
-        return {p for table, begin, _ in self._writes for p in table[: -(-begin // self.page_size)]}
+        return {
+            p for table, begin, _ in self.sequences for p in table[: -(-begin // self.page_size)]
+        }
 
     def _stage(self, written: set[int]) -> StagedPages:
         """All pages of the sequences; those without rows from before are not copied."""
-        every = [p for table, _, end in self._writes for p in table[: -(-end // self.page_size)]]
+        every = [p for table, _, end in self.sequences for p in table[: -(-end // self.page_size)]]
         return self._staging.stage(self, [*dict.fromkeys(every)], written)
 
     def _forget(self, pages: list[int]) -> None:
-        """Tiles and copies of these pages are out of date."""
-        self._tail.forget(pages)
+        """Tiles of these pages are out of date."""
         per_page = self.page_size // TILE_SIZE
         where = self.arena.where.view(len(self.arena.where), -1, per_page)
         where.index_fill_(1, sent(pages, where.device), -1)  # to assign would wait for the device
@@ -203,8 +233,10 @@ class TiledPages:
         fits = reads.total * group <= self.arena.num_slots
         if not fits:
             self._check_rows(reads, group, layout, config)
-        if not fits or reads.most_rows > TILED_ROWS:
-            return self._stage({p for table, _, _ in self._writes for p in table}).pool
+        if not fits or not reads.few(config.query_block_size):
+            return self._stage({p for table, _, _ in self.sequences for p in table}).pool
+        if not self._leaving.isdisjoint(p for table, _, _ in self.sequences for p in table):
+            self._arrive()
         self._staging.release()
         return load_tiles(
             self.arena,
@@ -251,24 +283,38 @@ class TilesRead(NamedTuple):
 
     Attributes:
         blocks: how many query blocks.
-        most_rows: maximum rows of one, for any split of so many rows into so many blocks.
+        rows: of all of them.
         most_tiles: maximum tiles of a head that one reads.
         total: of all blocks.
     """
 
-    blocks: int
-    most_rows: int
-    most_tiles: int
-    total: int
+    blocks: int = 0
+    rows: int = 0
+    most_tiles: int = 0
+    total: int = 0
 
     @classmethod
     def of(cls, layout: BatchLayout, config: HiPConfig, rule: PruningRule | None) -> TilesRead:
         """Without a rule, every block reads all keys."""
-        blocks = layout.host_blocks(config.query_block_size)
-        rows = sum(rows for _, _, rows, _ in blocks)
+        return cls.of_blocks(layout.host_blocks(config.query_block_size), config, rule)
+
+    @classmethod
+    def of_blocks(
+        cls, blocks: Sequence[Sequence[int]], config: HiPConfig, rule: PruningRule | None
+    ) -> TilesRead:
+        """The same of query blocks as `BatchLayout.host_blocks` has them."""
         tiles = [_tiles_of(position, rows, config, rule) for _, _, rows, position in blocks]
-        most_rows = min(config.query_block_size, rows - len(blocks) + 1)
-        return cls(len(blocks), most_rows, max(tiles), sum(tiles))
+        return cls(len(blocks), sum(rows for _, _, rows, _ in blocks), max(tiles), sum(tiles))
+
+    def beside(self, other: TilesRead) -> TilesRead:
+        """What both read."""
+        most = max(self.most_tiles, other.most_tiles)
+        sums = self.blocks + other.blocks, self.rows + other.rows
+        return TilesRead(*sums, most, self.total + other.total)
+
+    def few(self, query_block_size: int) -> bool:
+        """No block has more than `TILED_ROWS` rows, for any split of so many into so many."""
+        return min(query_block_size, self.rows - self.blocks + 1) <= TILED_ROWS
 
 
 def _tiles_of(position: int, rows: int, config: HiPConfig, rule: PruningRule | None) -> int:

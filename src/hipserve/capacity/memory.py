@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.capacity.shape import ModelShape
 from hipserve.config import DEFAULT, HiPConfig
-from hipserve.offload import STAGED_LAYERS, TAIL_PAGES, slot_bytes, table_bytes, tiles_of_rows
+from hipserve.offload import STAGED_LAYERS, slot_bytes, table_bytes, tiles_of_rows
 from hipserve.plan.parts import index_bytes
 
 BLOCK = 256
@@ -33,8 +33,7 @@ class Parts:
         activations: what one step allocates.
         reserve: `RESERVE`.
         table: with offload: where each tile lies.
-        staging: with offload: two layers of the context that is being read, and the last pages of
-            every sequence and layer.
+        staging: with offload: two layers of the context that is being read.
         arena: with offload: tiles on the device, at the least what one step reads.
         pool: keys and values on the host, with offload.
     """
@@ -144,11 +143,10 @@ class Service:
         if not self.on_gpu:
             return parts
         pages = model.full_layers * self.tokens // BLOCK
-        tails = self.sequences * TAIL_PAGES * BLOCK * self.kv_token_bytes
         return replace(
             parts,
             table=pages * table_bytes(model.num_kv_heads, BLOCK),
-            staging=STAGED_LAYERS * self.rows * model.row_bytes + tails,
+            staging=STAGED_LAYERS * self.rows * model.row_bytes,
             arena=min(self.arena_floor, kv),
         )
 

@@ -228,7 +228,7 @@ def _memory_lines(made: Plan, parts: Parts) -> Iterator[str]:
         "layers with a window": (parts.windows, ""),
         "arena": (made.arena, tiles),
         "table of tiles": (parts.table, ""),
-        "staging": (parts.staging, "two layers of one context, and last pages"),
+        "staging": (parts.staging, "two layers of one context"),
         "activations": (parts.activations, f"steps of {service.chunk:,} tokens"),
         "graphs, processes": (RESERVE, "a flat sum"),
     }

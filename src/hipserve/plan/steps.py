@@ -50,19 +50,22 @@ class StepPlan:
             return cls(
                 layout, rule, fresh=None, kept=none, kept_slots=none, stored=none, stored_slots=none
             )
-        sequences: list[int] = layout.query_blocks(rule.query_block_size)[:, 0].tolist()
-        of_block = [decisions[sequence] for sequence in sequences]
+        blocks = layout.host_blocks(rule.query_block_size)
+        of_block = [decisions[sequence] for sequence, *_ in blocks]
         fresh = [i for i, (_, is_fresh) in enumerate(of_block) if is_fresh]
         kept = [(i, slot) for i, (slot, is_fresh) in enumerate(of_block) if not is_fresh]
         stored = [(i, of_block[i][0]) for i in fresh if of_block[i][0] >= 0]
 
+        def sent(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
         def column(pairs: list[tuple[int, int]], index: int) -> Tensor:
-            return torch.tensor([pair[index] for pair in pairs], dtype=torch.int64, device=device)
+            return sent([pair[index] for pair in pairs])
 
         return cls(
             layout,
             rule,
-            fresh=torch.tensor(fresh, dtype=torch.int64, device=device) if kept else None,
+            fresh=sent(fresh) if kept else None,
             kept=column(kept, 0),
             kept_slots=column(kept, 1),
             stored=column(stored, 0),
@@ -100,7 +103,8 @@ def split_batch(
         sequence = sequence.to(blocks.device, non_blocking=True)
         blocks = blocks.clone()
         blocks[:, 3] = layout.seq_lens[sequence] - layout.cu_seqlens_q[sequence + 1] + blocks[:, 1]
-    return replace(layout, _made={query_block_size: blocks}), host
+    made = {query_block_size: blocks, ("host blocks", query_block_size): host.tolist()}
+    return replace(layout, _made=made), host
 
 
 class DecodeBuffers:

@@ -56,8 +56,10 @@ class HiPBackend(AttentionBackend):
         """vLLM asks after it has loaded the model, with its configuration in place."""
         if current_platform.is_cpu():
             return max(default_block_size, BLOCK_SIZE)
-        memory = current_platform.get_device_total_memory()
-        return block_sizes.of_engine(get_current_vllm_config(), memory)
+        engine = get_current_vllm_config()
+        if settings.offload_of(engine) is not None:
+            return BLOCK_SIZE
+        return block_sizes.of_engine(engine, current_platform.get_device_total_memory())
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -23,7 +24,13 @@ from hipserve.errors import BackendError, ConfigError
 from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.kv_block import BlockLayout, DueRuns, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
-from hipserve.integrations.vllm.offload import HostedLayer, check_blocks
+from hipserve.integrations.vllm.offload import (
+    HostedLayer,
+    LoadCounter,
+    check_blocks,
+    host_layers,
+)
+from hipserve.integrations.vllm.parts import Room, cut, writes_of
 from hipserve.integrations.vllm.runners import StepRequests, step_requests
 from hipserve.integrations.vllm.step import (
     HiPStep,
@@ -72,9 +79,11 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.config = settings.hip_config(vllm_config)
         self.rule = self._rule(vllm_config, kv_cache_spec, device)
         self.verified_rows = verified_rows(vllm_config)
+        self.offload = settings.offload_of(vllm_config)
         # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
-        slots = vllm_config.scheduler_config.max_num_seqs
-        self.buffers = DecodeBuffers(slots, device) if device.type == "cuda" else None
+        slots, replays = vllm_config.scheduler_config.max_num_seqs, device.type == "cuda"
+        replays = replays and self.offload is None
+        self.buffers = DecodeBuffers(slots, device) if replays else None
         self.tally = tally(vllm_config.instance_id)
         layers: Any = vllm_config.compilation_config.static_forward_context
         self.layers: dict[str, Any] = {name: layers[name] for name in layer_names}
@@ -86,21 +95,28 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.schedule = layers[layer_names[0]].impl.schedule
         self.longest = vllm_config.model_config.max_model_len
         self.indexed = any(layer.impl.keeps_index(layer) for layer in self.layers.values())
-        self.offload = settings.offload_of(vllm_config)
         self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         longest = max(layer.impl.longest for layer in self.layers.values())
         self.layout = BlockLayout.of(kv_cache_spec, self.config, longest)
         self._check_spec(kv_cache_spec)
+        self.hosted: list[HostedLayer] = []
+        self.room: Room | None = None
+        self.loads: LoadCounter | None = None
         if self.offload is not None:
-            self._host(vllm_config, self.offload, self.layout)
+            self.hosted = self._host(vllm_config, self.offload, self.layout)
+            arenas = [hosted.arena for hosted in self.hosted if hosted.arena is not None]
+            if arenas:
+                group = heads_of(vllm_config) // kv_cache_spec.num_kv_heads
+                lists = 1 if self.config.share_group else max(group, 1)
+                self.room = Room(arenas[0].num_slots, lists, self.config, self.rule)
+                self.loads = LoadCounter(arenas, self.tally)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)
 
     @staticmethod
     def _rule(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> PruningRule:
         """The pruning rule of all layers, with the crossovers of this machine."""
-        model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        group = model.get_num_attention_heads(parallel) // spec.num_kv_heads
+        group = heads_of(vllm_config) // spec.num_kv_heads
         kind = (device, spec.dtype, spec.head_size, max(group, 1))
         return rule_for(settings.hip_config(vllm_config), *kind)
 
@@ -112,8 +128,11 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     ) -> AttentionCGSupport:
         """Steps of equally many rows a request are replayed whole: `DecodeBuffers` keeps addresses.
 
-        A KV connector that loads while the step runs needs layers that are called in every step.
+        A KV connector that loads while the step runs needs layers that are called in every step,
+        and so do keys in host memory.
         """
+        if settings.offload_of(vllm_config) is not None:
+            return AttentionCGSupport.NEVER
         transfer = vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector not in LOADS_FIRST:
             return AttentionCGSupport.NEVER
@@ -140,23 +159,29 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 'choose another --block-size, or set {"hip": {"selector": "tree"}}',
             )
 
-    def _host(self, vllm_config: VllmConfig, offload: Offload, layout: BlockLayout) -> None:
-        """Makes the files of all layers; all have to be of this group.
+    def _host(
+        self, vllm_config: VllmConfig, offload: Offload, layout: BlockLayout
+    ) -> list[HostedLayer]:
+        """Keys and values of all layers; all have to be of this group.
 
         Raises:
             ConfigError: the number of blocks is not what host memory holds, or some layers have a
                 window, whose blocks vLLM makes as large as those of the others.
-            FitError: the disk is too small.
+            FitError: there is less memory than that.
         """
         every: Any = vllm_config.compilation_config.static_forward_context
         attention = [x for x in every.values() if hasattr(x, "impl") and hasattr(x, "kv_cache")]
         if self.num_local or len(self.layers) < len(attention):
             raise ConfigError("offload", "a model whose layers all read every key", "windows")
         blocks = check_blocks(vllm_config, offload, layout, len(self.layers))
-        for layer in self.layers.values():
-            if layer.impl.hosted is None:
-                layer.impl.hosted = HostedLayer.make(offload, layout, blocks)
-                self.tally.add("hipserve_pool_bytes", blocks * layout.content_bytes)
+        impls = [self.layers[x].impl for x in sorted(self.layers, key=extract_layer_index)]
+        if impls[0].hosted is None:
+            asked = (offload, layout, self.config)
+            made = host_layers(*asked, device=self.device, layers=len(impls), blocks=blocks)
+            for impl, hosted in zip(impls, made, strict=True):
+                impl.hosted = hosted
+            self.tally.add("hipserve_pool_bytes", len(impls) * blocks * layout.content_bytes)
+        return [impl.hosted for impl in impls]
 
     def build(
         self,
@@ -165,11 +190,13 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         fast_build: bool = False,  # noqa: ARG002
     ) -> HiPStep:
         common = common_attn_metadata
-        if self.offload is not None:
+        if self.loads is not None:
+            self.loads.step()
+        elif self.offload is not None:
             self._count_stalls()
         requests = step_requests(common)
         self.schedule.forget(requests.ended)
-        plan, selects = self._plan(common, requests)
+        plan, selects, decisions = self._plan(common, requests)
         replayed = isinstance(plan, CapturedPlan)
         pages, due = self._index_due(common, requests, replayed=replayed)
         if replayed:
@@ -178,7 +205,12 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         count = int(common.query_start_loc_cpu[-1])
         slots = common.slot_mapping[:count]
         asked = (count, slots, plan, selects, self.counted_layer, common.max_query_len == 1)
-        return HiPStep(*asked, found_pages=pages, due_runs=due)
+        step = HiPStep(*asked, found_pages=pages, due_runs=due)
+        if self.room is None:
+            return step
+        table = common.block_table_tensor.cpu()
+        step.writes = writes_of(table, plan.layout, self.layout.block_size)
+        return cut(step, decisions, self.room)
 
     def _count_stalls(self) -> None:
         """Counts the page faults of the steps before, in this process."""
@@ -213,21 +245,24 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
 
     def _plan(
         self, common: CommonAttentionMetadata, requests: StepRequests
-    ) -> tuple[StepPlan | CapturedPlan, bool]:
+    ) -> tuple[StepPlan | CapturedPlan, bool, list[tuple[int, bool]] | None]:
+        """The plan, whether its layers select, and the decisions that it was made with."""
         layout = BatchLayout(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         size, keeps = self.config.query_block_size, self.config.refresh_interval > 1
         if self.buffers is not None and (rows := self._replayed_rows(common)):
             decisions = self._decide(common, requests) if keeps else None
             prunes = self.num_pruned > 0 and self.rule.prunes(self.longest - 1, rows)
-            return self.buffers.plan(layout, self.rule, decisions), prunes
+            return self.buffers.plan(layout, self.rule, decisions), prunes, decisions
         lengths = (host_seq_lens(common).tolist(), common.query_start_loc_cpu.tolist())
         steps = sequences(common, requests, self.rule)
         drafts = self.verified_rows > 1 and self.device.type != "cpu"
         whole = [drafts and not step.prefilling for step in steps]
         whole += [False] * (common.num_reqs - len(steps))
         layout, blocks = split_batch(replace(layout, lengths=lengths), size, whole)
-        plan = StepPlan.make(layout, self.rule, self.schedule.step(steps) if keeps else None)
-        return plan, self._selects(plan, blocks, sum(step.decoding for step in steps))
+        decisions = self.schedule.step(steps) if keeps else None
+        plan = StepPlan.make(layout, self.rule, decisions)
+        selects = self._selects(plan, blocks, sum(step.decoding for step in steps))
+        return plan, selects, decisions
 
     def _decide(
         self, common: CommonAttentionMetadata, requests: StepRequests
@@ -261,6 +296,11 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.tally.add("hipserve_refreshes", (num_decoding - len(plan.kept)) * pruned)
         self.tally.add("hipserve_reuses", len(plan.kept) * pruned)
         return pruned > 0
+
+
+def heads_of(vllm_config: VllmConfig) -> int:
+    """Query heads of this worker."""
+    return vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
 
 
 def verified_rows(vllm_config: VllmConfig) -> int:

@@ -16,7 +16,6 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
 from hipserve.attention.meter import Meter, MeteredRows
-from hipserve.cache.mapped import MappedPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
@@ -26,7 +25,7 @@ from hipserve.integrations.vllm import compat, runners, settings
 from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import Tally, tally
 from hipserve.integrations.vllm.offload import HostedLayer
-from hipserve.integrations.vllm.step import HiPStep, first_rows
+from hipserve.integrations.vllm.step import HiPStep
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, PruningRule, RefreshSchedule
 from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
@@ -129,20 +128,27 @@ class HiPImpl(AttentionImpl[HiPStep]):
         if attn_metadata is None:
             touch_scratch(query, self.config)
             return output.fill_(0)
-        step = attn_metadata
-        hosted = self.hosted
+        step, hosted = attn_metadata, self.hosted
         pages = hosted.blocks(kv_cache) if hosted else self.pages_of(layer, kv_cache)
         new = (key, value) if self.writes and key is not None and value is not None else None
-        keeps = self.keeps_index(layer)
-        keys = BlockKeys(pages, step, new, keeps, hosted and hosted.pages)
-        q = first_rows(query, step.num_tokens)
-        room = first_rows(output, step.num_tokens)
-        out, _ = self._layer_of(layer, step).forward(q, keys, room)
-        if hosted:
-            self.tally.add("hipserve_pool_read_bytes", hosted.pages.last_read_bytes)
+        keys = BlockKeys(pages, step, new, self.keeps_index(layer), hosted)
+        if step.parts:
+            keys.append()
+        for part in reversed(step.parts):
+            self._attend(layer, query, BlockKeys(pages, part, None, False, hosted), output)
+        if not step.parts:
+            self._attend(layer, query, keys, output)
+        return output
+
+    def _attend(self, layer: Any, query: Tensor, keys: BlockKeys, output: Tensor) -> None:
+        """The rows of a step: `query` and `output` `[num_tokens, num_q_heads, head_dim]`."""
+        step = keys.step
+        room = step.rows_of(output)
+        out, _ = self._layer_of(layer, step).forward(step.rows_of(query), keys, room)
+        if self.hosted is not None:
+            self.tally.add("hipserve_pool_read_bytes", self.hosted.last_read_bytes)
         if out is not room:
             room.copy_(out)
-        return output
 
     def _layer_of(self, layer: Any, step: HiPStep) -> AttentionLayer:
         """How this layer attends in this step."""
@@ -184,7 +190,7 @@ class BlockKeys:
     step: HiPStep
     new: tuple[Tensor, Tensor] | None
     keeps_index: bool
-    hosted: MappedPages | None = None
+    hosted: HostedLayer | None = None
     fresh: None = None
 
     @property
@@ -199,8 +205,12 @@ class BlockKeys:
         step = self.step
         if self.keeps_index and step.found_pages is not None:
             rebuild_index(self.pages, step.found_pages)
-        if self.new is not None:
-            k, v = (first_rows(x, step.num_tokens) for x in self.new)
+        if self.new is not None and self.hosted is not None:
+            for part in step.parts or (step,):
+                k, v = (part.rows_of(x) for x in self.new)
+                self.hosted.pages.write(k, v, part.slot_mapping, part.writes)
+        elif self.new is not None:
+            k, v = (step.rows_of(x) for x in self.new)
             write_kv(
                 k,
                 v,
@@ -223,7 +233,8 @@ class BlockKeys:
     ) -> KeyPool:
         if self.hosted is None:
             return self.pages.pool
-        return self.hosted.fetch(selection, layout, config, rule)
+        self.hosted.pages.sequences = self.step.writes
+        return self.hosted.pages.fetch(selection, layout, config, rule)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,18 +57,21 @@ def check_engine(config: HiPConfig, offload: Offload | None, engine: Engine) -> 
 
 
 def check_offload(offload: Offload, config: HiPConfig, engine: Engine) -> None:
-    """Raises ConfigError where keys and values cannot be in a file."""
+    """Raises ConfigError where keys and values cannot be apart from KV blocks."""
+    on_gpu = engine.device == "cuda"
     reasons = {
-        f"a device of the type {engine.device}, where it has not been run yet": engine.device
-        != "cpu",
-        "no file": offload.file is None,
+        f"a device of the type {engine.device}": engine.device not in ("cpu", "cuda"),
+        "no file": not on_gpu and offload.file is None,
+        "a file beside a GPU": on_gpu and offload.file is not None,
         "code_bits 16, which reads the keys": config.code_bits == 16,
+        "dense_layers, which read all keys in every step": on_gpu and bool(config.dense_layers),
         f"{engine.workers} worker processes": engine.workers > 1,
         "a KV connector, which would move the index only": engine.connects,
         "speculative decoding": engine.speculates,
     }
+    place = "host memory beside a GPU" if on_gpu else "a file beside a CPU"
     for reason in (reason for reason, found in reasons.items() if found):
-        expected = "one worker on a CPU, a file, code_bits 4 or 8, and no connector"
+        expected = f"one worker, {place}, code_bits 4 or 8, and no connector"
         raise ConfigError("offload", expected, reason)
 
 

@@ -58,8 +58,13 @@ METRICS = (
     Metric("hipserve_dense_query_blocks", _DENSE, "model_window"),
     Metric("hipserve_dense_query_blocks", _DENSE, "short"),
     Metric("hipserve_page_bound_bytes", "Memory of the index inside the KV blocks.", gauge=True),
-    Metric("hipserve_pool_bytes", "Keys and values in a file, apart from KV blocks.", gauge=True),
-    Metric("hipserve_pool_read_bytes", "Bytes of that file that steps needed, summed over layers."),
+    Metric("hipserve_pool_bytes", "Keys and values apart from KV blocks.", gauge=True),
+    Metric("hipserve_arena_bytes", "Tiles of them on the device, and tables.", gauge=True),
+    Metric("hipserve_tiles_needed", "Tiles that steps read, summed over layers and heads."),
+    Metric("hipserve_tiles_loaded", "Those of them that had to be loaded from host memory."),
+    Metric(
+        "hipserve_pool_read_bytes", "Bytes of a file with them that steps needed, of all layers."
+    ),
     Metric("hipserve_pool_stalls", "Page faults of workers with such a file that read a disk."),
 )
 LAYER_METRICS = (

@@ -1,7 +1,8 @@
-"""Keys and values of an engine on a CPU in a mapped file: KV blocks hold their index only.
+"""Keys and values of an engine apart from KV blocks, which hold their index only.
 
-The blocks of the file have the ids that vLLM gives out, so prefix hits, preemption and blocks that
-are used again need nothing of their own: an index stays in its block, and its keys in theirs.
+They are in a mapped file beside a CPU, and in host memory beside a GPU. Their pages have the ids
+that vLLM gives out, so prefix hits, preemption and blocks that are used again need nothing of their
+own: an index stays in its block, and its keys in their page.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hipserve.cache.host import GRANULARITY, MappedFile
+from hipserve.cache import HostedStore, OffloadedLayers
+from hipserve.cache.host import GRANULARITY
 from hipserve.cache.mapped import MappedPages
-from hipserve.errors import BackendError, ConfigError
+from hipserve.cache.tiles import TiledPages
+from hipserve.errors import BackendError, ConfigError, FitError
 from hipserve.integrations.vllm.kv_block import BlockLayout, BlockPages, index_of
 from hipserve.offload import Offload, format_bytes
+from hipserve.types import TileArena
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from hipserve.config import HiPConfig
+    from hipserve.integrations.vllm.metrics import Tally
 
 
 def index_only(spec: AttentionSpec, layout: BlockLayout) -> AttentionSpec:
@@ -57,7 +64,7 @@ def check_blocks(
 
 @dataclass(frozen=True, slots=True)
 class HostedLayer:
-    """One layer's keys and values in a mapped file.
+    """One layer's keys and values apart from KV blocks.
 
     Attributes:
         layout: of its blocks.
@@ -65,25 +72,87 @@ class HostedLayer:
     """
 
     layout: BlockLayout
-    pages: MappedPages
+    pages: HostedStore
 
-    @classmethod
-    def make(cls, offload: Offload, layout: BlockLayout, num_blocks: int) -> HostedLayer:
-        """Takes the space of all blocks on the disk.
+    @property
+    def arena(self) -> TileArena | None:
+        """Tiles on a GPU."""
+        return self.pages.arena if isinstance(self.pages, TiledPages) else None
 
-        Raises:
-            FitError: the disk has less.
-        """
-        assert offload.file is not None
-        nbytes = num_blocks * layout.content_bytes
-        nbytes = -(-nbytes // GRANULARITY) * GRANULARITY
-        memory = MappedFile(offload.file, nbytes).stretch(0, nbytes)
-        memory.reserve(nbytes)
-        like = torch.empty(0, layout.num_kv_heads, layout.head_dim, dtype=layout.dtype)
-        return cls(layout, MappedPages(layout.block_size, layout.form, like, memory))
+    @property
+    def last_read_bytes(self) -> int:
+        """What the last step needed of a file."""
+        return self.pages.last_read_bytes if isinstance(self.pages, MappedPages) else 0
 
     def blocks(self, kv_cache: Tensor) -> BlockPages:
-        """Keys and values in the file, and the index in vLLM's kv_cache
-        `[num_blocks, num_kv_heads, block_size, content]`."""
-        pool = self.pages.pool
-        return BlockPages(pool, index_of(kv_cache, self.layout, 0, pool.k_cache))
+        """Keys and values here, and their index in vLLM's kv_cache
+        `[num_blocks, num_kv_heads, block_size, content]`, on which this is kept as in `pages_of`.
+        """
+        known: BlockPages | None = getattr(kv_cache, "hipserve_pages", None)
+        if known is None:
+            pool = self.pages.pool
+            known = BlockPages(pool, index_of(kv_cache, self.layout, 0, pool.k_cache))
+            kv_cache.hipserve_pages = known  # type: ignore[attr-defined]
+        self.pages.index = known.index
+        return known
+
+
+class LoadCounter:
+    """Tallies what arenas count, some steps later: nothing waits for the device.
+
+    Args:
+        arenas: of all layers.
+        tally: of this process.
+    """
+
+    EVERY = 16
+    """Steps between two looks."""
+
+    def __init__(self, arenas: list[TileArena], tally: Tally) -> None:
+        self._arenas, self._tally, self._steps, self._told = arenas, tally, 0, [0, 0]
+        tally.add("hipserve_arena_bytes", sum(arena.nbytes for arena in arenas))
+        pinned = arenas[0].counts.is_cuda
+        self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
+
+    def step(self) -> None:
+        """Called before every step."""
+        self._steps += 1
+        if self._steps % self.EVERY:
+            return
+        found = self._counts.tolist()  # asked for so many steps ago
+        for name, now, before in zip(("needed", "loaded"), found, self._told, strict=True):
+            self._tally.add(f"hipserve_tiles_{name}", now - before)
+        self._told = found
+        counts = torch.stack([arena.counts for arena in self._arenas]).sum((0, 1))
+        self._counts.copy_(counts, non_blocking=True)
+
+
+def host_layers(
+    offload: Offload,
+    layout: BlockLayout,
+    config: HiPConfig,
+    *,
+    device: torch.device,
+    layers: int,
+    blocks: int,
+) -> list[HostedLayer]:
+    """So many layers, in the order they compute in, with the memory of so many blocks each.
+
+    Raises:
+        FitError: the disk, the host or the device has less.
+    """
+    nbytes = layers * (-(-blocks * layout.content_bytes // GRANULARITY) * GRANULARITY)
+    offload = replace(offload, host_memory=nbytes, device_memory=offload.device_bytes)
+    shape = (0, layout.num_kv_heads, layout.head_dim)
+    try:
+        shared = OffloadedLayers(offload, layers, config, longest=layout.keys)
+        like = torch.empty(shape, dtype=layout.dtype, device=device)
+        made = [shared.make_store(layout.block_size, layout.form, like) for _ in range(layers)]
+        for pages in made:
+            pages.hold(blocks)
+    except torch.OutOfMemoryError as error:
+        tiles = format_bytes(offload.device_bytes)
+        needs = f"tiles of {tiles}, and two layers of {layout.keys:,} tokens that are being read"
+        hint = "lower device_memory, host_memory or --max-model-len"
+        raise FitError(f"the GPU has no room for {needs}", hint) from error
+    return [HostedLayer(layout, pages) for pages in made]

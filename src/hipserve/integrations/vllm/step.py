@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
+from hipserve.cache import Write
 from hipserve.integrations.vllm.kv_block import DueRuns
 from hipserve.plan import CapturedPlan, SequenceStep, StepPlan
 
@@ -33,6 +35,10 @@ class HiPStep(AttentionMetadata):
         found_pages: `[n]` int64, pages of keys that a request of this step found computed when it
             started, or None: their index is built before anybody reads it.
         due_runs: runs that are joined once the keys of the step are written; None for none.
+        writes: what every sequence appends, where keys and values are not in KV blocks.
+        first_row: of q.
+        parts: steps that are computed one after the other in place of this one, whose keys are
+            written first, those of all parts; none for all at once.
     """
 
     num_tokens: int
@@ -43,6 +49,17 @@ class HiPStep(AttentionMetadata):
     single_rows: bool = False
     found_pages: Tensor | None = None
     due_runs: DueRuns | None = None
+    writes: Sequence[Write] = ()
+    first_row: int = 0
+    parts: list[HiPStep] = field(default_factory=list["HiPStep"])
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The rows of `x` `[num_tokens, ...]` that are of this step, and no padding.
+
+        Most steps have all, and a slice costs more than asking.
+        """
+        whole = x.shape[0] == self.num_tokens
+        return x if whole else x[self.first_row : self.first_row + self.num_tokens]
 
 
 def host_seq_lens(common: CommonAttentionMetadata) -> Tensor:
@@ -136,11 +153,3 @@ def due_runs(
     if all(a // length == b // length for a, b in zip(known, ends, strict=True)):
         return None
     return DueRuns(common.block_table_tensor, ends, known)
-
-
-def first_rows(x: Tensor, count: int) -> Tensor:
-    """The rows of `x` `[num_tokens, ...]` that are no padding.
-
-    Most steps have none, and a slice costs more than asking.
-    """
-    return x if x.shape[0] == count else x[:count]

@@ -1,0 +1,150 @@
+"""Inside vLLM on one GPU: HiP attention with keys and values in host memory, and beside the model.
+
+    python benchmarks/offload_vllm.py                              # the 8B shape, 32k and 120k
+    python benchmarks/offload_vllm.py --layers 4 --lengths 16k     # a quick look
+
+The model is that of `gpu_vllm.py`: the shape of Llama 8B with random weights. Both sides search
+codes of 4 bits and have a process of their own. Their answers are compared, tokens and
+log-probabilities: of a prompt alone, of two at a time, and of a second question, whose text vLLM
+finds. Times are medians: of first tokens, and of steps in which every sequence gets a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gpu_vllm
+from gpu_vllm import FOUND, TOLERANCE, Engine, difference, random_ids, say
+from hipserve.cli.numbers import parse_count, parse_size
+
+SIDES = ("resident", "offloaded")
+BLOCK = 256
+QUESTION = 64
+"""Tokens of a second question."""
+ANSWER = 16
+"""Tokens of answers that are compared."""
+
+
+def engine_of(options: argparse.Namespace) -> Engine:
+    """The side's engine, in this process."""
+    shape = gpu_vllm.SHAPE
+    shape["num_hidden_layers"] = options.layers
+    hip: dict[str, Any] = {"code_bits": 4, "rerank": 8, "refresh_interval": options.interval}
+    flags = {"max_num_seqs": 8, "block_size": BLOCK, **options.flags}
+    if options.side == "offloaded":
+        token = options.layers * 2 * shape["num_key_value_heads"] * shape["head_dim"] * 2
+        sizes = {"host_memory": options.host_memory, "device_memory": options.device_memory}
+        hip["offload"] = sizes
+        flags["num_gpu_blocks_override"] = options.host_memory // (token * BLOCK)
+    return Engine("CUSTOM", {**flags, "additional_config": {"hip": hip}})
+
+
+def loads(engine: Engine) -> tuple[float, float]:
+    """Tiles needed and loaded so far."""
+    from hipserve.integrations.vllm import metrics
+
+    values = metrics.totals({metrics.directory(engine.engine.vllm_config.instance_id)})
+    names = [metric.name for metric in metrics.METRICS]
+    needed, loaded = (values[names.index(f"hipserve_tiles_{x}")] for x in ("needed", "loaded"))
+    return needed, loaded
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Answers and times of one side."""
+    import torch
+
+    engine = engine_of(options)
+    found: dict[str, Any] = {"answers": {}, "rows": []}
+    for length in options.lengths:
+        ids = [random_ids(f"{length} {i}", length) for i in range(max(5, max(options.batches)))]
+        again = ids[0] + random_ids("again", QUESTION)
+        found["answers"][f"{length} alone"] = engine.answer(ids[:1], ANSWER, likely=True).likely
+        together = engine.answer(ids[1:3], ANSWER, likely=True).likely
+        found["answers"][f"{length} together"] = together
+        question = engine.answer([again], ANSWER, likely=True)
+        found["answers"][f"{length} second question"] = question.likely
+        first = [engine.answer([x], 1).first for x in ids[3:5]]
+        row = {"side": options.side, "length": length, "first_token_s": statistics.median(first)}
+        questions = [again + random_ids(f"more {i}", QUESTION) for i in range(3)]
+        asked = [engine.answer([x], 1).first for x in questions]
+        row |= {"question_s": statistics.median(asked)}
+        for x in ids:
+            engine.answer([x], 1)  # they are all found from here on
+        for batch in options.batches:
+            before = loads(engine)
+            steps = engine.answer(ids[:batch], options.steps).steps
+            needed, loaded = (b - a for a, b in zip(before, loads(engine), strict=True))
+            step = statistics.median(steps)
+            found["rows"].append(
+                row
+                | {"batch": batch, "step_ms": step * 1e3, "tokens_per_s": batch / step}
+                | {"hit_ratio": 1 - loaded / needed if needed else None}
+                | {"card_bytes": torch.cuda.max_memory_allocated(), "start_s": engine.start_s}
+            )
+            say(json.dumps(found["rows"][-1]))
+    return found
+
+
+def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One side in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(options.logs or folder, f"{name}.log")
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
+        with log.open("w", encoding="utf-8") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        lines = log.read_text(encoding="utf-8").splitlines()
+    found = [line.removeprefix(FOUND) for line in lines if line.startswith(FOUND)]
+    if code or not found:
+        sys.exit(f"{name} FAILED ({code}):\n" + "\n".join(lines[-60:]))
+    return json.loads(found[0])
+
+
+def steps_of(likely: list[list[dict[str, float]]]) -> list[list[dict[int, float]]]:
+    """Numbers as they were before they were JSON."""
+    return [[{int(t): p for t, p in step.items()} for step in answer] for answer in likely]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--lengths", default="32k,120k")
+    parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--interval", type=int, default=1, help="steps that share a selection")
+    parser.add_argument("--steps", type=int, default=96, help="tokens of an answer that is timed")
+    parser.add_argument("--host-memory", type=parse_size, default=96 * 2**30)
+    parser.add_argument("--device-memory", type=parse_size, default=8 * 2**30)
+    parser.add_argument("--flags", type=json.loads, default={}, help="vLLM's, as JSON")
+    parser.add_argument("--logs", help="folder for what the engines print")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--side", help="run this side only, in this process")
+    options = parser.parse_args()
+    options.lengths = [parse_count(x) for x in options.lengths.split(",")]
+    options.batches = [int(x) for x in options.batches.split(",")]
+    if options.side:
+        say(FOUND + json.dumps(measure(options)))
+        return
+    results = {name: side(name, options) for name in options.sides.split(",")}
+    for result in results.values():
+        for row in result["rows"]:
+            say(json.dumps(row))
+    if set(results) < set(SIDES):
+        return
+    wrong: list[str] = []
+    for name, ours in results["offloaded"]["answers"].items():
+        theirs = results["resident"]["answers"][name]
+        apart = difference(steps_of(ours), steps_of(theirs))
+        say(f"log-probabilities apart by at most {apart:.4f}: {name}")
+        wrong += [name] if not apart <= TOLERANCE else []
+    if wrong:
+        sys.exit(f"the answers differ: {'; '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
