@@ -58,15 +58,17 @@ def is_asked_for(
     Raises:
         ArgumentError: the options do not go together, or not with this device.
     """
-    from hipserve.platform import default_device
-
     sizes = {"host_kv_memory": host_memory, "kv_device_memory": device_memory}
     if not offload and file is None:
         for name, size in sizes.items():
             if size is not None:
                 raise ArgumentError(name, "--kv-offload or --kv-file with it", "neither")
         return False
-    on_cpu = (device or default_device()).startswith("cpu")
+    if device is None:
+        from hipserve.platform import default_device
+
+        device = default_device()
+    on_cpu = device.startswith("cpu")
     if dense:
         raise ArgumentError("dense", "keys beside the model: it reads all of them", "offloading")
     if offload and on_cpu:

@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from hipserve.capacity.advice import OFFLOAD_CODE_BITS
 from hipserve.capacity.shape import ModelShape
-from hipserve.cli import options
+from hipserve.cli import offloading, options
 from hipserve.cli.numbers import parse_count, parse_size
 from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
-from hipserve.host import HostMemory
+from hipserve.host import HostMemory, installed_gpu
 from hipserve.integrations.extend import check_rope, text_config, yarn_parameters
 from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
@@ -51,18 +50,17 @@ def serve(
     budget: options.Budget = None,
     selector: options.Selector = None,
     code_bits: options.CodeBits = None,
-    kv_file: Annotated[
-        Path | None,
-        typer.Option(
-            parser=options.parse_path,
-            metavar="PATH",
-            help="Keys and values in a file made here; on CPUs.",
-        ),
-    ] = None,
+    kv_offload: offloading.KvOffload = False,
+    kv_file: offloading.KvFile = None,
     host_kv_memory: Annotated[
         int | None,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Size of that file: 8G, 64GiB."),
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Room for them, such as 64GiB; half of what is available, or needed for a file.",
+        ),
     ] = None,
+    kv_device_memory: offloading.KvDeviceMemory = None,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     extend: options.Extend = None,
@@ -84,13 +82,14 @@ def serve(
     check(model, (*flags, *held))
     check_access(host, api_key, allow_unauthenticated)
     check_port(host, port)
-    offload = make_offload(kv_file, host_kv_memory, dense)
-    if offload is not None and code_bits is None and config is None:
-        code_bits = OFFLOAD_CODE_BITS
+    sizes = (host_kv_memory, kv_device_memory)
+    offload = make_offload(kv_file, *sizes, dense=dense, on_host=kv_offload)
     given = (config, preset, budget, selector, code_bits)
     if dense:
         options.refuse_with_dense(*given, meter=meter)
     settings = None if dense else options.make_config(*given, extend=extend, meter=meter)
+    if offload is not None and settings is not None:
+        settings = offloading.offloaded(settings, code_bits, config, None if on_cpu() else preset)
     path = model
     if model == BUNDLED:
         path, flags = str(bundled_path()), (*quick_start(flags), *flags)
@@ -105,8 +104,8 @@ def serve(
     if offload is not None:
         server = with_offload(server, offload, shape)
     memory = HostMemory.read()
-    if shape is not None and memory is not None and on_cpu():
-        check_fit(server, shape, memory)
+    if shape is not None and memory is not None and (on_cpu() or offload is not None):
+        check_fit(server, shape, memory, None if on_cpu() else installed_gpu())
     run(server, verbose)
 
 
@@ -140,37 +139,47 @@ def extended(server: Server, table: dict[str, Any]) -> Server:
     return replace(server, config=config, flags=(*server.flags, *flags))
 
 
-def make_offload(file: Path | None, memory: int | None, dense: bool) -> Offload | None:
-    """Where keys and values live, if not in KV blocks.
+def make_offload(
+    file: Path | None,
+    memory: int | None,
+    device_memory: int | None = None,
+    *,
+    dense: bool = False,
+    on_host: bool = False,
+) -> Offload | None:
+    """Where keys and values live, if not in KV blocks; in half of the memory that is available
+    where no size is given for those of a GPU.
 
     Raises:
-        ArgumentError: one option without the other, with dense attention, or with a GPU.
+        ArgumentError: the options do not go together, or not with this machine.
     """
-    if file is None and memory is None:
+    device = "cpu" if on_cpu() else "cuda"
+    asked = (on_host, file, memory, device_memory)
+    if not offloading.is_asked_for(*asked, device=device, dense=dense):
         return None
-    if file is None or memory is None:
-        got = "--kv-file alone" if memory is None else "--host-kv-memory alone"
-        raise ArgumentError("kv_file", "--kv-file and --host-kv-memory together", got)
-    if dense:
-        raise ArgumentError("dense", "keys in memory, as vLLM has them", "--kv-file")
-    if not on_cpu():
-        got = "a machine with a GPU, where it has not been run yet"
-        raise ArgumentError("kv_file", "a CPU machine", got)
-    return Offload(host_memory=memory, file=file.absolute())
+    host = HostMemory.read()
+    if memory is None and (file is not None or host is None):
+        hint = "add --host-kv-memory, such as 64GiB"
+        raise ArgumentError("host_kv_memory", "the size of the file or of the pool", "none", hint)
+    if memory is None and host is not None:
+        memory = host.available // 2
+    assert memory is not None
+    return Offload(memory, device_memory, file and file.absolute())
 
 
 def with_offload(server: Server, offload: Offload, shape: ModelShape | None) -> Server:
-    """The server with as many KV blocks as the file holds.
+    """The server with as many KV blocks as the file or the host's memory holds.
 
     Raises:
         ArgumentError: nobody knows the size of a block, or some layers have a window.
     """
+    name = "kv_offload" if offload.file is None else "kv_file"
     if shape is None:
         expected = "a model whose config.json is on this machine"
-        raise ArgumentError("kv_file", expected, server.model)
+        raise ArgumentError(name, expected, server.model)
     if shape.full_layers < len(shape.windows):
         expected = "a model whose layers all read every key"
-        raise ArgumentError("kv_file", expected, f"{shape.family}, some with a window")
+        raise ArgumentError(name, expected, f"{shape.family}, some with a window")
     server = replace(server, offload=offload)
     return replace(server, hosted=host_blocks(server, shape))
 

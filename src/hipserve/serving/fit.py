@@ -10,7 +10,7 @@ from hipserve.capacity.advice import readable
 from hipserve.capacity.memory import BLOCK, Parts, Room, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.errors import FitError
-from hipserve.host import HostMemory
+from hipserve.host import HostMemory, InstalledGpu
 from hipserve.serving.command_line import HostedBlocks, Server
 from hipserve.serving.environment import kv_memory
 
@@ -24,15 +24,23 @@ FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G
 """Suffixes of vLLM's numbers."""
 
 
-def check_fit(server: Server, shape: ModelShape, host: HostMemory) -> None:
+def check_fit(
+    server: Server, shape: ModelShape, host: HostMemory, gpu: InstalledGpu | None = None
+) -> None:
     """Refuses a model whose weights and KV cache exceed what the machine has available, and a KV
     cache that cannot hold one sequence of the context: vLLM would say so after loading.
+
+    gpu: with offload, where the model is.
 
     Raises:
         FitError: with the numbers and the nearest flags that fit.
     """
     if server.offload is not None:
-        check_hosted(server, shape, host)
+        check_pool(server, shape)
+        if server.offload.file is not None:
+            check_hosted(server, shape, host)
+        elif gpu is not None:
+            check_card(server, shape, gpu, host)
         return
     if server.num_workers > 1 or any(server.option(flag) is not None for flag in OTHER_SHAPES):
         return
@@ -58,14 +66,13 @@ def host_blocks(server: Server, shape: ModelShape) -> HostedBlocks:
     return HostedBlocks(count, math.ceil(count * size * token))
 
 
-def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
-    """The same for a server whose keys and values are in a file: weights and the index of all
-    blocks in memory, one sequence and vLLM's empty block in the file.
+def check_pool(server: Server, shape: ModelShape) -> None:
+    """Refuses a file or a pool that does not hold one sequence and vLLM's empty block.
 
     Raises:
-        FitError: with the numbers.
+        FitError: with the nearest flags that fit.
     """
-    service, (blocks, index) = wanted(server, shape), host_blocks(server, shape)
+    service, (blocks, _) = wanted(server, shape), host_blocks(server, shape)
     size = number(server.option("--block-size")) or BLOCK
     needed = -(-service.context // size) + 1
     if blocks < needed:
@@ -76,7 +83,16 @@ def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
             f"values, and {blocks} blocks fit --host-kv-memory",
             f"--max-model-len {room} or --host-kv-memory {memory}" if room else "",
         )
-    parts = replace(service, offload=True).parts()
+
+
+def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
+    """The same for weights and the index of all blocks, in the memory of a CPU machine.
+
+    Raises:
+        FitError: with the numbers.
+    """
+    _, index = host_blocks(server, shape)
+    parts = replace(wanted(server, shape), offload=True).parts()
     total = parts.device - parts.index + index
     if total > host.available:
         raise FitError(
@@ -85,6 +101,36 @@ def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
             f"{readable(total)}, and {_available(host)}",
             "lower --host-kv-memory, whose blocks the index describes",
         )
+
+
+def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostMemory) -> None:
+    """The same for the memory of a GPU, with tiles and the pages of a text that is read; and for
+    the pool on the host.
+
+    Raises:
+        FitError: with the numbers.
+    """
+    assert server.offload is not None
+    (_, index), arena = host_blocks(server, shape), server.offload.device_bytes
+    parts = replace(wanted(server, shape), offload=True, on_gpu=True).parts()
+    rest = parts.activations + parts.reserve + parts.table + parts.staging
+    total = parts.weights + index + arena + rest
+    if total > gpu.memory:
+        raise FitError(
+            f"{server.name} does not fit {gpu.name}: weights {readable(parts.weights)} + index "
+            f"{readable(index)} + tiles {readable(arena)} + staging and steps {readable(rest)} = "
+            f"{readable(total)}, and it has {readable(gpu.memory)}",
+            "lower --host-kv-memory, whose blocks the index describes, or --kv-device-memory",
+        )
+    if arena < parts.arena:
+        raise FitError(
+            f"tiles that one step reads take {readable(parts.arena)}, and --kv-device-memory is "
+            f"{readable(arena)}",
+            f"--kv-device-memory {parts.arena}",
+        )
+    if server.offload.host_bytes > host.available:
+        asked = readable(server.offload.host_bytes)
+        raise FitError(f"--host-kv-memory is {asked}, and {_available(host)}")
 
 
 def wanted(server: Server, shape: ModelShape) -> Service:

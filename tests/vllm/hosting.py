@@ -1,0 +1,119 @@
+"""What engines answer with keys and values in host memory, as beside a GPU: pool, arena and staging
+in the memory of this machine, poisoned, and the reference in place of kernels.
+
+`python hosting.py SCENARIO... FILE` runs scenarios in turn and writes their results as JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from engines import (
+    BLOCK_BYTES,
+    NEW,
+    PRUNED,
+    builder,
+    counts,
+    end,
+    engine,
+    main,
+    preemptions,
+    prompts,
+)
+
+from hipserve import HiPConfig, platform
+from hipserve.cache import OffloadedLayers, offload
+from hipserve.cache.host import PinnedMemory
+from hipserve.cache.tiles import row_tiles
+from hipserve.offload import slot_bytes
+
+CODED: dict[str, Any] = {**PRUNED, "dense_layers": []}
+LAYERS, HEADS, DIM = 12, 2, 64
+FLOOR = row_tiles(HiPConfig.from_dict(CODED)) * slot_bytes(HEADS, DIM, 4) * LAYERS
+"""Bytes of the smallest arena: a single row reads so much."""
+
+
+def questions() -> list[list[int]]:
+    """Prompts of all lengths, one of which begins with a block of another in the same step."""
+    ids = prompts((3, 300, 250, 505, 700))
+    return [*ids[:2], ids[1][:256] + ids[4][:20], *ids[2:]]
+
+
+def as_on_a_gpu() -> None:
+    """Tiles instead of a file, computed by the reference."""
+    from hipserve.integrations.vllm import limits
+
+    off = platform.NativeLibrary(None, "only the reference has tiles here")
+    platform.native_library = lambda: off  # type: ignore[assignment]
+    limits.check_offload = lambda *_: None
+    tiled = OffloadedLayers._tiled
+
+    def poisoned(*asked: Any) -> Any:
+        made: Any = tiled(*asked)
+        made._host.fill_(torch.nan)
+        made.arena.tiles.fill_(torch.nan)
+        for buffer in made._staging._buffers:
+            buffer.pages.pages.fill_(torch.nan)
+        return made
+
+    OffloadedLayers.make_store = poisoned  # type: ignore[method-assign]
+    unpinned: Any = functools.partial(PinnedMemory, pinned=False)
+    offload.PinnedMemory = unpinned  # type: ignore[misc]
+
+
+def answers(llm: Any, ids: list[list[int]]) -> list[list[list[float]]]:
+    """Tokens and their log-probabilities, all prompts together."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0)
+    asked: Any = [{"prompt_token_ids": one} for one in ids]
+    outputs = [out.outputs[0] for out in llm.generate(asked, params, use_tqdm=False)]
+    return [
+        [[token, step[token].logprob] for token, step in zip(x.token_ids, x.logprobs, strict=True)]
+        for x in outputs
+    ]
+
+
+def hosted(report: dict[str, Any]) -> None:
+    """The same prompts in the same steps: beside the model, with the smallest arena, and with one
+    for several rows; then found, and short of blocks."""
+    as_on_a_gpu()
+    ids = questions()
+    llm = engine("CUSTOM", CODED, num_gpu_blocks_override=48)
+    report["resident"] = answers(llm, ids)
+    report["resident, found"] = answers(llm, ids)
+    end(llm)
+    for name, device in (("floor", FLOOR), ("room", 7 * FLOOR // 2)):
+        hip = {**CODED, "offload": {"host_memory": 48 * BLOCK_BYTES, "device_memory": device}}
+        llm = engine("CUSTOM", hip, num_gpu_blocks_override=48)
+        parts = counting(llm)
+        report[name] = answers(llm, ids)
+        report[f"{name}, parts"] = max(parts)
+        report[f"{name}, found"] = answers(llm, ids)
+        report[f"{name}, counts"] = counts(llm)
+        end(llm)
+        llm = engine("CUSTOM", hip, num_gpu_blocks_override=6, max_model_len=1024)
+        seen = preemptions(llm)
+        report[f"{name}, preempted"] = answers(llm, ids)
+        report[f"{name}, preemptions"] = len(seen)
+        end(llm)
+
+
+def counting(llm: Any) -> list[int]:
+    """How many parts every step from now on has."""
+    made, seen = builder(llm), list[int]()
+    build = made.build
+
+    def built(*asked: Any, **named: Any) -> Any:
+        step = build(*asked, **named)
+        seen.append(len(step.parts) or 1)
+        return step
+
+    made.build = built
+    return seen
+
+
+if __name__ == "__main__":
+    main({"hosted": hosted})
