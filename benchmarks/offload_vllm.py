@@ -1,7 +1,7 @@
 """Inside vLLM on one GPU: HiP attention with keys and values in host memory, and beside the model.
 
     python benchmarks/offload_vllm.py                              # the 8B shape, 32k and 120k
-    python benchmarks/offload_vllm.py --layers 4 --lengths 16k     # a quick look
+    python benchmarks/offload_vllm.py --layers 4 --lengths 32k --host-memory 12GiB   # a quick look
 
 The model is that of `gpu_vllm.py`: the shape of Llama 8B with random weights. Both sides search
 codes of 4 bits and have a process of their own. Their answers are compared, tokens and
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         questions = [again + random_ids(f"more {i}", QUESTION) for i in range(3)]
         asked = [engine.answer([x], 1).first for x in questions]
         row |= {"question_s": statistics.median(asked)}
-        for x in ids:
+        for x in ids[: max(options.batches)]:
             engine.answer([x], 1)  # they are all found from here on
         for batch in options.batches:
             before = loads(engine)
@@ -115,10 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--lengths", default="32k,120k")
-    parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--batches", default="1,2")
     parser.add_argument("--interval", type=int, default=1, help="steps that share a selection")
     parser.add_argument("--steps", type=int, default=96, help="tokens of an answer that is timed")
-    parser.add_argument("--host-memory", type=parse_size, default=96 * 2**30)
+    parser.add_argument("--host-memory", type=parse_size, default=64 * 2**30)
     parser.add_argument("--device-memory", type=parse_size, default=8 * 2**30)
     parser.add_argument("--flags", type=json.loads, default={}, help="vLLM's, as JSON")
     parser.add_argument("--logs", help="folder for what the engines print")

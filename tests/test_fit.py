@@ -15,7 +15,7 @@ from hipserve.capacity.shape import ModelShape
 from hipserve.cli import serve
 from hipserve.cli.ready import describe_index
 from hipserve.cli.serve import make_offload, shape_of, with_offload
-from hipserve.host import HostMemory
+from hipserve.host import HostMemory, InstalledGpu
 from hipserve.models import bundled_path
 from hipserve.models.config_file import read_config
 from hipserve.serving import command_line, environment
@@ -158,24 +158,47 @@ def test_a_file_has_to_hold_one_sequence_and_memory_its_index() -> None:
         check_fit(hosted("8GiB"), SHAPE, machine)
 
 
-def test_options_of_a_file_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_offloading_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "on_cpu", lambda: True)
-    assert make_offload(None, None, False) is None
-    found = make_offload(Path("kv"), GIB, False)
+    assert make_offload(None, None) is None
+    found = make_offload(Path("kv"), GIB)
     assert found == Offload(GIB, file=Path.cwd() / "kv")
-    for file, memory in ((Path("kv"), None), (None, GIB)):
-        with pytest.raises(ArgumentError, match="--kv-file and --host-kv-memory together"):
-            make_offload(file, memory, False)
+    with pytest.raises(ArgumentError, match="host_kv_memory: expected the size of the file"):
+        make_offload(Path("kv"), None)
+    with pytest.raises(ArgumentError, match="host_kv_memory: expected --kv-offload or --kv-file"):
+        make_offload(None, GIB)
     with pytest.raises(ArgumentError, match="dense"):
-        make_offload(Path("kv"), GIB, True)
-    monkeypatch.setattr(serve, "on_cpu", lambda: False)
-    with pytest.raises(ArgumentError, match="a GPU, where it has not been run yet"):
-        make_offload(Path("kv"), GIB, False)
+        make_offload(Path("kv"), GIB, dense=True)
+    with pytest.raises(ArgumentError, match="kv_offload: expected a model on a GPU"):
+        make_offload(None, GIB, on_host=True)
     with pytest.raises(ArgumentError, match="is on this machine"):
         with_offload(server(), found, None)
-    windowed = replace(SHAPE, windows=(64, *SHAPE.windows[1:]))
-    with pytest.raises(ArgumentError, match="some with a window"):
-        with_offload(server(), found, windowed)
+    monkeypatch.setattr(serve, "on_cpu", lambda: False)
+    with pytest.raises(ArgumentError, match="kv_file: expected a model on a CPU"):
+        make_offload(Path("kv"), GIB)
+    monkeypatch.setattr(HostMemory, "read", classmethod(lambda cls: HostMemory(64 * GIB, 48 * GIB)))
+    assert make_offload(None, None, on_host=True) == Offload(24 * GIB)
+    assert make_offload(None, GIB, GIB // 4, on_host=True) == Offload(GIB, GIB // 4)
+
+
+def test_a_card_has_to_hold_index_tiles_and_staging() -> None:
+    """The bundled model's pool of 1 GiB, whose tiles take an eighth."""
+    machine, card = HostMemory(64 * GIB, 8 * GIB), InstalledGpu("a card", 4 * GIB)
+
+    def served(offload: Offload) -> Server:
+        return with_offload(server(config=HiPConfig(code_bits=4)), offload, SHAPE)
+
+    check_fit(served(Offload(GIB)), SHAPE, machine, card)
+    with pytest.raises(FitError, match=r"tiles 3\.50 GiB \+ staging and steps"):
+        check_fit(served(Offload(GIB, 7 * GIB // 2)), SHAPE, machine, card)
+    with pytest.raises(FitError, match="tiles that one step reads take") as caught:
+        check_fit(served(Offload(GIB, 2**20)), SHAPE, machine, card)
+    least = int(caught.value.hint.split()[-1])
+    check_fit(served(Offload(GIB, least)), SHAPE, machine, card)
+    with pytest.raises(FitError, match=r"--host-kv-memory is 9\.00 GiB"):
+        check_fit(served(Offload(9 * GIB, GIB)), SHAPE, machine, InstalledGpu("a card", 80 * GIB))
+    with pytest.raises(FitError, match="a sequence of 131,072 tokens needs"):
+        check_fit(served(Offload(GIB // 2)), SHAPE, machine, card)
 
 
 @pytest.mark.parametrize(("bits", "codes"), [(16, ""), (4, " with codes of 4 bits")])

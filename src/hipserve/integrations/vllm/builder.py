@@ -180,6 +180,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
             made = host_layers(*asked, device=self.device, layers=len(impls), blocks=blocks)
             for impl, hosted in zip(impls, made, strict=True):
                 impl.hosted = hosted
+                self.tally.add("hipserve_arena_bytes", hosted.arena.nbytes if hosted.arena else 0)
             self.tally.add("hipserve_pool_bytes", len(impls) * blocks * layout.content_bytes)
         return [impl.hosted for impl in impls]
 

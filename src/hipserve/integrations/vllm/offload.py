@@ -110,7 +110,6 @@ class LoadCounter:
 
     def __init__(self, arenas: list[TileArena], tally: Tally) -> None:
         self._arenas, self._tally, self._steps, self._told = arenas, tally, 0, [0, 0]
-        tally.add("hipserve_arena_bytes", sum(arena.nbytes for arena in arenas))
         pinned = arenas[0].counts.is_cuda
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
 
