@@ -16,6 +16,7 @@ from torch import Tensor
 from hipserve.cache import HostedStore, OffloadedLayers
 from hipserve.cache.host import GRANULARITY
 from hipserve.cache.mapped import MappedPages
+from hipserve.cache.store import ordinary_tensors
 from hipserve.cache.tiles import TiledPages
 from hipserve.errors import BackendError, ConfigError, FitError
 from hipserve.integrations.vllm.kv_block import BlockLayout, BlockPages, index_of
@@ -126,6 +127,7 @@ class LoadCounter:
         self._counts.copy_(counts, non_blocking=True)
 
 
+@ordinary_tensors
 def host_layers(
     offload: Offload,
     layout: BlockLayout,
