@@ -113,6 +113,12 @@ def test_offload_is_proposed_where_it_helps_and_refused_where_it_does_not() -> N
     there = planned(*words, "--kv-offload")
     assert (there["fits"], there["config"]["code_bits"]) == (True, 4)
     assert there["parts"]["arena"] >= there["parts"]["arena_floor"] > 0
+    parts = there["parts"]
+    sizes = ["--host-kv-memory", str(parts["pool"]), "--kv-device-memory", str(parts["arena"])]
+    # without --code-bits: the server chooses 4, and as many candidates as the plan has
+    assert there["command"][-5:] == ["--kv-offload", *sizes]
+    eight = planned(*words, "--kv-offload", "--code-bits", "8")
+    assert eight["command"][-2:] == ["--code-bits", "8"]
     taken = sum(x for name, x in there["parts"].items() if name not in ("pool", "arena_floor"))
     assert taken == there["room"]["device"]
     assert there["room"]["host"] == 24 * GIB
@@ -128,6 +134,18 @@ def test_offload_is_proposed_where_it_helps_and_refused_where_it_does_not() -> N
     short = invoke(SHAPE, *little, "--host-kv-memory", "8GiB")
     assert short.exit_code == 1
     assert "the pool needs 56.03 GiB and may take 8.00 GiB" in short.stdout
+
+
+def test_no_command_is_proposed_that_serve_refuses(tmp_path: Path) -> None:
+    table = json.loads(Path(SHAPE).read_text("utf-8"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**table, "model_type": "gemma3", "sliding_window": 1024}), "utf-8")
+    there = planned(str(path), "--gpu", "h100-80g", "--kv-offload")
+    assert any(there["model"]["windows"])
+    assert (there["fits"], there["command"]) == (True, None)
+    shown = invoke(str(path), "--gpu", "h100-80g", "--kv-offload").stdout
+    assert "in Python HiPCache(" in shown
+    assert "hipserve serve" not in shown
 
 
 def test_a_pool_is_held_against_the_limit_of_the_container(
@@ -154,7 +172,7 @@ def test_a_cpu_machine_shares_its_memory() -> None:
 def test_a_cpu_machine_keeps_them_in_a_file() -> None:
     resident, there = planned(SHAPE), planned(SHAPE, "--kv-offload")
     assert there["parts"]["pool"] == resident["parts"]["keys_values"]
-    assert there["command"][-6:-2] == [
+    assert there["command"][-4:] == [
         "--kv-file",
         "kv",
         "--host-kv-memory",

@@ -19,7 +19,6 @@ from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
 from hipserve.cli.offloading import offloaded
 from hipserve.cli.output import result, result_json
-from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.host import HostMemory, installed_gpu
 from hipserve.models.bundled import BUNDLED
@@ -103,8 +102,8 @@ def plan(
         on_gpu=machine.on_gpu,
     )
     made = Plan(service, machine, machine.room(host_kv_memory))
-    given = _settings_flags(config, preset, budget, selector, settings)
-    command = ["hipserve", "serve", name, *_flags(made, max_num_batched_tokens), *given]
+    given = _settings_flags(config, preset, budget, selector, code_bits)
+    command = _command(made, name, [*_flags(made, max_num_batched_tokens), *given])
     if json:
         result_json(as_table(made, command))
     else:
@@ -137,13 +136,23 @@ def default_chunk(machine: Machine) -> int:
     return LARGE_CHUNK if large else CHUNK
 
 
+def _command(made: Plan, name: str, flags: list[str]) -> list[str]:
+    """The command that serves it; nothing where `serve` refuses to."""
+    shape = made.service.model
+    windowed = shape.full_layers < len(shape.windows)
+    return [] if made.service.offload and windowed else ["hipserve", "serve", name, *flags]
+
+
 def _flags(made: Plan, chunk: int | None) -> list[str]:
     """The flags of vLLM."""
     service = made.service
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
     parts = made.parts
-    if service.offload:
+    if service.offload and made.machine.on_gpu:
+        flags += ["--kv-offload", "--host-kv-memory", str(parts.pool)]
+        flags += ["--kv-device-memory", str(made.arena)]
+    elif service.offload:
         flags += ["--kv-file", "kv", "--host-kv-memory", str(parts.pool)]
     elif not made.machine.on_gpu:
         flags += ["--kv-cache-memory-bytes", str(parts.keys_values + parts.index + parts.windows)]
@@ -155,12 +164,12 @@ def _settings_flags(
     preset: str,
     budget: int | None,
     selector: str | None,
-    settings: HiPConfig,
+    code_bits: int | None,
 ) -> list[str]:
     """The flags of HiP attention, as they were given."""
     given = {"--config": config, "--budget": budget, "--selector": selector}
     given["--preset"] = preset if preset != "default" else None
-    given["--code-bits"] = settings.code_bits if settings.code_bits != 16 and not config else None
+    given["--code-bits"] = code_bits
     return [word for key, value in given.items() if value is not None for word in (key, str(value))]
 
 
@@ -180,13 +189,13 @@ def lines(made: Plan, name: str, command: list[str]) -> Iterator[str]:
         yield _line("longest", f"{made.longest_context:,} tokens of context by memory")
         yield _line("most", f"{made.most_sequences:,} sequences of this context at once")
         yield from _speed_lines(made)
-        if not service.offload or not made.machine.on_gpu:
+        if command:
             yield _line("command", shlex.join(command))
-        else:
+        if service.offload and made.machine.on_gpu:
             search = {key: getattr(service.config, key) for key in ("code_bits", "rerank")}
             sizes = f"host_memory={parts.pool}, device_memory={made.arena}"
-            yield _line("command", f"HiPCache(model.config, offload=Offload({sizes}))")
-            yield _line("", f"in transformers, with model.config.hip = {dumps(search)}")
+            yield _line("in Python", f"HiPCache(model.config, offload=Offload({sizes}))")
+            yield _line("", f"with model.config.hip = {dumps(search)}")
     else:
         yield from (_line("", text) for text in made.nearest())
     yield from (_line("note", text) for text in made.notes())
@@ -286,5 +295,5 @@ def as_table(made: Plan, command: list[str]) -> dict[str, Any]:
         "tokens_per_second_at_most": made.speeds(),
         "nearest": [] if made.fits else list(made.nearest()),
         "notes": list(made.notes()),
-        "command": command if made.fits and not (service.offload and machine.on_gpu) else None,
+        "command": command or None if made.fits else None,
     }
