@@ -222,6 +222,8 @@ def test_offload_moves_keys_and_leaves_the_index() -> None:
     assert (after.index, after.weights) == (before.index, before.weights)
     slot = 8 * (2 * TILE_SIZE * 128 * 2 + 16)  # keys, values, and 16 bytes of what it is
     assert after.arena == there.step_tiles * 32 * slot
+    apart = replace(there, config=config.replace(share_group=False))
+    assert apart.arena_floor == 4 * after.arena  # every head of a group has tiles of its own
     assert after.table == 32 * there.tokens // 256 * 4 * (8 * 256 // TILE_SIZE + 2)
     assert after.staging == 2 * 131072 * 2 * 8 * 128 * 2  # two layers
     rule = pruning_rule(config.replace(decode_dense_below=0), "cuda")

@@ -125,7 +125,9 @@ class Service:
         """Bytes of the tiles that one step of all sequences reads."""
         model = self.model
         slot = slot_bytes(model.num_kv_heads, model.head_dim, model.itemsize)
-        return self.sequences * self.step_tiles * model.full_layers * slot
+        shared = self.config is None or self.config.share_group
+        tiles = self.step_tiles * (1 if shared else model.num_heads // model.num_kv_heads)
+        return self.sequences * tiles * model.full_layers * slot
 
     def parts(self) -> Parts:
         """What it takes."""

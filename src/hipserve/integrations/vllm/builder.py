@@ -109,6 +109,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 group = heads_of(vllm_config) // kv_cache_spec.num_kv_heads
                 lists = 1 if self.config.share_group else max(group, 1)
                 self.room = Room(arenas[0].num_slots, lists, self.config, self.rule)
+                self.room.check()
                 self.loads = LoadCounter(arenas, self.tally)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)

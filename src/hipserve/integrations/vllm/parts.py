@@ -6,12 +6,14 @@ its own, whose pages are staged: there is staging for one sequence of the longes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from hipserve.cache import Write
-from hipserve.cache.tiles import TilesRead
+from hipserve.cache.tiles import TILED_ROWS, TilesRead, row_tiles
+from hipserve.errors import FitError
 from hipserve.integrations.vllm.step import HiPStep
 from hipserve.plan import BatchLayout, StepPlan, split_batch
 
@@ -43,6 +45,16 @@ class Room(NamedTuple):
         few = reads.few(self.config.query_block_size)
         return few and reads.total * self.lists <= self.slots
 
+    def check(self) -> None:
+        """Raises FitError where a single row that decodes reads more tiles than there are."""
+        needed = self.lists * row_tiles(self.config)
+        if needed > self.slots:
+            raise FitError(
+                f"a row reads {needed} tiles of a KV head, and device_memory has room for "
+                f"{self.slots} in every layer",
+                "raise device_memory, or lower budget or sliding_window",
+            )
+
     def reads(self, layout: BatchLayout) -> list[TilesRead]:
         """Of every sequence."""
         of: list[list[list[int]]] = [[] for _ in range(layout.num_seqs)]
@@ -56,11 +68,11 @@ def writes_of(block_table: Tensor, layout: BatchLayout, page_size: int) -> list[
     """What every sequence appends; block_table `[num_seqs, max_pages]` on the host."""
     assert layout.lengths is not None
     seq_lens, starts = layout.lengths
-    tables, count = block_table.tolist(), len(starts) - 1
     writes: list[Write] = []
-    for i in range(count):
-        end, rows = seq_lens[i], starts[i + 1] - starts[i]
-        writes.append(Write(tables[i][: -(-end // page_size)] if rows else [], end - rows, end))
+    for i, (first, last) in enumerate(itertools.pairwise(starts)):
+        end, rows = seq_lens[i], last - first
+        pages = block_table[i, : -(-end // page_size)].tolist() if rows else []
+        writes.append(Write(pages, end - rows, end))
     return writes
 
 
@@ -70,7 +82,7 @@ def cut(step: HiPStep, decisions: Sequence[Decision] | None, room: Room) -> HiPS
     decisions: of all sequences, as `StepPlan.make` takes them.
     """
     layout = step.plan.layout
-    runs = [*_runs(room.reads(layout), room)]
+    runs = [*runs_that_fit(room.reads(layout), room)]
     if len(runs) > 1 or any(end - begin < layout.num_seqs for begin, end, _ in runs):
         # Rows whose pages are staged are written last and read first: they are there then.
         runs.sort(key=lambda run: not run[2])
@@ -78,15 +90,18 @@ def cut(step: HiPStep, decisions: Sequence[Decision] | None, room: Room) -> HiPS
     return step
 
 
-def _runs(reads: Sequence[TilesRead], room: Room) -> Iterator[tuple[int, int, bool]]:
+def runs_that_fit(reads: Sequence[TilesRead], room: Room) -> Iterator[tuple[int, int, bool]]:
     """Sequences [begin, end) that make a part, in order, and whether tiles serve them; sequences
-    without rows, which pad a batch, belong to none."""
+    without rows, which pad a batch, belong to none. One with more rows than tiles serve in a query
+    block writes staged pages: it is alone."""
     begin, held = 0, TilesRead()
     for i, mine in enumerate([*reads, None]):
-        joined = held.beside(mine) if mine else held
-        if mine is not None and mine.rows and (begin == i or room.serves(joined)):
-            held = joined
-            continue
+        if mine is not None and mine.rows:
+            joined = held.beside(mine)
+            short = max(mine.rows, reads[begin].rows) <= TILED_ROWS
+            if begin == i or (short and room.serves(joined)):
+                held = joined
+                continue
         if begin < i:
             yield begin, i, room.serves(held)
         begin, held = (i, mine) if mine is not None and mine.rows else (i + 1, TilesRead())
