@@ -1,4 +1,4 @@
-"""`hipserve serve` on CPU machines: what does not fit is refused before anything is loaded."""
+"""`hipserve serve`: what does not fit is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -199,6 +199,14 @@ def test_a_card_has_to_hold_index_tiles_and_staging() -> None:
         check_fit(served(Offload(9 * GIB, GIB)), SHAPE, machine, InstalledGpu("a card", 80 * GIB))
     with pytest.raises(FitError, match="a sequence of 131,072 tokens needs"):
         check_fit(served(Offload(GIB // 2)), SHAPE, machine, card)
+    host = HostMemory(640 * GIB, 600 * GIB)
+    for tiles in (None, GIB):
+        with pytest.raises(FitError, match="does not fit a card: weights") as caught:
+            check_fit(served(Offload(300 * GIB, tiles)), SHAPE, host, card)
+        most = int(caught.value.hint.removeprefix("--host-kv-memory "))
+        check_fit(served(Offload(most, tiles)), SHAPE, host, card)
+        with pytest.raises(FitError, match="does not fit a card"):
+            check_fit(served(Offload(most + 32 * 2**20, tiles)), SHAPE, host, card)
 
 
 @pytest.mark.parametrize(("bits", "codes"), [(16, ""), (4, " with codes of 4 bits")])

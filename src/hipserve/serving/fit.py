@@ -1,4 +1,4 @@
-"""Refuses, before a server starts, what the memory of a CPU machine cannot hold."""
+"""Refuses, before a server starts, what the memory of a machine cannot hold."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
             f"{server.name} does not fit {gpu.name}: weights {readable(parts.weights)} + index "
             f"{readable(index)} + tiles {readable(arena)} + staging and steps {readable(rest)} = "
             f"{readable(total)}, and it has {readable(gpu.memory)}",
-            "lower --host-kv-memory, whose blocks the index describes, or --kv-device-memory",
+            _smaller_pool(server, gpu.memory - parts.weights - rest, index),
         )
     if arena < parts.arena:
         raise FitError(
@@ -131,6 +131,18 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
     if server.offload.host_bytes > host.available:
         asked = readable(server.offload.host_bytes)
         raise FitError(f"--host-kv-memory is {asked}, and {_available(host)}")
+
+
+def _smaller_pool(server: Server, room: int, index: int) -> str:
+    """The flag of the largest pool whose index and tiles fit `room` bytes, whose tiles are not
+    smaller than asked for; nothing where there is none."""
+    assert server.offload is not None
+    pool, tiles = server.offload.host_bytes, server.offload.device_bytes
+    if server.offload.device_memory is None:
+        most = int(pool * room / (index + tiles))
+    else:
+        most = int(pool * (room - tiles) / index)
+    return f"--host-kv-memory {most}" if most > 0 else "lower --kv-device-memory"
 
 
 def wanted(server: Server, shape: ModelShape) -> Service:
