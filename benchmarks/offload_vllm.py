@@ -48,10 +48,10 @@ def engine_of(options: argparse.Namespace) -> Engine:
 
 def loads(engine: Engine) -> tuple[float, float]:
     """Tiles needed and loaded so far."""
-    from hipserve.integrations.vllm import metrics
+    from hipserve.integrations.vllm.metrics import METRICS, directory, totals
 
-    values = metrics.totals({metrics.directory(engine.engine.vllm_config.instance_id)})
-    names = [metric.name for metric in metrics.METRICS]
+    values = totals({directory(engine.engine.vllm_config.instance_id)})
+    names = [metric.name for metric in METRICS]
     needed, loaded = (values[names.index(f"hipserve_tiles_{x}")] for x in ("needed", "loaded"))
     return needed, loaded
 
