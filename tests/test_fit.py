@@ -14,14 +14,14 @@ from hipserve.capacity.memory import BLOCK, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.cli import serve
 from hipserve.cli.ready import describe_index
-from hipserve.cli.serve import make_offload, shape_of, with_offload
+from hipserve.cli.serve import make_offload, shape_of, with_offload, with_pool_for
 from hipserve.host import HostMemory, InstalledGpu
 from hipserve.models import bundled_path
 from hipserve.models.config_file import read_config
 from hipserve.serving import command_line, environment
 from hipserve.serving.client import Facts
 from hipserve.serving.command_line import Server
-from hipserve.serving.fit import check_fit, number
+from hipserve.serving.fit import check_fit, host_blocks, number
 
 GIB = 2**30
 SHAPE = ModelShape.of(read_config("acorn"))
@@ -220,3 +220,17 @@ def test_the_ready_card_counts_the_index_as_the_plan_does(bits: int, codes: str)
     )
     assert describe_index(config, facts, None) == "4 MiB, inside the KV cache"
     assert describe_index(None, facts, SHAPE) == "none"
+
+
+def test_a_pool_of_no_given_size_is_no_larger_than_the_card_has_room_for() -> None:
+    host, card = HostMemory(640 * GIB, 600 * GIB), InstalledGpu("a card", 8 * GIB)
+    for tiles in (None, GIB):
+        asked = with_offload(
+            server(config=HiPConfig(code_bits=4)), Offload(300 * GIB, tiles), SHAPE
+        )
+        fitting = with_pool_for(card, asked, SHAPE)
+        assert fitting.offload is not None
+        assert fitting.hosted == host_blocks(fitting, SHAPE)
+        assert GIB < fitting.offload.host_bytes < 300 * GIB
+        check_fit(fitting, SHAPE, host, card)
+        assert with_pool_for(InstalledGpu("a large one", 800 * GIB), asked, SHAPE) is asked

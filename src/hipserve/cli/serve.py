@@ -16,7 +16,7 @@ from hipserve.cli.numbers import parse_count, parse_size
 from hipserve.cli.output import err, result
 from hipserve.cli.ready import Teller, card
 from hipserve.errors import ArgumentError, HipserveError
-from hipserve.host import HostMemory, installed_gpu
+from hipserve.host import HostMemory, InstalledGpu, installed_gpu
 from hipserve.integrations.extend import check_rope, text_config, yarn_parameters
 from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
@@ -29,7 +29,7 @@ from hipserve.serving.client import Client
 from hipserve.serving.command_line import Server, quick_start
 from hipserve.serving.engine_file import is_engine_file, read_engine_file
 from hipserve.serving.environment import on_cpu
-from hipserve.serving.fit import check_fit, host_blocks
+from hipserve.serving.fit import check_fit, host_blocks, largest_pool
 from hipserve.serving.log_words import complaint, refusal, stage_of
 from hipserve.serving.refusals import check_flags, check_known, check_model, check_settings
 
@@ -103,9 +103,11 @@ def serve(
     check_settings(server, table_of(server.model), shape and shape.dtype)
     if offload is not None:
         server = with_offload(server, offload, shape)
-    memory = HostMemory.read()
+    memory, gpu = HostMemory.read(), None if on_cpu() else installed_gpu()
+    if offload is not None and shape is not None and gpu is not None and host_kv_memory is None:
+        server = with_pool_for(gpu, server, shape)
     if shape is not None and memory is not None and (on_cpu() or offload is not None):
-        check_fit(server, shape, memory, None if on_cpu() else installed_gpu())
+        check_fit(server, shape, memory, gpu)
     run(server, verbose)
 
 
@@ -182,6 +184,15 @@ def with_offload(server: Server, offload: Offload, shape: ModelShape | None) -> 
         raise ArgumentError(name, expected, f"{shape.family}, some with a window")
     server = replace(server, offload=offload)
     return replace(server, hosted=host_blocks(server, shape))
+
+
+def with_pool_for(gpu: InstalledGpu, server: Server, shape: ModelShape) -> Server:
+    """The server with no larger a pool than the GPU has room for its index and tiles."""
+    assert server.offload is not None
+    pool = largest_pool(server, shape, gpu)
+    if not 0 < pool < server.offload.host_bytes:
+        return server
+    return with_offload(server, replace(server.offload, host_memory=pool), shape)
 
 
 def table_of(model: str) -> dict[str, Any] | None:

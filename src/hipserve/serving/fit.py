@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 from hipserve.capacity.advice import readable
+from hipserve.capacity.cards import UTILIZATION
 from hipserve.capacity.memory import BLOCK, Parts, Room, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.errors import FitError
@@ -17,8 +18,8 @@ from hipserve.serving.environment import kv_memory
 OTHER_SHAPES = ("--hf-overrides", "--quantization", "-q", "--speculative-config", "--config-format")
 """Flags with which a server keeps something else than config.json says."""
 
-CHUNK = 2048
-"""vLLM's `--max-num-batched-tokens` on CPUs."""
+CHUNK, GPU_CHUNK = 2048, 8192
+"""vLLM's `--max-num-batched-tokens` on CPUs and of servers on large GPUs."""
 
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 """Suffixes of vLLM's numbers."""
@@ -112,15 +113,14 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
     """
     assert server.offload is not None
     (_, index), arena = host_blocks(server, shape), server.offload.device_bytes
-    parts = replace(wanted(server, shape), offload=True, on_gpu=True).parts()
-    rest = parts.activations + parts.reserve + parts.table + parts.staging
-    total = parts.weights + index + arena + rest
-    if total > gpu.memory:
+    parts, rest, room = _on_card(server, shape, gpu)
+    if index + arena > room:
+        total, pool = parts.weights + index + arena + rest, largest_pool(server, shape, gpu)
         raise FitError(
             f"{server.name} does not fit {gpu.name}: weights {readable(parts.weights)} + index "
             f"{readable(index)} + tiles {readable(arena)} + staging and steps {readable(rest)} = "
-            f"{readable(total)}, and it has {readable(gpu.memory)}",
-            _smaller_pool(server, gpu.memory - parts.weights - rest, index),
+            f"{readable(total)}, and {readable(room + parts.weights + rest)} may be used",
+            f"--host-kv-memory {pool}" if pool > 0 else "lower --kv-device-memory",
         )
     if arena < parts.arena:
         raise FitError(
@@ -133,22 +133,31 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
         raise FitError(f"--host-kv-memory is {asked}, and {_available(host)}")
 
 
-def _smaller_pool(server: Server, room: int, index: int) -> str:
-    """The flag of the largest pool whose index and tiles fit `room` bytes, whose tiles are not
-    smaller than asked for; nothing where there is none."""
+def _on_card(server: Server, shape: ModelShape, gpu: InstalledGpu) -> tuple[Parts, int, int]:
+    """What a server with offload keeps on a GPU; bytes of staging and steps; and those that are
+    left for index and tiles of the share that vLLM may use."""
+    parts = replace(wanted(server, shape, GPU_CHUNK), offload=True, on_gpu=True).parts()
+    rest = parts.activations + parts.reserve + parts.table + parts.staging
+    share = float(server.option("--gpu-memory-utilization") or UTILIZATION)
+    return parts, rest, int(gpu.memory * share) - parts.weights - rest
+
+
+def largest_pool(server: Server, shape: ModelShape, gpu: InstalledGpu) -> int:
+    """Bytes of the largest pool whose index and tiles fit the GPU, whose tiles are not smaller than
+    asked for; 0 or less where there is none."""
     assert server.offload is not None
+    (_, index), (_, _, room) = host_blocks(server, shape), _on_card(server, shape, gpu)
     pool, tiles = server.offload.host_bytes, server.offload.device_bytes
     if server.offload.device_memory is None:
-        most = int(pool * room / (index + tiles))
-    else:
-        most = int(pool * (room - tiles) / index)
-    return f"--host-kv-memory {most}" if most > 0 else "lower --kv-device-memory"
+        return int(pool * room / (index + tiles))
+    return int(pool * (room - tiles) / index)
 
 
-def wanted(server: Server, shape: ModelShape) -> Service:
-    """One sequence of the context that a server is to have."""
+def wanted(server: Server, shape: ModelShape, chunk: int = CHUNK) -> Service:
+    """One sequence of the context that a server is to have, read in chunks of so many tokens unless
+    a flag says otherwise."""
     context = number(server.option("--max-model-len")) or shape.positions or BLOCK
-    chunk = number(server.option("--max-num-batched-tokens")) or CHUNK
+    chunk = number(server.option("--max-num-batched-tokens")) or chunk
     return Service(shape, server.config, context, chunk=chunk, on_gpu=False)
 
 
