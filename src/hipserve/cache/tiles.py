@@ -165,7 +165,11 @@ class TiledPages:
         if few:
             self._arrive()
             write_kv(
-                *(k, v, self.pool, self.index, slots),
+                k,
+                v,
+                self.pool,
+                self.index,
+                slots,
                 backend=self.backend,
                 whole_runs=True,
                 apart=apart,
