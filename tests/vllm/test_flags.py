@@ -75,7 +75,7 @@ REFUSED_IN_A_FILE = {
 }
 HALF_A_MINUTE_EARLY = {
     "--kv-file kv --host-kv-memory 1G --meter": 'meter: expected "off" with offload',
-    "--kv-file kv --host-kv-memory 1G --code-bits 16": "got code_bits 16, which reads the keys",
+    "--kv-file kv --host-kv-memory 1G --code-bits 16": "code_bits: expected 4 or 8 where keys are",
     "--kv-file kv --host-kv-memory 1G -tp 2": "got 2 worker processes",
     "--kv-file kv --host-kv-memory 1G --kv-transfer-config {}": "got a KV connector",
     "--kv-file kv --host-kv-memory 1G --speculative-config {}": "got speculative decoding",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -264,7 +265,7 @@ def _widen(model: Any) -> None:
         return
     memory, needed = HostMemory.read(), model.num_parameters() * torch.float32.itemsize
     if memory is not None and needed <= memory.available * WIDENED_SHARE:
-        model.float()
+        nn.Module.float(model)  # transformers' own refuses weights that came from a GGUF file
         model.config.dtype = torch.float32
 
 

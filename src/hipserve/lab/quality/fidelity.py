@@ -273,7 +273,11 @@ class _Measured(NamedTuple):
             estimates["far"] = units.estimate_some(changes, masks)
         domains = {
             domain: mean(
-                [float(x.mean()) for x, d in zip(nlls, units.domains, strict=True) if d == domain]
+                [
+                    float(x.double().mean())
+                    for x, d in zip(nlls, units.domains, strict=True)
+                    if d == domain
+                ]
             )
             for domain in dict.fromkeys(units.domains)
         }
