@@ -273,18 +273,17 @@ def difference(ours: list[list[Step]], theirs: list[list[Step]]) -> float:
     return worst if compared * 2 > steps else float("inf")
 
 
-def side(backend: str, options: argparse.Namespace, plan: list[Any]) -> dict[str, Any]:
-    """One backend in a process of its own."""
-    words = [*sys.argv[1:], "--side", backend, "--plan", json.dumps(plan)]
+def side(file: str, name: str, logs: str | None, *more: str) -> dict[str, Any]:
+    """One side in a process of its own: the benchmark `file` with its options, and `more`."""
+    command = [sys.executable, file, *sys.argv[1:], "--side", name, *more]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(options.logs or folder, f"{backend}.log")
+        log = Path(logs or folder, f"{name}.log")
         with log.open("w", encoding="utf-8") as output:
-            command = [sys.executable, __file__, *words]
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
         lines = log.read_text(encoding="utf-8").splitlines()
     found = [line.removeprefix(FOUND) for line in lines if line.startswith(FOUND)]
     if code or not found:
-        sys.exit(f"{backend} FAILED ({code}):\n" + "\n".join(lines[-40:]))
+        sys.exit(f"{name} FAILED ({code}):\n" + "\n".join(lines[-60:]))
     return json.loads(found[0])
 
 
@@ -356,8 +355,9 @@ def main() -> None:
     if options.side:
         say(FOUND + json.dumps(measure(options)))
         return
-    ours = side(options.backends[0], options, [])
-    dense = side(options.backends[1], options, ours["plan"])
+    ours = side(__file__, options.backends[0], options.logs)
+    plan = json.dumps(ours["plan"])
+    dense = side(__file__, options.backends[1], options.logs, "--plan", plan)
     wrong = compare(ours, dense)
     if wrong:
         sys.exit(f"the answers differ: {'; '.join(wrong)}")

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import gpu_vllm
-from gpu_vllm import FOUND, TOLERANCE, Engine, difference, random_ids, say
+from gpu_vllm import FOUND, TOLERANCE, Engine, difference, random_ids, say, side
 from hipserve.cli.numbers import parse_count, parse_size
+from options import launch, need_gpu
 
 SIDES = ("resident", "offloaded")
 BLOCK = 256
@@ -92,20 +90,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One side in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(options.logs or folder, f"{name}.log")
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-        with log.open("w", encoding="utf-8") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-        lines = log.read_text(encoding="utf-8").splitlines()
-    found = [line.removeprefix(FOUND) for line in lines if line.startswith(FOUND)]
-    if code or not found:
-        sys.exit(f"{name} FAILED ({code}):\n" + "\n".join(lines[-60:]))
-    return json.loads(found[0])
-
-
 def steps_of(likely: list[list[dict[str, float]]]) -> list[list[dict[int, float]]]:
     """Numbers as they were before they were JSON."""
     return [[{int(t): p for t, p in step.items()} for step in answer] for answer in likely]
@@ -125,12 +109,13 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--side", help="run this side only, in this process")
     options = parser.parse_args()
+    need_gpu()
     options.lengths = [parse_count(x) for x in options.lengths.split(",")]
     options.batches = [int(x) for x in options.batches.split(",")]
     if options.side:
         say(FOUND + json.dumps(measure(options)))
         return
-    results = {name: side(name, options) for name in options.sides.split(",")}
+    results = {name: side(__file__, name, options.logs) for name in options.sides.split(",")}
     for result in results.values():
         for row in result["rows"]:
             say(json.dumps(row))
@@ -147,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
