@@ -14,6 +14,10 @@ directions: twice as much). One large copy reaches some 85 % of it (docs/gpu.md)
 UTILIZATION = 0.92
 """vLLM's `--gpu-memory-utilization` unless it is given."""
 
+CHUNK, LARGE_CHUNK = 2048, 8192
+"""Tokens that vLLM's server reads in a step (`--max-num-batched-tokens`) on CPUs and small cards,
+and on large cards."""
+
 
 class Card(NamedTuple):
     """A GPU.

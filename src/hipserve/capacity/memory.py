@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+from hipserve.capacity.cards import CHUNK
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.capacity.shape import ModelShape
 from hipserve.config import DEFAULT, HiPConfig
@@ -73,7 +74,7 @@ class Service:
     config: HiPConfig | None
     context: int
     sequences: int = 1
-    chunk: int = 2048
+    chunk: int = CHUNK
     offload: bool = False
     on_gpu: bool = True
 

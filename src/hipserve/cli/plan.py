@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hipserve.capacity.advice import ANY_FILE, Machine, Plan, readable
-from hipserve.capacity.cards import CARDS, find_card, recognise
+from hipserve.capacity.cards import CARDS, CHUNK, LARGE_CHUNK, find_card, recognise
 from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
 from hipserve.cli import options
@@ -24,11 +24,8 @@ from hipserve.host import HostMemory, installed_gpu
 from hipserve.models.bundled import BUNDLED
 from hipserve.models.config_file import read_config
 
-CHUNK = 2048
-"""vLLM's `--max-num-batched-tokens` on CPUs and small cards."""
-
-LARGE_CHUNK, LARGE_MEMORY = 8192, 70 * 2**30
-"""The same on cards with so much memory, A100 excepted."""
+LARGE_MEMORY = 70 * 2**30
+"""Of cards on which vLLM's server reads `LARGE_CHUNK` tokens in a step, A100 excepted."""
 
 
 def plan(

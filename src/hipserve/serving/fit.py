@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from hipserve.capacity.advice import readable
-from hipserve.capacity.cards import UTILIZATION
+from hipserve.capacity.cards import CHUNK, LARGE_CHUNK, UTILIZATION
 from hipserve.capacity.memory import BLOCK, Parts, Room, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.errors import FitError
@@ -17,9 +17,6 @@ from hipserve.serving.environment import kv_memory
 
 OTHER_SHAPES = ("--hf-overrides", "--quantization", "-q", "--speculative-config", "--config-format")
 """Flags with which a server keeps something else than config.json says."""
-
-CHUNK, GPU_CHUNK = 2048, 8192
-"""vLLM's `--max-num-batched-tokens` on CPUs and of servers on large GPUs."""
 
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 """Suffixes of vLLM's numbers."""
@@ -136,7 +133,7 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
 def _on_card(server: Server, shape: ModelShape, gpu: InstalledGpu) -> tuple[Parts, int, int]:
     """What a server with offload keeps on a GPU; bytes of staging and steps; and those that are
     left for index and tiles of the share that vLLM may use."""
-    parts = replace(wanted(server, shape, GPU_CHUNK), offload=True, on_gpu=True).parts()
+    parts = replace(wanted(server, shape, LARGE_CHUNK), offload=True, on_gpu=True).parts()
     rest = parts.activations + parts.reserve + parts.table + parts.staging
     share = float(server.option("--gpu-memory-utilization") or UTILIZATION)
     return parts, rest, int(gpu.memory * share) - parts.weights - rest

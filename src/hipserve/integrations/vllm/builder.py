@@ -99,12 +99,11 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         longest = max(layer.impl.longest for layer in self.layers.values())
         self.layout = BlockLayout.of(kv_cache_spec, self.config, longest)
         self._check_spec(kv_cache_spec)
-        self.hosted: list[HostedLayer] = []
         self.room: Room | None = None
         self.loads: LoadCounter | None = None
         if self.offload is not None:
-            self.hosted = self._host(vllm_config, self.offload, self.layout)
-            arenas = [hosted.arena for hosted in self.hosted if hosted.arena is not None]
+            hosted_layers = self._host(vllm_config, self.offload, self.layout)
+            arenas = [hosted.arena for hosted in hosted_layers if hosted.arena is not None]
             if arenas:
                 group = heads_of(vllm_config) // kv_cache_spec.num_kv_heads
                 lists = 1 if self.config.share_group else max(group, 1)
