@@ -66,8 +66,8 @@ static void moments_of_run(const PageRows<const K>& keys, int64_t first, int64_t
   }
 }
 
-// Longer runs: the middle of minimum and maximum, and half their distance, which shows a single key
-// that stands out, however long the run.
+// Longer runs: the middle of minimum and maximum, and kBoxRadius of half their distance, which
+// shows a single key that stands out, however long the run.
 template <class K>
 static void box_of_run(const PageRows<const K>& keys, int64_t first, int64_t end, int64_t dim,
                        float* sides) {
@@ -84,7 +84,7 @@ static void box_of_run(const PageRows<const K>& keys, int64_t first, int64_t end
     }
     for (int j = 0; j < kSummaryChannels; ++j) {
       sides[c + j] = (low[j] + high[j]) / 2;
-      sides[dim + c + j] = (high[j] - low[j]) / 2;
+      sides[dim + c + j] = (high[j] - low[j]) / 2 * kBoxRadius;
     }
   }
 }

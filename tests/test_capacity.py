@@ -204,7 +204,7 @@ def test_the_sum_for_the_8b_shape() -> None:
     parts = service().parts()
     rows = 131072 + BLOCK
     assert parts.keys_values == rows * 32 * 2 * 8 * 128 * 2
-    assert parts.index == rows // BLOCK * 32 * 8 * 17 * 2 * 128 * 2
+    assert parts.index == rows // BLOCK * 32 * 8 * 18 * 2 * 128 * 2
     assert parts.weights == 2 * 8_030_261_248
     assert parts.device == sum(
         (parts.weights, parts.keys_values, parts.index, parts.activations, parts.reserve)
@@ -295,18 +295,18 @@ def test_a_step_reads_what_the_pruning_rule_says() -> None:
 
 def test_a_search_reads_all_coarse_runs_kept_fine_ones_and_their_keys() -> None:
     heads = 32 * 8
-    coarse, fine, keys = 131072 // 256, (6 * 4096 // 256) * 16, 4096
+    coarse, fine, keys = 131072 // 128, (6 * 4096 // 128) * 8, 4096
     assert step_bytes(service()).index == heads * ((coarse + fine) * 2 * 128 * 2 + keys * 128 * 2)
 
 
 def test_a_search_in_millions_of_keys_begins_with_long_runs() -> None:
     """A few more runs than in 131,072 keys, and one more summary for every 256 keys."""
     length, heads = 4 << 20, 32 * 8
-    long, coarse, fine, keys = length // 4096, (128 + 2) * 16, (6 * 4096 // 256) * 16, 4096
+    long, coarse, fine, keys = length // 4096, 128 * 32, (6 * 4096 // 128) * 8, 4096
     runs = (long + coarse + fine) * 2 * 128 * 2
     assert step_bytes(service(length)).index == heads * (runs + keys * 128 * 2)
     parts = service(length).parts()
-    assert parts.index == parts.keys_values * 18 // 256
+    assert parts.index == parts.keys_values * 19 // 256
 
 
 def test_speed_is_bandwidth_over_bytes() -> None:

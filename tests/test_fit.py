@@ -25,7 +25,7 @@ from hipserve.serving.fit import check_fit, host_blocks, number
 
 GIB = 2**30
 SHAPE = ModelShape.of(read_config("acorn"))
-"""12 layers, 2 KV heads of 64: 6,144 bytes of keys and values a token, and 408 of index."""
+"""12 layers, 2 KV heads of 64: 6,144 bytes of keys and values a token, and 432 of index."""
 
 
 def server(*flags: str, config: HiPConfig | None = HiPConfig()) -> Server:  # noqa: B008
@@ -73,7 +73,7 @@ def test_a_context_that_exceeds_the_cache_names_both_ways_out() -> None:
     check_fit(server("--max-model-len", context), SHAPE, machine)
     refusal("--max-model-len", str(int(context) + 1), available=2 * GIB)
     check_fit(server("--kv-cache-memory-bytes", memory), SHAPE, machine)
-    assert int(memory) == (131072 + BLOCK) * (6144 + 408)
+    assert int(memory) == (131072 + BLOCK) * (6144 + 432)
     refusal("--kv-cache-memory-bytes", str(int(memory) - 1), available=2 * GIB)
     dense = refusal(available=2 * GIB, config=None)
     assert int(dense.hint.split()[-1]) == (131072 + BLOCK) * 6144
@@ -154,7 +154,7 @@ def test_a_file_has_to_hold_one_sequence_and_memory_its_index() -> None:
     check_fit(hosted(int(memory)), SHAPE, machine)
     with pytest.raises(FitError, match="131,072"):
         check_fit(hosted(int(memory) - 1), SHAPE, machine)
-    with pytest.raises(FitError, match=r"\+ index 1\.34 GiB = "):
+    with pytest.raises(FitError, match=r"\+ index 1\.36 GiB = "):
         check_fit(hosted("8GiB"), SHAPE, machine)
 
 

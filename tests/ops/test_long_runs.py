@@ -1,6 +1,6 @@
 """Runs longer than a page: what they hold, and searches that begin with them.
 
-Fine runs of one key make everything short: coarse ones have 16, long ones 256 and 4,096, and a
+Fine runs of one key make everything short: coarse ones have 8, long ones 256 and 4,096, and a
 search leaves long ones out where it has more than 128.
 """
 
@@ -20,10 +20,9 @@ from hipserve import ArgumentError, HiPConfig
 from hipserve.cache import PagedLayer
 from hipserve.config import IndexForm
 from hipserve.ops import build_index, join_runs, select_blocks
-from hipserve.ops.write_kv.join_runs import LONG_RADIUS
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
-from hipserve.plan.runs import LONG_KEEP, kept_runs, pruning_levels
+from hipserve.plan.runs import BOX_RADIUS, LONG_KEEP, kept_runs, pruning_levels
 from hipserve.testing.cases import Case, Pages, Shape, in_pages, make_case, make_rope
 from hipserve.testing.laws import assert_lawful
 from hipserve.types import KeyIndex
@@ -39,7 +38,7 @@ DEEP = HiPConfig(
     dense_below=0,
     decode_dense_below=0,
 )
-LENGTHS = (1, 16, 256, 4096)
+LENGTHS = (1, 8, 256, 4096)
 SHAPE = Shape((32_768,), (1,), head_dim=16, page_size=16, group_size=2, kind="grid")
 
 
@@ -69,10 +68,10 @@ def test_levels_of_pages_of_256_keys() -> None:
     depth = {2**19: 2, 2**19 + 1: 3, 2**23: 3, 2**23 + 1: 4, 2**31: 5}
     for keys, levels in depth.items():
         runs = runs_of_pages(256, 16, keys)
-        lengths = (16, 256, 4096, 65_536, 2**20)[:levels]
+        lengths = (16, 128, 4096, 65_536, 2**20)[:levels]
         assert bound_levels(256, 16, runs) == lengths
-    lengths = (16, 256, 4096, 65_536)
-    depth = {2**19 + 4095: 2, 2**19 + 4096: 3, 2**23 + 65_535: 3, 2**23 + 65_536: 4}
+    lengths = (16, 128, 4096, 65_536)
+    depth = {2**19 - 4097: 2, 2**19 - 4096: 3, 2**23 - 65_537: 3, 2**23 - 65_536: 4}
     for keys, levels in depth.items():
         assert len(pruning_levels(lengths, kept_runs(4096, lengths), keys)) == levels
 
@@ -119,7 +118,7 @@ def test_long_runs_beyond_the_trained_length_lie_in_one_segment(
             for index, chosen in (
                 (case.index, name),
                 (case.index, "reference"),
-                (replace(case.index, summaries=case.index.summaries[:, :17]), "reference"),
+                (replace(case.index, summaries=case.index.summaries[:, :18]), "reference"),
             )
         )
     assert torch.equal(found, expected)
@@ -135,7 +134,7 @@ def test_a_search_that_keeps_every_long_run_chooses_as_without_them(
     assert len(bound_levels(16, 1, case.index.num_runs)) == 3
     short = BatchLayout.of(case.layout.block_table[:1], [length], [1])
     case = replace(case, layout=short, q=case.q[:1])
-    shallow = replace(case.index, summaries=case.index.summaries[:, :17])
+    shallow = replace(case.index, summaries=case.index.summaries[:, :18])
     with using(backend) as name:
         assert torch.equal(indices(case, DEEP, name), indices(case, DEEP, name, shallow))
 
@@ -185,7 +184,7 @@ def box_of(layer: PagedLayer, seq: int, run: int, length: int) -> tuple[torch.Te
     sides = layer.index.summaries[page, entry].double()
     if layer.index.summary_scales is not None:
         sides *= layer.index.summary_scales[page, entry, ..., None].double()
-    center, radius = sides[:, 0], sides[:, 1] / LONG_RADIUS
+    center, radius = sides[:, 0], sides[:, 1] / BOX_RADIUS
     return center - radius, center + radius
 
 
@@ -261,7 +260,7 @@ def test_short_pools_hold_no_long_runs() -> None:
     layer = PagedLayer(page_size=256)
     k = torch.randn(1, 100_000, 1, 16)
     layer.append(k, k)
-    assert layer.index.num_runs == 17
+    assert layer.index.num_runs == 18
 
 
 def test_joins_that_cannot_be() -> None:

@@ -20,11 +20,12 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 
 def center_and_radius(keys: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of `keys` `[n, ...]` on the finest level, else of their box."""
+    """Mean and deviation of `keys` `[n, ...]` on the finest level, else middle and a quarter of the
+    width of their box."""
     if level == 0:
         return keys.mean(0), keys.std(0, unbiased=False)
     low, high = keys.aminmax(dim=0)
-    return (low + high) / 2, (high - low) / 2
+    return (low + high) / 2, (high - low) / 4
 
 
 def assert_indexed(kv: Pages, page: int, keys: torch.Tensor, size: int) -> None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-RUN_RATIO = 16
-"""A run holds this many of the level below: 16, 256, 4,096, 65,536 ... keys with the default
-`bound_block_size`. Coarse runs, the second level, are shorter in smaller pages, but no less than a
-quarter of it."""
+COARSE_RATIO = 8
+"""A coarse run, the second level, holds this many fine ones: 128 keys with the default
+`bound_block_size`. They are shorter in smaller pages, but no less than half of it."""
+
+LONG_RATIO = 16
+"""A run of the levels beyond holds this many of the level below, the first one this many times this
+many fine ones: 4,096, 65,536 ... keys."""
+
+BOX_RADIUS = 0.5
+"""The radius of a run longer than fine ones, as a share of half the width of its box. The whole box
+says little of most of its keys: ranked by it, runs that matter lose against those with a wide one.
+A single key that stands out still moves center and radius
+(docs/log/2026-11-30-shorter-coarse-runs.md)."""
 
 COARSE_KEEP = 6
 """A search scores this many times as many fine runs as it keeps."""
 
 LONG_KEEP = 128
-"""A search keeps at least so many runs of every level beyond the coarse one, so that it chooses
-from 524,288 keys what it would without these levels. Shorter sequences have none."""
+"""A search reads at least so many runs of every level beyond the coarse one. Sequences of no more
+than so many, 524,288 keys, have none."""
 
 WRITTEN_LEVELS = 2
 """Fine and coarse runs lie in one page and are summarised with its keys. Longer ones are joined
@@ -60,16 +69,16 @@ def runs_of_pages(page_size: int, bound_block_size: int, keys: int = 0) -> int:
 def _every_length(page_size: int, bound_block_size: int) -> Iterator[int]:
     """Run lengths of all levels that any sequence in such pages has, ascending."""
     yield bound_block_size
-    ratio = RUN_RATIO
+    ratio = COARSE_RATIO
     while ratio > 1 and ratio * bound_block_size > page_size:
         ratio //= 2
-    if ratio * 4 < RUN_RATIO:
+    if ratio * 2 < COARSE_RATIO:
         return
     yield ratio * bound_block_size
-    length = RUN_RATIO**2 * bound_block_size
+    length = LONG_RATIO**2 * bound_block_size
     while length < MOST_KEYS:
         yield length
-        length *= RUN_RATIO
+        length *= LONG_RATIO
 
 
 def _levels_for(lengths: Iterator[int], keys: int) -> tuple[int, ...]:
@@ -81,17 +90,13 @@ def _levels_for(lengths: Iterator[int], keys: int) -> tuple[int, ...]:
 def kept_runs(keys: int, levels: Sequence[int]) -> tuple[int, ...]:
     """How many runs of each level a search keeps that is to keep `keys` by their fine runs.
 
-    At both ends of what is searched lie fine runs that no coarse run covers, less than one's worth
-    each; they are scored as well, hence the two coarse runs less.
+    At both ends of what is searched lie runs that no longer one covers, less than one's worth each;
+    they are scored as well, hence two longer runs less.
     """
     fine, *longer = levels
-    kept = [-(-COARSE_KEEP * keys // length) for length in longer]
-    coarse, long = kept[:1], kept[1:]
-    return (
-        -(-keys // fine),
-        *(max(count - 2, 1) for count in coarse),
-        *(max(count, LONG_KEEP) for count in long),
-    )
+    counts = [-(-COARSE_KEEP * keys // length) for length in longer]
+    counts[1:] = (max(count, LONG_KEEP) for count in counts[1:])
+    return (-(-keys // fine), *(max(count - 2, 1) for count in counts))
 
 
 def levels_within(levels: Sequence[int], segment: int) -> tuple[int, ...]:

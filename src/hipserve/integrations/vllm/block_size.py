@@ -1,6 +1,6 @@
 """How many tokens a KV block holds on a GPU, unless the user says.
 
-Large blocks make the search faster: 256 tokens carry runs of 256 keys, 128 and 64 tokens shorter
+Large blocks make the search faster: 256 and 128 tokens carry runs of 128 keys, 64 tokens shorter
 ones, fewer tokens none but the finest. But vLLM measures CUDA graphs with a cache of one block for
 every sequence that it captures, next to the weights.
 """

@@ -14,13 +14,8 @@ from torch import Tensor
 from hipserve.errors import ArgumentError
 from hipserve.ops import checks
 from hipserve.ops.codes import SUMMARY_BITS, encode
-from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels, bound_offsets
+from hipserve.plan.runs import BOX_RADIUS, WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex
-
-LONG_RADIUS = 0.5
-"""The radius of a long run, as a share of half the width of its box. The box of 4,096 keys says
-little of most of them: ranked by all of it, runs that matter lose against those with a wide one. A
-single key that stands out still moves center and radius (docs/log/2026-11-29-depth.md)."""
 
 AT_ONCE = 4096
 """Summaries that are in memory at a time, or those of one run."""
@@ -36,7 +31,7 @@ def join_runs(
 
     An index of pages has such runs where its sequences may have more than 524,288 keys
     (`runs_of_pages`). A run has the center of the box around the boxes of its coarse runs, and
-    `LONG_RADIUS` of its half width. It lies in the page of its last key, so sequences that share
+    `BOX_RADIUS` of its half width. It lies in the page of its last key, so sequences that share
     their first pages share their runs. Only complete runs exist. An index without longer runs is
     left alone.
 
@@ -121,8 +116,9 @@ class LongLevel(NamedTuple):
         ends = (torch.arange(self.ratio, device=runs.device) + 1) * self.coarse
         inside = runs[:, None] * self.length + ends - 1  # [n, ratio]
         center, radius = summaries_at(index, *place(inside, self.coarse, self.coarse_entry))
-        low, high = (center - radius).amin(1), (center + radius).amax(1)
-        sides = torch.stack([(low + high) / 2, (high - low) / 2 * LONG_RADIUS], dim=-2)
+        half = radius / BOX_RADIUS
+        low, high = (center - half).amin(1), (center + half).amax(1)
+        sides = torch.stack([(low + high) / 2, (high - low) / 2 * BOX_RADIUS], dim=-2)
         put_summaries(index, *place(inside[:, -1:], self.length, self.entry), sides[:, None])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.codes import SUMMARY_BITS, encode, pack, rotate
-from hipserve.plan.runs import WRITTEN_LEVELS, bound_levels, bound_offsets
+from hipserve.plan.runs import BOX_RADIUS, WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex, KeyPool
 
 
@@ -78,7 +78,7 @@ def summary(keys: Tensor, level: int, dim: int = 0) -> Tensor:
     """`[..., heads, 2, head_dim]`: center and radius of the keys along axis `dim`.
 
     Runs of the finest level (0) by mean and deviation, which rank them best on average. Longer
-    runs by their box: among 256 keys a deviation no longer shows a single key that stands out.
+    runs by their box: among 128 keys a deviation no longer shows a single key that stands out.
     """
     return moments(keys, dim) if level == 0 else box(keys, dim)
 
@@ -96,7 +96,8 @@ def moments(keys: Tensor, dim: int) -> Tensor:
 
 
 def box(keys: Tensor, dim: int) -> Tensor:
-    """`[..., heads, 2, head_dim]`: middle of minimum and maximum, and half their distance."""
+    """`[..., heads, 2, head_dim]`: middle of minimum and maximum, and `BOX_RADIUS` of half their
+    distance."""
     x = keys.to(torch.promote_types(keys.dtype, torch.float32))
     low, high = x.amin(dim), x.amax(dim)
-    return torch.stack([(low + high) / 2, (high - low) / 2], dim=-2).double()
+    return torch.stack([(low + high) / 2, (high - low) / 2 * BOX_RADIUS], dim=-2).double()

@@ -9,7 +9,9 @@ import triton.language as tl
 
 from hipserve.ops._triton.codes import encode
 from hipserve.ops._triton.tiles import load_tile
+from hipserve.plan.runs import BOX_RADIUS
 
+RADIUS = tl.constexpr(BOX_RADIUS)
 BOX_ROWS = tl.constexpr(16)
 """Keys of a tile of a longer run. Three tiles are on their way at a time."""
 
@@ -59,7 +61,8 @@ def moments_of_run(
 
 @triton.jit
 def box_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """The `Summary` of a longer run: middle of minimum and maximum, and half their distance."""
+    """The `Summary` of a longer run: middle of minimum and maximum, and RADIUS of half their
+    distance."""
     low = tl.full([BOX_ROWS, DIM], float("inf"), tl.float32)
     high = tl.full([BOX_ROWS, DIM], -float("inf"), tl.float32)
     for start in tl.range(first, end, BOX_ROWS, num_stages=3):
@@ -69,7 +72,7 @@ def box_of_run(keys, stride, first, end, HEAD_DIM: tl.constexpr, DIM: tl.constex
         tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float32)  # [BOX_ROWS, DIM]
         low, high = tl.minimum(low, tile), tl.maximum(high, tile)
     minimum, maximum = tl.min(low, axis=0), tl.max(high, axis=0)
-    return Summary((minimum + maximum) / 2, (maximum - minimum) / 2)
+    return Summary((minimum + maximum) / 2, (maximum - minimum) / 2 * RADIUS)
 
 
 @triton.jit
