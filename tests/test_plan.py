@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from hipserve.capacity import cards
 from hipserve.cli import main as command
 from hipserve.cli import plan
 from hipserve.cli.numbers import parse_size
@@ -190,7 +191,7 @@ def test_the_installed_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "installed_gpu", lambda: InstalledGpu("NVIDIA H200", 143771 << 20))
     done = planned(SHAPE)
     assert done["machine"]["memory"] == 143771 << 20
-    assert done["chunk"] == plan.LARGE_CHUNK
+    assert done["chunk"] == cards.LARGE_CHUNK
     assert done["tokens_per_second_at_most"]["resident"] > 200
     monkeypatch.setattr(plan, "installed_gpu", lambda: InstalledGpu("NVIDIA X1", 8 << 30))
     done = planned(SHAPE)

@@ -36,7 +36,7 @@ def scenarios(
 @contextmanager
 def serving(*flags: str, port: int, log: Path) -> Iterator[subprocess.Popen[str]]:
     """A server that `hipserve serve` started, ready to answer."""
-    command = [sys.executable, "-m", "hipserve.cli.main", "serve", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "hipserve", "serve", "--port", str(port), *flags]
     with log.open("w") as out:
         child = Child(command, {**os.environ, **QUIET}, copy=out, grace=90)
         try:

@@ -171,7 +171,7 @@ def test_stopping_lets_requests_end(server: Running) -> None:
     ],
 )
 def test_refusals(flags: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "hipserve.cli.main", "serve", *flags]
+    command = [sys.executable, "-m", "hipserve", "serve", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr.replace("\n", " ")

@@ -18,6 +18,9 @@ CHUNK, LARGE_CHUNK = 2048, 8192
 """Tokens that vLLM's server reads in a step (`--max-num-batched-tokens`) on CPUs and small cards,
 and on large cards."""
 
+LARGE_MEMORY = 70 * 2**30
+"""Bytes of a large card."""
+
 
 class Card(NamedTuple):
     """A GPU.
@@ -38,6 +41,11 @@ class Card(NamedTuple):
     def link(self) -> float:
         """Bytes per second from the host."""
         return PCIE[self.pcie]
+
+
+def chunk_of_card(name: str, memory: float) -> int:
+    """Tokens that vLLM's server reads in a step on a GPU of this name with so many bytes."""
+    return LARGE_CHUNK if memory >= LARGE_MEMORY and "A100" not in name else CHUNK
 
 
 CARDS = {

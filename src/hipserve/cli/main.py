@@ -96,7 +96,3 @@ def _sentence(error: Exception) -> str:
         return error.message
     reason = " ".join(str(error).split()) or "no reason given"
     return f"{type(error).__name__}: {reason}; HIPSERVE_DEBUG=1 shows where"
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hipserve.capacity.advice import ANY_FILE, Machine, Plan, readable
-from hipserve.capacity.cards import CARDS, CHUNK, LARGE_CHUNK, find_card, recognise
+from hipserve.capacity.cards import CARDS, CHUNK, chunk_of_card, find_card, recognise
 from hipserve.capacity.memory import RESERVE, Parts, Service, index_per_token
 from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
 from hipserve.cli import options
@@ -23,9 +23,6 @@ from hipserve.errors import ArgumentError
 from hipserve.host import HostMemory, installed_gpu
 from hipserve.models.bundled import BUNDLED
 from hipserve.models.config_file import read_config
-
-LARGE_MEMORY = 70 * 2**30
-"""Of cards on which vLLM's server reads `LARGE_CHUNK` tokens in a step, A100 excepted."""
 
 
 def plan(
@@ -129,8 +126,7 @@ def find_machine(gpu: str | None, device_memory: int | None) -> Machine:
 
 def default_chunk(machine: Machine) -> int:
     """What vLLM's server reads in a step unless told otherwise."""
-    large = machine.on_gpu and machine.memory >= LARGE_MEMORY and "A100" not in machine.title
-    return LARGE_CHUNK if large else CHUNK
+    return chunk_of_card(machine.title, machine.memory) if machine.on_gpu else CHUNK
 
 
 def _command(made: Plan, name: str, flags: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from hipserve.capacity.advice import readable
-from hipserve.capacity.cards import CHUNK, LARGE_CHUNK, UTILIZATION
+from hipserve.capacity.cards import CHUNK, UTILIZATION, chunk_of_card
 from hipserve.capacity.memory import BLOCK, Parts, Room, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.errors import FitError
@@ -133,7 +133,8 @@ def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostM
 def _on_card(server: Server, shape: ModelShape, gpu: InstalledGpu) -> tuple[Parts, int, int]:
     """What a server with offload keeps on a GPU; bytes of staging and steps; and those that are
     left for index and tiles of the share that vLLM may use."""
-    parts = replace(wanted(server, shape, LARGE_CHUNK), offload=True, on_gpu=True).parts()
+    chunk = chunk_of_card(gpu.name, gpu.memory)
+    parts = replace(wanted(server, shape, chunk), offload=True, on_gpu=True).parts()
     rest = parts.activations + parts.reserve + parts.table + parts.staging
     share = float(server.option("--gpu-memory-utilization") or UTILIZATION)
     return parts, rest, int(gpu.memory * share) - parts.weights - rest

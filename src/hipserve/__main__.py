@@ -1,0 +1,5 @@
+"""`python -m hipserve`: the command."""
+
+from hipserve.cli.main import main
+
+main()
