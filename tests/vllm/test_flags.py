@@ -62,6 +62,8 @@ REFUSED = {
     "/no/such/directory": "/no/such/directory: no such directory",
     "a/b/c": "a/b/c: no such directory",
     "pyproject.toml": "got a file (pyproject.toml)",
+    "docs/data": "got docs/data, which has no config.json",
+    "--max-model-len 200k": "at most 131,072 tokens, which the model was trained for, got 200,000",
 }
 REFUSED_IN_A_FILE = {
     "attention-backend: TRITON_ATTN": "--attention-backend: expected HiP attention",
@@ -112,6 +114,11 @@ LAST_WORDS = [
         "  Value error, meter: expected off, got 'sampled' [type=value_error, input_value=3]",
         ArgumentError,
         "meter: expected off, got 'sampled'",
+    ),
+    (
+        "OSError: [Errno -2] Name or service not known",
+        ArgumentError,
+        "can fetch, got some/model ([Errno -2] Name or service not known); check the name",
     ),
     ("RuntimeError: no kernel", BackendError, "the server did not start: no kernel"),
 ]
@@ -219,7 +226,7 @@ def test_the_last_words_of_a_server_become_an_error(
     line: str, kind: type[HipserveError], said: str
 ) -> None:
     lines = ["INFO fine", line]
-    error = log_words.refusal(log_words.complaint(lines), lines, on_cpu=True)
+    error = log_words.refusal(log_words.complaint(lines), lines, "some/model", on_cpu=True)
     assert type(error) is kind
     assert said in str(error)
     assert "gpu_memory_utilization" not in str(error)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from processes import get, post, serving, stream
 
+from hipserve.cli.ready import QUESTION
 from hipserve.lab.prompts import english
 from hipserve.lab.quality.tasks import pass_key
 from hipserve.lab.speed.load import Leftover, cancel_half, leftover, make_cases, run_mixed
@@ -38,7 +39,10 @@ class Running:
     def chat(self, *contents: str, **options: Any) -> tuple[int, dict[str, Any]]:
         messages = [{"role": "user", "content": content} for content in contents]
         body = {"model": "acorn", "messages": messages, "temperature": 0, "max_tokens": 24}
-        return post(f"{self.url}/v1/chat/completions", {**body, **options})
+        return self.ask({**body, **options})
+
+    def ask(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return post(f"{self.url}/v1/chat/completions", body)
 
     def stream(self, content: str, **options: Any) -> Iterator[dict[str, Any]]:
         body = {"model": "acorn", "messages": [{"role": "user", "content": content}]}
@@ -61,7 +65,22 @@ def test_ready_card(server: Running) -> None:
     assert "index        " in card
     assert "19.5% of the full context" in card
     assert f"metrics      {server.url}/metrics" in card
-    assert "curl http" in card
+    (body,) = re.findall(r"^try +curl http.* -d '(.*)'$", card, re.M)
+    status, answer = server.ask(json.loads(body))
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == "The pass key is 83724."
+
+
+def test_a_request_that_does_not_say_how_gets_the_likeliest_tokens(server: Running) -> None:
+    """Of the bundled model, and not as many as the context holds: it seldom ends its turn."""
+    endless = {"role": "user", "content": "Once upon a time"}
+    answers = [
+        server.ask({"model": "acorn", "messages": [message]})[1]
+        for message in (QUESTION, QUESTION, endless)
+    ]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts[:2] == ["The pass key is 83724."] * 2
+    assert answers[2]["usage"]["completion_tokens"] <= 256
 
 
 def test_a_start_is_never_silent(server: Running) -> None:

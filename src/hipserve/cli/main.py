@@ -40,7 +40,7 @@ app = Commands(
 app.command()(run.run)
 app.command()(chat.chat)
 app.command()(demo.demo)
-app.command(context_settings=serve.PASS_ON)(serve.serve)
+app.command(context_settings=serve.PASS_ON, options_metavar=serve.USAGE)(serve.serve)
 app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")

@@ -15,6 +15,8 @@ from hipserve.config import HiPConfig
 from hipserve.serving.client import Facts
 from hipserve.serving.command_line import Server
 
+KEY = "The pass key is 83724. Remember it. 83724 is the pass key."
+QUESTION = {"role": "user", "content": f"{KEY}\n\nWhat is the pass key?"}
 SILENCE = 2.0
 """Maximum seconds without output during a start."""
 
@@ -60,8 +62,7 @@ class Teller:
 def card(server: Server, facts: Facts, seconds: float, shape: ModelShape | None = None) -> str:
     """What a user wants to know about a server that is ready."""
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.api_key else ""
-    question = {"role": "user", "content": "The pass key is 83724. What is the pass key?"}
-    body = json.dumps({"model": facts.name, "messages": [question]})
+    body = json.dumps({"model": facts.name, "messages": [QUESTION], "max_tokens": 32})
     curl = f"curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
     lines = {
         "ready": f"after {seconds:.0f} s",

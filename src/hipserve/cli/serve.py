@@ -26,14 +26,21 @@ from hipserve.offload import Offload
 from hipserve.serving.address import check_access, check_port
 from hipserve.serving.child import Child
 from hipserve.serving.client import Client
-from hipserve.serving.command_line import Server, quick_start
+from hipserve.serving.command_line import Server, quick_start, short_answers
 from hipserve.serving.engine_file import is_engine_file, read_engine_file
 from hipserve.serving.environment import on_cpu
 from hipserve.serving.fit import check_fit, host_blocks, largest_pool
 from hipserve.serving.log_words import complaint, refusal, stage_of
-from hipserve.serving.refusals import check_flags, check_known, check_model, check_settings
+from hipserve.serving.refusals import (
+    check_context,
+    check_flags,
+    check_known,
+    check_model,
+    check_settings,
+)
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+USAGE = "[MODEL] [OPTIONS] [OPTIONS OF VLLM]"
 
 
 def serve(
@@ -70,7 +77,10 @@ def serve(
     ] = False,
     verbose: Annotated[bool, typer.Option(help="vLLM's log during the start.")] = False,
 ) -> None:
-    """Serves [MODEL], the bundled one if left out, through vLLM, whose other flags all work."""
+    """Serves MODEL, the bundled one if left out, through vLLM.
+
+    vLLM's own flags work as well: `hipserve-vllm serve --help=all` lists them.
+    """
     words = context.args
     named = bool(words) and not words[0].startswith("-")
     flags, held = tuple(words[1:] if named else words), tuple[str, ...]()
@@ -92,7 +102,7 @@ def serve(
         settings = offloading.offloaded(settings, code_bits, config, None if on_cpu() else preset)
     path = model
     if model == BUNDLED:
-        path, flags = str(bundled_path()), (*quick_start(flags), *flags)
+        path, flags = str(bundled_path()), (*quick_start(flags), *short_answers(flags), *flags)
     server = Server(
         path, model, settings, host, port, api_key=api_key, flags=flags, file_flags=held
     )
@@ -100,7 +110,9 @@ def serve(
         server = extended(server, read_config(server.model))
     shape = shape_of(server)
     server = replace(server, offload=offload)
-    check_settings(server, table_of(server.model), shape and shape.dtype)
+    table = table_of(server.model)
+    check_context(server, table)
+    check_settings(server, table, shape and shape.dtype)
     if offload is not None:
         server = with_offload(server, offload, shape)
     memory, gpu = HostMemory.read(), None if on_cpu() else installed_gpu()
@@ -264,4 +276,4 @@ def _wait_until_ready(server: Server, child: Child, verbose: bool) -> None:
         result(card(server, client.facts(), teller.seconds, shape_of(server)))
     elif not child.stopping:
         lines = child.log.last_words()
-        raise refusal(complaint(lines), lines, on_cpu())
+        raise refusal(complaint(lines), lines, server.model, on_cpu())

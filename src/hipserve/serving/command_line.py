@@ -134,3 +134,12 @@ def quick_start(flags: Sequence[str]) -> tuple[str, ...]:
     compiles = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
     chosen = any(flag.startswith(compiles) for flag in map(normal, flags))
     return () if chosen else ("--enforce-eager",)
+
+
+def short_answers(flags: Sequence[str]) -> tuple[str, ...]:
+    """Flags for a model that seldom ends its turn: requests that do not say how to sample get the
+    likeliest tokens, and not as many as the context holds."""
+    names = ("--override-generation-config", "--generation-config")
+    if any(normal(flag) in names for flag in flags):
+        return ()
+    return (names[0], json.dumps({"temperature": 0, "max_new_tokens": 256}))

@@ -25,6 +25,14 @@ OWN = r"([\w-]+): expected (.+?), got (.+?)(?:; (.+))?"
 """A sentence in which hipserve refuses an option: ArgumentError made it."""
 
 
+UNREACHED = (
+    r"(?i)name or service not known|name resolution|max retries exceeded|couldn't connect to|"
+    r"repository not found|invalid repository id|not a (local folder|valid model identifier)|"
+    r"outgoing traffic has been disabled"
+)
+"""What vLLM and the hub's client say of a model that is neither here nor to be fetched."""
+
+
 def stage_of(line: str) -> str | None:
     """What a line of vLLM's log says about the start, if anything."""
     return next((stage for mark, stage in STAGES if mark in line), None)
@@ -41,8 +49,8 @@ def complaint(lines: Iterable[str]) -> str:
     return re.sub(r"^[\w.]*Error: |\s*\[type=.*", "", sentence)
 
 
-def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
-    """The last lines of a server that did not start, as an error of the command.
+def refusal(sentence: str, lines: Sequence[str], model: str, on_cpu: bool) -> HipserveError:
+    """The last lines of a server of this model that did not start, as an error of the command.
 
     vLLM advises `gpu_memory_utilization`, which is not what limits the KV cache on a CPU.
     """
@@ -52,6 +60,10 @@ def refusal(sentence: str, lines: Sequence[str], on_cpu: bool) -> HipserveError:
         return FitError(
             f"the server did not start: {facts}", f"raise {more} or lower --max-model-len"
         )
+    if re.search(UNREACHED, sentence):
+        expected = "a directory, or a name on the hub that this machine has or can fetch"
+        hint = f"check the name; `hf download {model}` fetches it beforehand"
+        return ArgumentError("model", expected, f"{model} ({sentence})", hint)
     if own := re.fullmatch(OWN, sentence):
         return ArgumentError(own[1], own[2], own[3], own[4] or "")
     if any(mark in line for line in lines for mark in USAGE):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,14 @@ from hipserve.integrations.extend import text_config
 from hipserve.integrations.vllm.limits import BLOCK_SIZE, Engine, check_engine
 from hipserve.serving.command_line import Server, normal
 from hipserve.serving.environment import on_cpu
+from hipserve.serving.fit import number
 
 ATTENTION = ("--attention-backend", "--additional-config", "--attention-config", "-ac")
 """What `hipserve serve` sets up itself: vLLM would put the flag in the place of all of it."""
+
+PLAIN = ("default", "llama3")
+"""Types of rotary positions with which vLLM takes a model's `max_position_embeddings` as they
+are."""
 
 OWN = ("--host", "--port", "--api-key")
 """Read by `hipserve serve`, which has to know them."""
@@ -87,9 +93,37 @@ def check_model(name: str) -> None:
     if path.is_file():
         hint = "give the directory that holds config.json and the weights"
         raise ArgumentError("model", "a directory or a hub name", f"a file ({name})", hint)
+    hint = "check the path, or give a name on the hub"
     if is_path and not path.is_dir():
-        got, hint = f"{name}: no such directory", "check the path, or give a name on the hub"
+        got = f"{name}: no such directory"
         raise ArgumentError("model", "a directory or a hub name", got, hint)
+    if path.is_dir() and not (path / "config.json").is_file():
+        expected = "a directory with config.json and weights, or a hub name"
+        raise ArgumentError("model", expected, f"{name}, which has no config.json", hint)
+
+
+def check_context(server: Server, table: Mapping[str, Any] | None) -> None:
+    """Refuses a context beyond what the model was trained for, where vLLM would advise to read on
+    regardless.
+
+    Args:
+        server: to be.
+        table: its model's config.json; None where it is not known.
+
+    Raises:
+        ArgumentError: naming the option.
+    """
+    asked = number(server.option("--max-model-len"))
+    changed = server.option("--hf-overrides") or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+    if table is None or asked is None or changed:
+        return
+    model = text_config(table)
+    rope = model.rope_parameters.get("full_attention", model.rope_parameters)
+    trained = int(getattr(model, "max_position_embeddings", None) or 0)
+    if rope.get("rope_type") in PLAIN and 0 < trained < asked:
+        expected = f"at most {trained:,} tokens, which the model was trained for"
+        hint = "leave it out and add --extend stream to read beyond them (docs/extend.md)"
+        raise ArgumentError("--max-model-len", expected, f"{asked:,}", hint)
 
 
 def check_settings(server: Server, table: Mapping[str, Any] | None, dtype: str | None) -> None:
