@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from hipserve.models import Conversation, load
-from hipserve.models.cores import INTERVAL, FreeCores, Look, busy_seconds
+from hipserve.models.cores import (
+    INTERVAL,
+    FreeCores,
+    Look,
+    busy_seconds,
+    keep_to_free_cores,
+)
 
 HERTZ = os.sysconf("SC_CLK_TCK")
 
@@ -57,11 +64,11 @@ def test_other_programs_keep_the_cores_that_they_use(
     stat = write(tmp_path / "stat", 0, 0, 0, 0, 50)
     since = Look(time.perf_counter() - 100, Look.now(stat).others)
     write(stat, *(100 * x for x in taken), 5000)  # on another core, which is not ours
-    cores = FreeCores(True, since, stat)
+    cores = FreeCores(since, stat)
     with cores:
         assert torch.get_num_threads() == left
-        write(stat, *([1e6] * 4))  # too soon to look again
-        cores.look()
+    write(stat, *([1e6] * 4))  # too soon to look again
+    with cores:
         assert torch.get_num_threads() == left
     assert torch.get_num_threads() == 4
 
@@ -70,25 +77,44 @@ def test_other_programs_keep_the_cores_that_they_use(
 def test_threads_come_back_when_the_others_are_gone(tmp_path: Path) -> None:
     stat = write(tmp_path / "stat", 0, 0, 0, 0)
     since = Look(time.perf_counter() - 100, Look.now(stat).others)
-    with (cores := FreeCores(True, since, write(stat, 300, 0, 0, 0))):
+    with (cores := FreeCores(since, write(stat, 300, 0, 0, 0))):
         assert torch.get_num_threads() == 1
-        time.sleep(INTERVAL)
-        cores.look()
+    time.sleep(INTERVAL)
+    with cores:
         assert torch.get_num_threads() == 4
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_model_on_a_gpu_and_a_kernel_without_the_file_change_nothing(tmp_path: Path) -> None:
-    stat, since = write(tmp_path / "stat", 1e6, 1e6, 1e6, 1e6), Look(0, 0)
-    for cores in (FreeCores(False, since, stat), FreeCores(True, since, tmp_path / "none")):
-        with cores:
-            assert torch.get_num_threads() == 4
+def test_a_kernel_without_the_file_changes_nothing(tmp_path: Path) -> None:
+    with FreeCores(Look(0, 0), tmp_path / "none"):
+        assert torch.get_num_threads() == 4
 
 
-def test_a_conversation_looks_while_it_reads_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("threads")
+def test_a_model_that_fails_gives_the_threads_back(tmp_path: Path) -> None:
+    stat = write(tmp_path / "stat", 0, 0, 0, 0)
+    since = Look(time.perf_counter() - 100, Look.now(stat).others)
+    write(stat, 300, 300, 0, 0)
+    seen: list[int] = []
+
+    class Model(nn.Module):
+        def forward(self, fails: bool) -> None:
+            seen.append(torch.get_num_threads())
+            if fails:
+                raise ValueError("no")
+
+    model = Model()
+    keep_to_free_cores(model, since, stat)
+    model(False)
+    with pytest.raises(ValueError, match="no"):
+        model(True)
+    assert (seen, torch.get_num_threads()) == ([1, 1], 4)
+
+
+def test_every_call_of_a_loaded_model_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[FreeCores] = []
-    monkeypatch.setattr(FreeCores, "look", lambda self: looks.append(self))
+    monkeypatch.setattr(FreeCores, "__enter__", lambda self: looks.append(self))
     talk = Conversation(load())
     talk.ask("Say yes.", max_new_tokens=4)
     assert talk.statistics is not None
-    assert len(looks) >= 2 + talk.statistics.new_tokens
+    assert len(looks) >= 1 + talk.statistics.new_tokens

@@ -14,7 +14,6 @@ from hipserve.attention import UnreadMass
 from hipserve.errors import ArgumentError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.integrations.transformers.settings import config_of
-from hipserve.models.cores import START, FreeCores
 from hipserve.models.loading import LoadedModel, Turn
 from hipserve.models.passes import OFFLOADED_CHUNK, make_cache, read, shorten
 from hipserve.offload import Offload
@@ -102,7 +101,6 @@ class Conversation:
         self.statistics: Statistics | None = None
         self._ids = torch.empty(1, 0, dtype=torch.long, device=loaded.device)
         self._offload = offload
-        self._cores = FreeCores(loaded.device.type == "cpu", START)
         self._begin()
 
     def _begin(self) -> None:
@@ -147,12 +145,11 @@ class Conversation:
         began = time.perf_counter()
         cached = self._keep_common_prefix(ids)
         before, loads, unread = self._keys(), self._loads(), self._unread()
-        watch = _Watch(self.loaded.tokenizer, on_text, self._cores)
+        watch = _Watch(self.loaded.tokenizer, on_text)
         try:
-            with self._cores:
-                self._prefill(ids, on_prefill)
-                middle = self._keys()
-                new = self._generate(ids, watch, max_new_tokens, options)
+            self._prefill(ids, on_prefill)
+            middle = self._keys()
+            new = self._generate(ids, watch, max_new_tokens, options)
         except BaseException:  # layers may hold different keys now
             self._ids = self._ids[:, :0]
             self._begin()
@@ -197,7 +194,6 @@ class Conversation:
         begin, end = self._cache.get_seq_length(), ids.shape[1] - 1
         rows = OFFLOADED_CHUNK if self._offload and self.loaded.device.type == "cuda" else None
         for step in read(self.loaded, ids[:, begin:end], self._cache, rows=rows):
-            self._cores.look()
             if on_prefill:
                 on_prefill(step.stop - begin, end - begin)
 
@@ -230,18 +226,15 @@ class Conversation:
 class _Watch(TextStreamer):
     """Hands text on as `generate` makes it and notes when the first and last token came."""
 
-    def __init__(
-        self, tokenizer: Any, on_text: Callable[[str], None] | None, cores: FreeCores
-    ) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._cores = on_text, cores
+        self._on_text = on_text
         self.first = self.last = 0.0
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.last = time.perf_counter()
             self.first = self.first or self.last
-            self._cores.look()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002

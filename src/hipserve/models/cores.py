@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 INTERVAL = 0.5
 """Seconds between two looks: the kernel counts processor time in hundredths."""
@@ -40,33 +41,50 @@ class FreeCores:
     """Sets torch's threads within a `with` block; at its end they are as many as before.
 
     Args:
-        active: False does nothing, as for a model on a GPU.
         since: the first look.
         stat: the kernel's file.
     """
 
-    def __init__(self, active: bool, since: Look, stat: Path = STAT) -> None:
+    def __init__(self, since: Look, stat: Path = STAT) -> None:
         self._last, self._stat = since, stat
-        self._active = active and stat.exists()
-        self._most = torch.get_num_threads()
+        self._before = torch.get_num_threads()
+        self._free = len(_cores())
 
     def __enter__(self) -> None:
-        self._most = torch.get_num_threads()
-        self.look()
+        """Leaves other programs the cores that they kept busy since the last look, or before it,
+        if that is not a while ago."""
+        self._before = torch.get_num_threads()
+        if time.perf_counter() - self._last.at >= INTERVAL and self._stat.exists():
+            look = Look.now(self._stat)
+            taken = (look.others - self._last.others) / (look.at - self._last.at)
+            self._free = max(round(len(_cores()) - taken), 1)
+            self._last = look
+        self._set(min(self._free, self._before))
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
-            torch.set_num_threads(self._most)
+        self._set(self._before)
 
-    def look(self) -> None:
-        """Leaves other programs the cores that they kept busy since the last look, if that is a
-        while ago."""
-        if not self._active or time.perf_counter() - self._last.at < INTERVAL:
-            return
-        look = Look.now(self._stat)
-        taken = (look.others - self._last.others) / (look.at - self._last.at)
-        torch.set_num_threads(min(max(round(len(_cores()) - taken), 1), self._most))
-        self._last = look
+    @staticmethod
+    def _set(threads: int) -> None:
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+
+def keep_to_free_cores(model: nn.Module, since: Look | None = None, stat: Path = STAT) -> None:
+    """Makes every call of a model on CPUs take as many threads as cores are free.
+
+    since: the first look; the start of this module if None.
+    """
+    cores = FreeCores(since or START, stat)
+
+    def before(*_: object) -> None:
+        cores.__enter__()
+
+    def after(*_: object) -> None:
+        cores.__exit__()
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
 
 
 def busy_seconds(stat: Path, cores: set[int]) -> float:

@@ -25,6 +25,7 @@ from hipserve.integrations.transformers import (
 )
 from hipserve.integrations.transformers.settings import config_of
 from hipserve.models.bundled import BUNDLED, bundled_path
+from hipserve.models.cores import keep_to_free_cores
 from hipserve.models.gguf import load_gguf
 from hipserve.models.gguf_files import find_gguf
 from hipserve.platform import check_device, cpu_multiplies, default_device, describe_backend
@@ -213,8 +214,10 @@ def load(
         raise _unknown(name, _first_line(error)) from error
     trained = int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length)
     model = model.to(place).eval()
-    if dtype == "auto" and place.type == "cpu":
-        _widen(model)
+    if place.type == "cpu":
+        keep_to_free_cores(model)
+        if dtype == "auto":
+            _widen(model)
     loaded = LoadedModel(
         capture_decode(model) if place.type == "cuda" else model,
         tokenizer,
