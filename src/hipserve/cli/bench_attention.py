@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from hipserve.cli import options
+from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import (
     at_least,
     format_count,
@@ -64,6 +65,7 @@ def attention(
 ) -> None:
     """One layer: HiP attention, our dense kernel and torch's SDPA, checked and then timed."""
     base = options.make_config(config, preset, budget, selector)
+    make_room("--csv", csv)
     import torch
 
     from hipserve.lab import Limits, bench_attention
@@ -83,7 +85,7 @@ def attention(
             progress=lambda text: status.update(f"{text} …"),
         )
     if csv:
-        _write(csv, report.to_csv())
+        write("--csv", csv, report.to_csv())
     if json:
         result_json(report.to_dict())
     else:
@@ -130,14 +132,6 @@ def parse_dtype(name: str) -> torch.dtype:
             "dtype", f"one of {', '.join(names)}", repr(name), did_you_mean(name, names)
         )
     return getattr(torch, name)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError("csv", "a file to write", f"{path} ({error})") from error
 
 
 def _show(report: AttentionReport) -> None:

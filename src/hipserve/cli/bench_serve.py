@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from hipserve.cli import options
+from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import at_least, parse_counts
 from hipserve.cli.output import err, result_json, show
 from hipserve.models.bundled import BUNDLED, bundled_path
@@ -48,6 +49,7 @@ def serve(
     from hipserve.serving.command_line import quick_start
 
     settings = options.make_config(config, preset, budget, selector)
+    make_room("--csv", csv)
     name = model or BUNDLED
     path = str(bundled_path()) if name == BUNDLED else name
     wanted = parse_counts(lengths)
@@ -66,8 +68,7 @@ def serve(
             path, wanted, settings, Path(folder), ports, flags=flags, repeats=repeats, on_row=tell
         )
     if csv:
-        csv.parent.mkdir(parents=True, exist_ok=True)
-        csv.write_text(as_csv(rows, together, f"hipserve {' '.join(sys.argv[1:])}"))
+        write("--csv", csv, as_csv(rows, together, f"hipserve {' '.join(sys.argv[1:])}"))
     if json:
         result_json({"rows": [asdict(row) for row in rows], "together": asdict(together)})
         return

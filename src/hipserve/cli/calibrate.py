@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.comparison import First, choose_length
+from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import parse_count, parse_share
 from hipserve.cli.output import err, result, result_json, say, show
 
@@ -71,6 +72,7 @@ def calibrate(
     Half of the documents choose where to start, the other half decide (docs/calibrate.md).
     """
     base = options.make_config(config, preset)
+    make_room("--out", out)
     from hipserve.lab import calibrate as measure
     from hipserve.lab import read_documents, rule_card
 
@@ -91,7 +93,7 @@ def calibrate(
     for name in made.too_short:
         say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")
     if made.config and out:
-        out.write_text(made.config.dumps(), "utf-8")
+        write("--out", out, made.config.dumps())
         say(f"written: {out}")
     if json:
         result_json({**made.to_dict(), "card": rule_card(made)})

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from hipserve.cli import options
+from hipserve.cli.files import make_room, write
 from hipserve.cli.lab_shared import Length, Svg, check_svg, show_report
 from hipserve.cli.numbers import at_least
 from hipserve.cli.output import err, result, say
-from hipserve.errors import ArgumentError
 
 Texts = Annotated[
     list[Path],
@@ -54,8 +54,7 @@ def budgets(
     """
     base = options.make_config(config, preset, budget)
     check_svg(svg)
-    if out and not out.parent.is_dir():
-        raise ArgumentError("out", "a file in a folder that exists", str(out))
+    make_room("--out", out)
     from hipserve.lab import read_documents
     from hipserve.lab.budgets.report import find_budgets
     from hipserve.lab.budgets.shown import advice, charts, grids
@@ -68,7 +67,7 @@ def budgets(
         )
     if out:
         form = "toml" if out.suffix.lower() == ".toml" else "json"
-        out.write_text(report.config.dumps(form), "utf-8")
+        write("--out", out, report.config.dumps(form))
         say(f"written: {out}")
     show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)
     if not json:

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from hipserve.cli import comparison, options
+from hipserve.cli.files import make_folder, write
 from hipserve.cli.lab_shared import Text
 from hipserve.cli.output import err, result, result_json, say
-from hipserve.errors import ArgumentError
 
 NAME = "hipserve-lab"
 
@@ -48,8 +48,7 @@ def report(
     Both have the same numbers; --json prints every measurement as well.
     """
     base = options.make_config(config, preset, budget, selector)
-    if not out.is_dir():
-        raise ArgumentError("out", "a folder that exists", str(out))
+    make_folder("--out", out)
     from hipserve.lab.report.report import make_report
     from hipserve.lab.samples import CHARACTERS, domain_documents
     from hipserve.lab.shown import check_drawing
@@ -72,7 +71,7 @@ def report(
     page = made.to_page()
     for suffix, content in ((".html", page.to_html()), (".md", page.to_markdown())):
         path = out / f"{NAME}{suffix}"
-        path.write_text(content, "utf-8")
+        write("--out", path, content)
         (say if json else result)(f"written: {path}")
     if json:
         result_json(made.to_dict())

@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 
 from hipserve.cli import options
+from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import at_least, parse_count
 from hipserve.cli.output import result_json, say, show
-from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.lab.samples import Sample
@@ -45,14 +45,13 @@ Svg = Annotated[
 
 
 def check_svg(svg: Path | None) -> None:
-    """Before anything is measured: a picture can be drawn, and the file's folder exists."""
+    """Before anything is measured: a picture can be drawn, and its file has a folder."""
     if svg is None:
         return
     from hipserve.lab.shown import check_drawing
 
     check_drawing()
-    if not svg.parent.is_dir():
-        raise ArgumentError("svg", "a file in a folder that exists", str(svg))
+    make_room("--svg", svg)
 
 
 def read_samples(
@@ -104,5 +103,5 @@ def write_svg(svg: Path | None, charts: Sequence[Chart]) -> None:
         return
     from hipserve.lab.shown import draw_svg
 
-    svg.write_text(draw_svg(charts), "utf-8")
+    write("--svg", svg, draw_svg(charts))
     say(f"written: {svg}")
