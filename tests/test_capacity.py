@@ -166,6 +166,9 @@ def test_experts_are_counted_whole_and_read_in_part() -> None:
         ({"layer_types": ["linear_attention", "full_attention"]}, "one with recurrent layers"),
         ({"mamba_d_state": 16}, "one with recurrent layers"),
         ({"is_encoder_decoder": True}, "one with an encoder"),
+        ({"model_type": "bert"}, "one with an encoder"),
+        ({"model_type": "distilbert"}, "one with an encoder"),
+        ({"architectures": ["NewForMaskedLM"]}, "one with an encoder"),
         ({"hidden_size": None}, "hidden_size, a whole number, got nothing"),
         ({"num_attention_heads": "many"}, "num_attention_heads, a whole number, got 'many'"),
         ({"quantization_config": {"quant_method": "own"}}, "compressed-tensors, got 'own'"),
@@ -180,7 +183,8 @@ def test_a_family_that_is_not_known_is_counted_and_said() -> None:
     assert shape().notes == ()
     found = shape(model_type="lama")
     assert found.weights == shape().weights
-    assert found.notes == ("lama is not among the families counted: its weights as Llama's",)
+    assert found.notes[0].startswith("lama is not among the families counted: its weights as")
+    assert "served with HiP attention is not known" in found.notes[0]
 
 
 @pytest.mark.parametrize("code_bits", [4, 8, 16])

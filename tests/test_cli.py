@@ -39,7 +39,7 @@ def test_counts_as_people_write_them(text: str | int, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "1.3", "32kb", "1e3", "nan", "9" * 400 + "k"])
+@pytest.mark.parametrize("text", ["", "k", "1.3", "32kb", "1e3", "nan", "9" * 400 + "k"])
 def test_other_counts_are_wrong_usage(text: str, doc: str) -> None:
     result = invoke("run", QUESTION, "--doc", doc, f"--budget={text}")
     assert result.exit_code == 2
@@ -271,7 +271,7 @@ def test_every_count_takes_a_suffix() -> None:
                     seen.append(name)
                     assert extras, name
                     factor = 1000 if extras[0].metavar == "SIZE" else 1024  # 1KiB is 1024 bytes
-                    assert extras[0].parser("1k") == factor, name
+                    assert extras[0].parser("2000k") == 2000 * factor, name
         for sub in group.registered_groups:
             assert sub.typer_instance is not None
             check(sub.typer_instance)

@@ -82,7 +82,7 @@ def test_a_model_that_fits_gets_its_command() -> None:
     done = invoke(SHAPE, "--gpu", "h100-80g", "--code-bits", "8", "--max-num-batched-tokens", "4k")
     assert done.exit_code == 0
     flags = "--max-model-len 131072 --max-num-seqs 1 --max-num-batched-tokens 4096 --code-bits 8"
-    assert f"command   hipserve serve {SHAPE} {flags}\n" in done.stdout
+    assert f"command   hipserve serve MODEL {flags}\n" in done.stdout
     assert "fits      yes\n" in done.stdout
     assert "(an estimate: bytes over bandwidth; kernels take longer)" in done.stdout
 
@@ -231,7 +231,12 @@ def test_names_resolve_on_this_machine_only(
         (["--gpu", "h100", "--kv-offload", "--code-bits", "16"], "code_bits: expected 4 or 8"),
         (["--gpu", "h100", "--code-bits", "5"], "code_bits: expected 4, 8 or 16, got 5"),
         (["--dtype", "int8"], "dtype: expected one of auto, bfloat16"),
-        (["../nowhere/at/all"], "which is neither"),
+        (["../nowhere/at/all"], "../nowhere/at/all, which does not exist"),
+        (["no|name"], "which is neither"),
+        (["nofile.json"], "got nofile.json, which does not exist"),
+        (["nofile.gguf"], "got nofile.gguf, which does not exist"),
+        ([__file__], "a file of another kind"),
+        (["--host-kv-memory", "32GiB"], "--host-kv-memory: expected --kv-offload with it"),
     ],
 )
 def test_wrong_words_are_named(
@@ -243,14 +248,47 @@ def test_wrong_words_are_named(
     assert sentence in refused(monkeypatch, capsys, *words)
 
 
+def test_the_command_keeps_the_type_of_weights() -> None:
+    command = planned(SHAPE, "--gpu", "h100", "--dtype", "float32")["command"]
+    assert command[-2:] == ["--dtype", "float32"]
+    assert "--dtype" not in planned(SHAPE, "--gpu", "h100")["command"]
+
+
+def test_the_command_names_what_can_be_served(tmp_path: Path) -> None:
+    """The directory of a config.json that has weights beside it; a config.json alone is none."""
+    path = tmp_path / "config.json"
+    path.write_text(Path(SHAPE).read_text("utf-8"), "utf-8")
+    for name in (str(path), str(tmp_path)):
+        there = planned(name, "--gpu", "h100")
+        assert there["command"][2] == "MODEL"
+        assert "a config.json alone cannot be served" in there["notes"][-1]
+    (tmp_path / "model.safetensors").touch()
+    for name in (str(path), str(tmp_path)):
+        there = planned(name, "--gpu", "h100")
+        assert (there["command"][2], there["notes"]) == (str(tmp_path), [])
+
+
+def test_contexts_beyond_the_positions_of_a_model_say_so() -> None:
+    assert "longest   389,888 tokens of context by memory, beyond 131,072 with --extend\n" in (
+        invoke(SHAPE, "--gpu", "h100").stdout
+    )
+    assert "beyond" not in invoke(SHAPE, "--gpu", "l4").stdout
+
+
+def test_numbers_are_written_as_people_read_them() -> None:
+    assert "23.2 M parameters" in invoke("--gpu", "h100").stdout
+    one = invoke(SHAPE, "--gpu", "h100", "--max-model-len", "256k").stdout
+    assert "most      1 sequence of this context at once\n" in one
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("24G", 24e9), ("24 GB", 24e9), ("22.5GiB", 22.5 * GIB), ("512m", 512e6), ("4096", 4096)],
+    [("24G", 24e9), ("24 GB", 24e9), ("22.5GiB", 22.5 * GIB), ("512m", 512e6), ("1048576", 2**20)],
 )
 def test_sizes(text: str, value: float) -> None:
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0", "0G", "-1G", "24X", "G", "1e9", "24GGB", "1 2G"])
+@pytest.mark.parametrize("text", ["", "0", "0G", "-1G", "24", "9K", "24X", "G", "1e9", "24GGB"])
 def test_wrong_sizes(text: str) -> None:
     assert invoke("--gpu", "h100", "--device-memory", text).exit_code == 2

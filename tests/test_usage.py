@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from hipserve.cli import files, options
+from hipserve.cli.numbers import parse_share
 from shell import invoke, refused
 
 
@@ -52,3 +55,50 @@ def test_files_that_cannot_be_written_are_refused_first(
     assert line.startswith("error: --csv: expected a f")
     files.write("--csv", tmp_path / "more" / "b.csv", "1,2")
     assert (tmp_path / "more" / "b.csv").read_text() == "1,2"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--budget", "-5"), "-5 is negative"),
+        (("--max-new-tokens", "-3"), "-3 is negative"),
+        (("--max-new-tokens", "0"), "0 is less than 1"),
+        (("--host-kv-memory", "24"), "24 is less than 1 MiB; did you mean 24G?"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words: tuple[str, ...], sentence: str) -> None:
+    done = invoke("run", "--doc", __file__, *words, "Who?")
+    assert done.exit_code == 2
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("200%", "200% is not between 0% and 100%"),
+        ("5", "did you mean 5%?"),
+        ("-1", "-1 is not between 0% and 100%"),
+        ("much", "write it as 0.5% or 0.005"),
+    ],
+)
+def test_shares_out_of_range_are_named(text: str, sentence: str) -> None:
+    with pytest.raises(typer.BadParameter, match=re.escape(sentence)):
+        parse_share(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--extend-factor", "3"), "--extend-factor: expected --extend with it, got none"),
+        (("--dense", "--extend", "yarn"), "--dense: expected no pruning options"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    words: tuple[str, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, line, _ = refused(monkeypatch, capsys, "run", "--doc", __file__, *words, "Who?")
+    assert code == 2
+    assert line.startswith(f"error: {sentence}")

@@ -56,6 +56,9 @@ FAMILIES = {
 WINDOWED_ON_REQUEST = ("qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Their `sliding_window` counts where `use_sliding_window` is set."""
 
+ENCODERS = ("bert", "roberta", "electra", "deberta", "deberta-v2", "mpnet", "clip", "vit", "xlnet")
+"""How the `model_type` of an encoder ends: distilbert and modernbert too."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -145,7 +148,10 @@ class ModelShape:
 def _notes(config: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     notes: list[str] = []
     if kind not in FAMILIES:
-        notes.append(f"{kind} is not among the families counted: its weights as Llama's")
+        notes.append(
+            f"{kind} is not among the families counted: its weights as Llama's; whether it can be "
+            "served with HiP attention is not known"
+        )
     if "vision_config" in config:
         notes.append("what reads images is not counted")
     return tuple(notes)
@@ -163,7 +169,7 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     kinds = set(cast("Sequence[str]", config.get("layer_types") or ()))
     reasons = {
         "latent attention": config.get("kv_lora_rank"),
-        "an encoder": config.get("is_encoder_decoder"),
+        "an encoder": config.get("is_encoder_decoder") or _is_encoder(config),
         "recurrent layers": any(not kind.endswith("attention") for kind in kinds)
         or "linear_attention" in kinds
         or any(str(key).startswith(("mamba_", "ssm_")) for key in config),
@@ -171,6 +177,14 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     for reason in (name for name, found in reasons.items() if found):
         expected = "a decoder whose layers keep keys and values of every token"
         raise ArgumentError("model", expected, f"one with {reason}")
+
+
+def _is_encoder(config: Mapping[str, Any]) -> bool:
+    """It reads a text in both directions and continues none."""
+    kind = str(config.get("model_type", ""))
+    made_for = cast("Sequence[str]", config.get("architectures") or ())
+    masked = any(name.endswith("ForMaskedLM") for name in made_for)
+    return masked or (kind.endswith(ENCODERS) and not config.get("is_decoder"))
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

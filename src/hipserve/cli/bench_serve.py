@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: options.Model = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Directory or hub name; the bundled model if left out."
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "512,8k,32k",
     repeats: Annotated[
         int,

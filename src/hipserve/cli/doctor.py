@@ -11,7 +11,7 @@ from rich.table import Table
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err, result_json, show
-from hipserve.cli.plan import describe_host
+from hipserve.cli.plan_text import describe_host
 from hipserve.config import HiPConfig
 from hipserve.host import ROOT, HostMemory, gpu_links, locked_memory, numa_nodes
 from hipserve.serving.environment import on_cpu

@@ -16,6 +16,9 @@ FACTORS = {"": 1, "k": 1024, "m": 1024**2}
 COLDEST = 0.01
 """Minimum temperature: below it, logits over the temperature overflow. vLLM has the same limit."""
 
+SMALLEST = 1 << 20
+"""Minimum bytes of a memory: fewer are a number without its unit."""
+
 
 def parse_count(text: str | int) -> int:
     """`4096`, `4_096`, `32k`, `1.5k` or `1M` as an int.
@@ -28,6 +31,8 @@ def parse_count(text: str | int) -> int:
         value = Fraction(match[1].replace("_", "")) * FACTORS[match[2].lower()]
         if value.denominator == 1:
             return value.numerator
+    if re.fullmatch(r"-[0-9][0-9_.]*[kKmM]?", str(text).strip()):
+        raise typer.BadParameter(f"{text} is negative; write a number such as 4096, 32k or 1M")
     raise typer.BadParameter(f"{text!r} is no number; write it as 4096, 32k or 1M")
 
 
@@ -35,13 +40,17 @@ def parse_size(text: str | int) -> int:
     """`24G`, `24GB` (10^9 each), `22.5GiB` (2^30) or bytes.
 
     Raises:
-        typer.BadParameter: it has another form, or is 0.
+        typer.BadParameter: it has another form, is 0, or is so few bytes that a unit is missing.
     """
     try:
-        return parse_bytes("size", text)
+        size = parse_bytes("size", text)
     except ConfigError:
         message = f"{text!r} is no size; write it as 24G, 22.5GiB or in bytes"
         raise typer.BadParameter(message) from None
+    if size < SMALLEST:
+        number = re.sub(r"[^0-9.]", "", str(text))
+        raise typer.BadParameter(f"{text} is less than 1 MiB; did you mean {number}G?")
+    return size
 
 
 def at_least(low: int) -> Callable[[str | int], int]:
@@ -72,7 +81,7 @@ def parse_temperature(text: str | float) -> float:
 
 
 def parse_share(text: str | float) -> float:
-    """`0.5%` or `0.005`, from 0 to 1.
+    """`0.5%` or `0.005`, from 0% to 100%.
 
     Raises:
         typer.BadParameter: it is neither.
@@ -84,12 +93,21 @@ def parse_share(text: str | float) -> float:
         value = math.nan
     if 0 <= value <= 1:
         return value
-    raise typer.BadParameter(f"{text!r} is no share; write it as 0.5% or 0.005")
+    if math.isnan(value):
+        raise typer.BadParameter(f"{text!r} is no share; write it as 0.5% or 0.005")
+    percent = not words.endswith("%") and 1 < value <= 100
+    hint = f"; did you mean {words}%?" if percent else ""
+    raise typer.BadParameter(f"{text} is not between 0% and 100%{hint}")
 
 
 def parse_counts(text: str) -> list[int]:
     """A list with commas: `8k,16k,32k`."""
     return [parse_count(part) for part in text.split(",")]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `1,024 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_count(value: int) -> str:

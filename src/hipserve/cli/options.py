@@ -112,7 +112,11 @@ def make_config(
     given = {"budget": budget, "selector": selector, "code_bits": code_bits}
     given |= {"extend": extend, "extend_factor": extend_factor}
     given |= {"meter": "sampled" if meter else None}
-    return base.replace(**{key: value for key, value in given.items() if value is not None})
+    made = base.replace(**{key: value for key, value in given.items() if value is not None})
+    if extend_factor is not None and made.extend == "none":
+        hint = "add --extend yarn or --extend stream"
+        raise ArgumentError("--extend-factor", "--extend with it", "none", hint)
+    return made
 
 
 def refuse_with_dense(
@@ -122,15 +126,17 @@ def refuse_with_dense(
     selector: str | None,
     code_bits: int | None = None,
     meter: bool = False,
+    extend: str | None = None,
 ) -> None:
-    """Dense attention has no pruning options."""
+    """Dense attention has no pruning options, and reads no more than the trained length."""
     given = {"config": config, "budget": budget, "selector": selector, "code-bits": code_bits}
+    given |= {"extend": extend}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     names += ["--preset"] if preset != "default" else []
     names += ["--meter"] if meter else []
     if names:
         got = ", ".join(names)
-        raise ArgumentError("dense", "no pruning options with it", got)
+        raise ArgumentError("--dense", "no pruning options with it", got)
 
 
 def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: str) -> LoadedModel:

@@ -52,7 +52,9 @@ def run(
     if not words[-1].strip():
         raise ArgumentError("question", "some words", repr(words[-1]))
     if dense:
-        options.refuse_with_dense(config, preset, budget, selector, code_bits, meter)
+        options.refuse_with_dense(
+            config, preset, budget, selector, code_bits, meter=meter, extend=extend
+        )
     question = as_text("question", words[-1])
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)

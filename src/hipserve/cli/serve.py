@@ -96,7 +96,7 @@ def serve(
     offload = make_offload(kv_file, *sizes, dense=dense, on_host=kv_offload)
     given = (config, preset, budget, selector, code_bits)
     if dense:
-        options.refuse_with_dense(*given, meter=meter)
+        options.refuse_with_dense(*given, meter=meter, extend=extend)
     settings = None if dense else options.make_config(*given, extend=extend, meter=meter)
     if offload is not None and settings is not None:
         settings = offloading.offloaded(settings, code_bits, config, None if on_cpu() else preset)

@@ -12,6 +12,9 @@ from hipserve.models.gguf_files import find_gguf
 
 EXPECTED = "a directory or a file with a config.json, or a hub name whose config.json is here"
 
+FILES = {".json", ".gguf", ".safetensors", ".txt", ".toml", ".bin", ".pt"}
+"""A name that ends so is meant as a file, not as a hub name."""
+
 
 def read_config(name: str) -> dict[str, Any]:
     """The table in a model's config.json; nothing is downloaded.
@@ -52,6 +55,10 @@ def find_config(name: str) -> Path:
         raise ArgumentError("model", EXPECTED, f"{name}, a GGUF file", hint)
     if path.is_dir():
         raise ArgumentError("model", EXPECTED, f"{name}, without a config.json")
+    if path.exists():
+        raise ArgumentError("model", EXPECTED, f"{name}, a file of another kind")
+    if path.suffix in FILES or name.startswith(("/", "./", "../", "~")):
+        raise ArgumentError("model", EXPECTED, f"{name}, which does not exist")
     return _in_hub_cache(name)
 
 
