@@ -258,7 +258,7 @@ def test_a_gguf_file_without_its_packages(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_unknown_devices() -> None:
     for device in ("tpu", "cuda:99", "cpu:x"):
-        with pytest.raises(ArgumentError, match="device: expected one of cpu"):
+        with pytest.raises(ArgumentError, match=r"device: expected .*cpu"):
             load(device=device)
 
 

@@ -62,7 +62,7 @@ def test_options_that_do_not_go_together_are_named(given: Any, device: str, said
 
 
 def test_dense_attention_reads_everything() -> None:
-    with pytest.raises(ArgumentError, match="dense: expected keys beside the model"):
+    with pytest.raises(ArgumentError, match="--dense: expected no offloading with it"):
         offloading.is_asked_for(True, None, None, None, device="cuda", dense=True)
     assert not offloading.is_asked_for(False, None, None, None, device="cuda", dense=True)
 
@@ -101,9 +101,9 @@ def test_commands_that_choose_a_search_choose_its_codes() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--code-bits 16 --kv-file kv", "code_bits: expected 4 or 8 where keys are offloaded"),
+        ("--code-bits 16 --kv-file kv", "expected 4 or 8 where keys are offloaded"),
         ("--code-bits 4 --dense", "dense: expected no pruning options with it, got --code-bits"),
-        ("--code-bits 5", "code_bits: expected 4, 8 or 16"),
+        ("--code-bits 5", "--code-bits: expected 4, 8 or 16"),
     ],
 )
 def test_codes_are_refused_before_a_model_is_loaded(

@@ -228,9 +228,9 @@ def test_names_resolve_on_this_machine_only(
     ("words", "sentence"),
     [
         (["--gpu", "h101"], "hint: did you mean"),
-        (["--gpu", "h100", "--kv-offload", "--code-bits", "16"], "code_bits: expected 4 or 8"),
-        (["--gpu", "h100", "--code-bits", "5"], "code_bits: expected 4, 8 or 16, got 5"),
-        (["--dtype", "int8"], "dtype: expected one of auto, bfloat16"),
+        (["--gpu", "h100", "--kv-offload", "--code-bits", "16"], "--code-bits: expected 4 or 8"),
+        (["--gpu", "h100", "--code-bits", "5"], "--code-bits: expected 4, 8 or 16, got 5"),
+        (["--dtype", "int8"], "--dtype: expected one of auto, bfloat16"),
         (["../nowhere/at/all"], "../nowhere/at/all, which does not exist"),
         (["no|name"], "which is neither"),
         (["nofile.json"], "got nofile.json, which does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import typer
 
 from hipserve.cli import files, options
+from hipserve.cli.document import OpenDocument
 from hipserve.cli.numbers import parse_share
+from hipserve.errors import ArgumentError
+from hipserve.platform import check_device
 from shell import invoke, refused
 
 
@@ -102,3 +106,87 @@ def test_options_without_effect_are_refused(
     code, line, _ = refused(monkeypatch, capsys, "run", "--doc", __file__, *words, "Who?")
     assert code == 2
     assert line.startswith(f"error: {sentence}")
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "good.txt": b"Some text.",
+        "empty.txt": b"",
+        "blank.txt": b" \n\n",
+        "binary.dat": bytes(range(256)),
+        "latin.txt": "caf\u00e9".encode("latin-1"),
+        "half.gz": gzip.compress(b"Rivers run to the sea." * 99)[:40],
+        "bad.toml": b"budgte = 1",
+    }.items():
+        Path(name).write_bytes(content)
+    Path("folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("run --doc empty.txt Who?", "--doc: expected some text, got empty.txt (empty)"),
+        ("chat --doc blank.txt", "--doc: expected some text, got blank.txt (empty)"),
+        ("run --doc binary.dat Who?", "--doc: expected a readable UTF-8 text file, got binary.dat"),
+        ("chat --doc latin.txt", "--doc: expected a readable UTF-8 text file, got latin.txt"),
+        ("demo --doc half.gz", "--doc: expected a readable UTF-8 text file, got half.gz"),
+        ("run --doc good.txt folder Who?", "(a directory without a config.json)"),
+        ("run --doc good.txt good.txt Who?", "(a file of another kind)"),
+        ("chat folder", "(a directory without a config.json)"),
+        ("eval perplexity ./nowhere", "(no such directory)"),
+        ("run --doc good.txt --dtype fp16 Who?", "--dtype: expected one of auto, bfloat16"),
+        ("run --doc good.txt --pin-system Who?", "--pin-system: expected --system with it"),
+        ("chat --pin-system", "--pin-system: expected --system with it"),
+        ("eval perplexity --text nofile.txt", "--text: expected a readable UTF-8 text file"),
+        ("lab cache --text nofile.txt", "--text: expected a readable UTF-8 text file"),
+        ("calibrate --text nofile.txt", "--text: expected a readable UTF-8 text file"),
+        ("lab drift --text empty.txt", "--text: expected some text, got empty.txt"),
+        ("run --doc good.txt --budget 0 Who?", "--budget: expected"),
+        ("run --doc good.txt --kv-file kv --dense Who?", "--dense: expected no offloading"),
+        ("run --doc good.txt --config good.txt Who?", "--config: expected"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    words: str,
+    sentence: str,
+    texts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, line, _ = refused(monkeypatch, capsys, *words.split())
+    assert (code, line[:7]) == (2, "error: ")
+    assert sentence in line
+
+
+def test_fields_of_a_file_are_named_as_they_are_written_there(
+    texts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what was typed is called an option."""
+    Path("zero.toml").write_text("budget = 0")
+    words = ("run", "--doc", "good.txt", "--config", "zero.toml", "Who?")
+    assert refused(monkeypatch, capsys, *words)[1].startswith("error: budget: expected")
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [(None, "(this torch has no CUDA)"), ("13.0", "(no CUDA GPU is visible)")],
+)
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_here_is_explained(
+    device: str, version: str | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.version.cuda", version)
+    with pytest.raises(ArgumentError, match=re.escape(f"expected cpu, got '{device}' {sentence}")):
+        check_device(device)
+
+
+def test_a_long_document_is_read_once_and_in_order(tmp_path: Path) -> None:
+    text = "".join(f"line {i}\n" for i in range(300_000)).encode()
+    for name, content in (("plain", text), ("packed.gz", gzip.compress(text, 1))):
+        (tmp_path / name).write_bytes(content)
+        assert OpenDocument(str(tmp_path / name)).read(len(text) + 1) == text
+        assert OpenDocument(str(tmp_path / name)).read(2_000_000) == text[:2_000_000]

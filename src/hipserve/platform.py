@@ -228,9 +228,12 @@ def check_device(device: str) -> torch.device:
     """
     known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if device not in (*known, default_device()):
-        raise ArgumentError(
-            "device", f"one of {', '.join(known)}", repr(device), did_you_mean(device, known)
-        )
+        if len(known) == 1:
+            cuda = "no CUDA GPU is visible" if torch.version.cuda else "this torch has no CUDA"
+            why = f" ({cuda})" if device.startswith(("cuda", "gpu")) else ""
+            raise ArgumentError("device", "cpu", f"{device!r}{why}")
+        hint = "did you mean cuda?" if device == "gpu" else did_you_mean(device, known)
+        raise ArgumentError("device", f"one of {', '.join(known)}", repr(device), hint)
     return torch.device(device)
 
 

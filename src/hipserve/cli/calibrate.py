@@ -23,7 +23,9 @@ NOT_CERTIFIED = 5
 Texts = Annotated[
     list[Path],
     typer.Option(
-        parser=options.parse_path, metavar="FILE", help="Text or .jsonl files. Repeatable."
+        parser=options.parse_path,
+        metavar="FILE",
+        help="Text or .jsonl files. Repeatable.",
     ),
 ]
 MaxLoss = Annotated[

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from hipserve.cli import offloading, options
+from hipserve.cli.document import OpenDocument, as_text, standard_input
 from hipserve.cli.output import err, say
-from hipserve.cli.run import (
-    as_text,
-    ask,
-    open_document,
-    read_document,
-    report,
-    standard_input,
-)
-from hipserve.errors import FitError
+from hipserve.cli.run import ask, report
+from hipserve.errors import ArgumentError, FitError
 
 
 def chat(
@@ -48,9 +43,10 @@ def chat(
 ) -> None:
     """Talks with a model; what was read stays in its cache. An empty line or Ctrl-D ends it."""
     standard_input()
+    options.check_system(system, pin_system)
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device)
-    stream = open_document(doc) if doc is not None else None
+    document = OpenDocument(doc) if doc is not None else None
     settings = options.make_config(
         config,
         preset,
@@ -73,11 +69,11 @@ def chat(
         pin_system=pin_system,
         offload=offloading.make_offload(loaded, *sizes) if offloaded else None,
     )
-    if doc is not None and stream is not None:
-        talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
+    if document is not None:
+        talk.say(f"Read the text.\n\n{document.read_for(loaded)}")
         loaded.check_fit(loaded.encode(talk.turns).shape[1], max_new_tokens)
     generation = options.sampling(temperature, seed)
-    while question := _read_line():
+    for question in _questions():
         try:
             ask(talk, question, max_new_tokens=max_new_tokens, **generation)
         except FitError as error:
@@ -88,6 +84,16 @@ def chat(
         report(talk)
 
 
+def _questions() -> Iterator[str]:
+    """Lines that are typed, up to an empty one; what is no text is refused and asked for again."""
+    while line := _read_line():
+        try:
+            yield as_text("question", line)
+        except ArgumentError as error:
+            say(f"error: {error.message}", style="red")
+            say("hint: type the question again, in UTF-8", style="cyan")
+
+
 def _read_line() -> str:
     err.print("> ", end="", style="bold")
-    return as_text("question", standard_input().readline().strip())
+    return standard_input().readline().strip()

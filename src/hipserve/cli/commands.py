@@ -9,7 +9,13 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from hipserve.cli.options import CHECKS
+from hipserve.errors import ArgumentError
+
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+ALIASES = {"file": ("doc", "text", "prompts"), "task": ("tasks", "task")}
+"""Arguments of the library, and the options that they come from where names differ."""
 
 
 class Commands(typer.Typer):
@@ -33,6 +39,31 @@ class Command(TyperCommand):
                 names = " and ".join(dict.fromkeys(words))
                 ctx.fail(f"{names} given {len(words)} times: it takes one value; keep one of them")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Checks what needs no model, then runs it; errors name options as they were typed."""
+        try:
+            for argument in [name for name in CHECKS if name in ctx.params]:
+                CHECKS[argument](ctx.params[argument])
+            return super().invoke(ctx)
+        except ArgumentError as error:
+            name = _typed(ctx, error.argument)
+            if name is None:
+                raise
+            raise type(error)(name, error.expected, error.got, error.hint) from error
+
+
+def _typed(ctx: Any, argument: str) -> str | None:
+    """The option that was typed for an argument of the library, if one was."""
+    names = ALIASES.get(argument, (argument,))
+    typed = [
+        max(param.opts, key=len)
+        for param in ctx.command.get_params(ctx)
+        if param.name in names
+        and param.param_type_name == "option"
+        and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    ]
+    return typed[0] if len(typed) == 1 else None
 
 
 def _given(params: Sequence[Any], args: list[str]) -> dict[Any, list[str]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import resource
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hipserve.cli import options
+from hipserve.cli.document import OpenDocument
 from hipserve.cli.numbers import format_bytes, parse_count
 from hipserve.cli.output import result, result_json, say
-from hipserve.cli.run import ask, open_document
+from hipserve.cli.run import ask
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.lab.quality.tasks import (
@@ -90,16 +91,18 @@ def demo(
 
     _check_length("length", length)
     _check_length("dense_length", dense_length)
-    stream = open_document(doc) if doc is not None else None
+    document = OpenDocument(doc) if doc is not None else None
     config = options.make_config(budget=budget)
     loaded = options.load_model(None, config, device, "auto")
-    text = language_reference() if stream is None else _beginning(stream, str(doc), loaded)
+    text = language_reference() if document is None else _beginning(document, loaded)
     say(f"{loaded.name}, budget {config.budget} keys, attention: {loaded.backend}, {_machine()}")
     reading = _read(loaded, config, text, min(length, loaded.max_context), FACTS, stream=not json)
     measured = _measured(reading)
     if not json:
         result(_summary(reading, measured))
-    shorter = min(dense_length, reading.statistics[0].prompt_tokens)
+    shorter = min(dense_length, loaded.max_context)
+    about = min(shorter, reading.statistics[0].prompt_tokens)
+    say(f"one question about some {about:,} tokens, HiP and then dense (torch SDPA)")
     comparison = _compare(loaded, config, text, shorter)
     if json:
         machine = {"model": loaded.name, "backend": loaded.backend, "machine": _machine()}
@@ -110,15 +113,15 @@ def demo(
         raise typer.Exit(1)
 
 
-def _beginning(stream: BinaryIO, source: str, loaded: LoadedModel) -> str:
+def _beginning(document: OpenDocument, loaded: LoadedModel) -> str:
     """As much of a document as fits the model's context."""
-    from hipserve.lab.text import decode_text, read_bytes
+    from hipserve.lab.text import decode_text
 
-    content = read_bytes(stream, source, loaded.max_bytes)
+    content = document.read(loaded.max_bytes)
     cut = len(content) == loaded.max_bytes
     if cut:
-        say(f"looking at the first {loaded.max_bytes:,} bytes of {source}")
-    return decode_text(content, source, cut=cut)
+        say(f"looking at the first {loaded.max_bytes:,} bytes of {document.source}")
+    return decode_text(content, document.source, cut=cut)
 
 
 def _check_length(argument: str, value: int) -> None:
@@ -203,7 +206,6 @@ def _summary(reading: Reading, measured: dict[str, Any]) -> str:
 
 def _compare(loaded: LoadedModel, config: HiPConfig, text: str, length: int) -> dict[str, Any]:
     """The same short run pruned and dense, alternately: both times, and dense over HiP."""
-    say(f"the same with {length:,} tokens, HiP and then dense (torch SDPA)")
     runs: dict[str, dict[str, Any]] = {}
     for name, chosen in (("hip", config), ("dense", None)):
         reading = _read(loaded, chosen, text, length, FACTS[1:2], stream=False)

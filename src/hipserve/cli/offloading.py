@@ -70,7 +70,8 @@ def is_asked_for(
         device = default_device()
     on_cpu = device.startswith("cpu")
     if dense:
-        raise ArgumentError("dense", "keys beside the model: it reads all of them", "offloading")
+        got = "--kv-offload" if offload else "--kv-file"
+        raise ArgumentError("--dense", "no offloading with it: it reads every key", got)
     if offload and on_cpu:
         raise ArgumentError("kv_offload", "a model on a GPU", "a CPU", "use --kv-file PATH")
     if file is not None and not on_cpu:

@@ -11,11 +11,13 @@ import typer
 from hipserve.cli.numbers import at_least, parse_count, parse_temperature
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, did_you_mean
 from hipserve.presets import PRESETS
 
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def parse_path(text: str | Path) -> Path:
@@ -28,6 +30,37 @@ def parse_path(text: str | Path) -> Path:
         raise typer.BadParameter("the file name is empty")
     return Path(text)
 
+
+def check_model(name: str | None) -> None:
+    """Before anything is loaded: a model may have this name."""
+    from hipserve.models.names import check_name
+
+    if name is not None:
+        check_name(name)
+
+
+def check_dtype(name: str) -> None:
+    """Before anything is loaded: weights may have this type."""
+    if name not in DTYPES:
+        hint = did_you_mean(name, DTYPES)
+        raise ArgumentError("--dtype", f"one of {', '.join(DTYPES)}", repr(name), hint)
+
+
+def check_texts(files: list[Path] | None) -> None:
+    """Before anything is loaded: the files of --text are there."""
+    for file in files or ():
+        if not str(file).startswith("@") and not file.exists():
+            raise ArgumentError("--text", "a readable UTF-8 text file", f"{file} (no such file)")
+
+
+def check_system(system: str, pin_system: bool) -> None:
+    """Before anything is loaded: what is pinned is given."""
+    if pin_system and not system:
+        raise ArgumentError("--pin-system", "--system with it", "none")
+
+
+CHECKS = {"model": check_model, "dtype": check_dtype, "text": check_texts}
+"""By argument of commands; asked before they import torch."""
 
 Budget = Annotated[
     int | None,
@@ -56,7 +89,10 @@ ExtendFactor = Annotated[
     typer.Option(metavar="NUMBER", help="With it, context in trained lengths; 4 if left out."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
-DType = Annotated[str, typer.Option(help="Type of weights: auto, bfloat16, float16, float32.")]
+DType = Annotated[
+    str,
+    typer.Option(help=f"Type of weights: {', '.join(DTYPES)}."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
 Model = Annotated[
     str | None,
@@ -143,9 +179,6 @@ def load_model(name: str | None, config: HiPConfig, device: str | None, dtype: s
     """Loads a model; stderr shows which."""
     from hipserve.models import BUNDLED, load
 
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    if dtype not in dtypes:
-        raise ArgumentError("dtype", f"one of {', '.join(dtypes)}", repr(dtype))
     _silence()
     with err.status(f"loading {name or BUNDLED} …"):
         return load(name, config=config, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ import typer
 from hipserve.capacity.advice import Machine, Plan, readable
 from hipserve.capacity.cards import CARDS, CHUNK, chunk_of_card, find_card, recognise
 from hipserve.capacity.memory import Service
-from hipserve.capacity.shape import DTYPE_BYTES, ModelShape
+from hipserve.capacity.shape import ModelShape
 from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
 from hipserve.cli.offloading import offloaded
@@ -21,15 +21,17 @@ from hipserve.host import HostMemory, installed_gpu
 from hipserve.models.bundled import BUNDLED
 from hipserve.models.config_file import read_config
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Directory, config.json or hub name; the bundled model if left out.",
+    ),
+]
+
 
 def plan(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Directory, config.json or hub name; the bundled model if left out.",
-        ),
-    ] = None,
+    planned: Model = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -81,11 +83,9 @@ def plan(
 ) -> None:
     """Says what a model takes on a card, from its config.json alone; exit code 1 if it does not
     fit. Nothing is loaded or downloaded."""
-    name = model or BUNDLED
+    name = planned or BUNDLED
     if host_kv_memory is not None and not kv_offload:
         raise ArgumentError("--host-kv-memory", "--kv-offload with it", "no --kv-offload")
-    if dtype not in ("auto", *DTYPE_BYTES):
-        raise ArgumentError("--dtype", f"one of auto, {', '.join(DTYPE_BYTES)}", repr(dtype))
     shape = ModelShape.of(read_config(name), dtype)
     machine = find_machine(gpu, device_memory)
     settings = options.make_config(config, preset, budget, selector, code_bits)

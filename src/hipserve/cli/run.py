@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hipserve.cli import offloading, options
+from hipserve.cli.document import OpenDocument, as_text
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import progress_bar, result, result_json, say
-from hipserve.errors import ArgumentError, FitError
+from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from hipserve.models import Conversation, LoadedModel
+    from hipserve.models import Conversation
 
 
 def run(
@@ -47,18 +46,15 @@ def run(
     json: options.Json = False,
 ) -> None:
     """Answers a question about a document of any length that fits the model."""
-    if len(words) > 2:
-        raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
-    if not words[-1].strip():
-        raise ArgumentError("question", "some words", repr(words[-1]))
+    model, question = split_words(words)
+    options.check_system(system, pin_system)
     if dense:
         options.refuse_with_dense(
             config, preset, budget, selector, code_bits, meter=meter, extend=extend
         )
-    question = as_text("question", words[-1])
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)
-    stream = open_document(doc)
+    document = OpenDocument(doc)
     settings = options.make_config(
         config,
         preset,
@@ -71,7 +67,7 @@ def run(
     )
     if offloaded:
         settings = offloading.offloaded(settings, code_bits, config, preset)
-    loaded = options.load_model(words[0] if len(words) == 2 else None, settings, device, dtype)
+    loaded = options.load_model(model, settings, device, dtype)
     if dense:
         loaded.use(None)
     from hipserve.models import Conversation
@@ -83,7 +79,7 @@ def run(
         pin_system=pin_system,
         offload=offloading.make_offload(loaded, *sizes) if offloaded else None,
     )
-    talk.say(f"Read the text.\n\n{read_document(stream, doc, loaded)}")
+    talk.say(f"Read the text.\n\n{document.read_for(loaded)}")
     answer = ask(
         talk,
         question,
@@ -101,48 +97,20 @@ def run(
         report(talk)
 
 
-def as_text(argument: str, words: str) -> str:
-    """What was typed, as text: Python keeps bytes that its locale cannot read as surrogates.
+def split_words(words: list[str]) -> tuple[str | None, str]:
+    """Model and question of `[MODEL] QUESTION`.
 
     Raises:
-        ArgumentError: the bytes are not UTF-8.
+        typer.BadParameter: there are more words.
+        ArgumentError: there is no such model, or no question.
     """
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(words).decode()
-        except UnicodeError:
-            raise ArgumentError(argument, "UTF-8 text", ascii(words)) from None
-    return words
-
-
-def open_document(path: str) -> BinaryIO:
-    """A file, or stdin for `-`, opened before a model is loaded."""
-    from hipserve.lab.text import open_text
-
-    return standard_input().buffer if path == "-" else open_text(path)
-
-
-def standard_input() -> TextIO:
-    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]  # `<&-` in a shell
-        raise ArgumentError("stdin", "something to read", "a closed one")
-    return sys.stdin
-
-
-def read_document(stream: BinaryIO, path: str, loaded: LoadedModel) -> str:
-    """The text of what `open_document` opened, unless it is longer than the model can read."""
-    from hipserve.lab.text import decode_text, read_bytes
-
-    source, limit = "stdin" if path == "-" else path, loaded.max_bytes
-    content = read_bytes(stream, source, limit + 1)
-    if len(content) > limit:
-        raise FitError(
-            f"{source} does not fit {loaded.name}: it has more than {limit:,} bytes, and no text "
-            f"as long has room in its context of {loaded.max_context:,} tokens",
-            "shorten the document or choose another model",
-        )
-    return decode_text(content, source)
+    if len(words) > 2:
+        raise typer.BadParameter("expected [MODEL] QUESTION; put the question in quotes")
+    if not words[-1].strip():
+        raise ArgumentError("question", "some words", repr(words[-1]))
+    model = words[0] if len(words) == 2 else None
+    options.check_model(model)
+    return model, as_text("question", words[-1])
 
 
 def ask(talk: Conversation, question: str, *, stream: bool = True, **generation: Any) -> str:
@@ -165,6 +133,8 @@ def ask(talk: Conversation, question: str, *, stream: bool = True, **generation:
         )
     if stream and ends[-1:] != ["\n"]:
         result("")
+    if not answer.strip():
+        say("the answer is empty: the model ended its turn at once", style="yellow")
     return answer
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import importlib
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -97,20 +98,32 @@ def open_text(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(stream: BinaryIO, source: str, count: int) -> bytes:
-    """The first `count` bytes of a stream, unpacked if it is gzip's; the rest stays unread."""
+    """The first `count` bytes of a stream, unpacked if it is gzip's."""
     parts, size = list[bytes](), 0
+    with contextlib.closing(read_parts(stream, source)) as found:
+        while size < count and (part := next(found, b"")):
+            parts.append(part)
+            size += len(part)
+    return b"".join(parts)[:count]
+
+
+def read_parts(stream: BinaryIO, source: str) -> Generator[bytes]:
+    """A stream in parts of `PART` bytes, unpacked if it is gzip's; the last may be shorter.
+
+    Raises:
+        ArgumentError: it cannot be read; `source` names it.
+    """
     buffered = io.BufferedReader(cast("io.RawIOBase", stream))
     try:
         packed = buffered.peek(len(GZIP)).startswith(GZIP)
         unpacked = gzip.GzipFile(fileobj=buffered) if packed else buffered
-        while size < count and (part := unpacked.read(min(PART, count - size))):
-            parts.append(part)
-            size += len(part)
+        while part := unpacked.read(PART):
+            yield part
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(source, getattr(error, "strerror", None) or str(error)) from error
     finally:
-        buffered.detach()  # or it would close the stream
-    return b"".join(parts)
+        with contextlib.suppress(ValueError):  # the stream is closed already
+            buffered.detach()  # or it would close the stream
 
 
 def decode_text(content: bytes, source: str, *, cut: bool = False) -> str:

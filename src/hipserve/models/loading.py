@@ -28,6 +28,7 @@ from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.cores import keep_to_free_cores
 from hipserve.models.gguf import load_gguf
 from hipserve.models.gguf_files import find_gguf
+from hipserve.models.names import check_name, unknown
 from hipserve.platform import check_device, cpu_multiplies, default_device, describe_backend
 
 Turn = dict[str, str]
@@ -203,7 +204,7 @@ def load(
     path = bundled_path() if name == BUNDLED else name
     file = None if name == BUNDLED else find_gguf(name)
     if file is None:
-        _check_exists(name)
+        check_name(name)
     register()
     transformers_logging.disable_progress_bar()  # pyright: ignore
     try:
@@ -211,7 +212,7 @@ def load(
     except ArgumentError:
         raise
     except (OSError, ValueError, KeyError, ImportError, IndexError) as error:
-        raise _unknown(name, _first_line(error)) from error
+        raise unknown(name, _first_line(error)) from error
     trained = int(getattr(settings, "max_position_embeddings", 0) or tokenizer.model_max_length)
     model = model.to(place).eval()
     if place.type == "cpu":
@@ -241,16 +242,6 @@ def extended_length(config: HiPConfig, trained_length: int) -> int:
     if config.extend == "none":
         return trained_length
     return int(config.extend_factor * (config.trained_length or trained_length))
-
-
-def _check_exists(name: str) -> None:
-    """Without this, a path that does not exist would be looked up on the hub."""
-    if not name.strip():
-        raise _unknown(name, "no name")
-    if name.endswith(".gguf"):
-        raise _unknown(name, "no such file")
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise _unknown(name, "no such directory")
 
 
 def _load(path: Path | str, dtype: torch.dtype | str) -> tuple[Any, Any, Any]:
@@ -302,15 +293,6 @@ def _joined(turns: list[Turn]) -> list[Turn]:
         else:
             joined.append(turn)
     return joined
-
-
-def _unknown(name: str, reason: str) -> ArgumentError:
-    return ArgumentError(
-        "model",
-        f'"{BUNDLED}" (bundled), a directory or a hub name of a causal language model',
-        f'"{name}" ({reason})',
-        "check the name, or download the checkpoint first and give its directory",
-    )
 
 
 def _first_line(error: Exception) -> str:
