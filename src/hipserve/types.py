@@ -19,7 +19,7 @@ class TileLists:
     Attributes:
         slots: `[num_query_blocks, heads, max_tiles]` int32. A query block reads sinks, chosen
             blocks and window as one list of keys; entry i is the tile of its keys from
-            `TILE_SIZE` * i on. -1 behind the last.
+            `TILE_SIZE` * i on. What is behind the last has no meaning.
         page_size: keys of a page of the layout.
     """
 

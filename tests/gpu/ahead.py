@@ -243,6 +243,8 @@ def main() -> None:
         load(recorders, "decode, tiles", 1, True, 103)
         load(recorders, "decode, tiles, batch 8", 8, True, 103)
         load(recorders, "decode, tiles, dense", 1, False, 1536)
+        load(recorders, "decode, tiles, graph", 1, True, 1536)
+        load(recorders, "decode, tiles, graph, batch 8", 8, True, 1536)
         attend(recorders, "decode, batch 8", 1, True, 128, batch=8)
         attend(recorders, "prefill, head_dim 256", 4096, True, 256)
         select(recorders, "head_dim 256", 4096, HiPConfig(), head_dim=256)

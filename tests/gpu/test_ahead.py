@@ -36,8 +36,13 @@ KERNELS = {
     "store_kernel",
 }
 SPILLED = {
-    "3.6": {"attention_kernel": 64, "hopper_kernel": 32},
-    "3.7": {"attention_kernel": 64, "hopper_kernel": 32, "search_kernel": 16},
+    "3.6": {"attention_kernel": 64, "hopper_kernel": 32, "resolve_kernel": 16},
+    "3.7": {
+        "attention_kernel": 64,
+        "hopper_kernel": 32,
+        "search_kernel": 16,
+        "resolve_kernel": 16,
+    },
     "3.8": {
         "attention_kernel": 192,
         "hopper_kernel": 32,

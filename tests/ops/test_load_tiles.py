@@ -13,6 +13,7 @@ from hipserve import ArgumentError, HiPConfig
 from hipserve.offload import TILE_SIZE
 from hipserve.ops import block_sparse_attention, load_tiles, select_blocks, store_rows
 from hipserve.ops.load_tiles.reference import give_up
+from hipserve.plan import BatchLayout, DecodeBuffers, pruning_rule
 from hipserve.platform import interpreting
 from hipserve.testing.cases import Case, Shape, make_case
 from hipserve.types import BlockSelection, KeyPool, TileArena
@@ -172,6 +173,79 @@ def test_rows_are_written_to_pages_and_tiles(backend: str) -> None:
             assert torch.equal(pages[slot // size, :, 0, slot % size], k[token])
             assert torch.equal(pages[slot // size, :, 1, slot % size], v[token])
     assert_whole(arena, pages)
+
+
+@backends
+def test_room_behind_the_lists_and_rows_that_pad_a_batch_change_nothing(backend: str) -> None:
+    """A captured step has room for the longest list of any step, and rows without a request."""
+    case, config = case_of(1)
+    pages, narrow = pages_of(case.pool), arena_of(case, 140)
+    wide = copied(narrow)
+    real, padded = len(case.shape.seq_lens), 3
+    layout = padded_layout(case, padded)
+    plan = DecodeBuffers(real + padded, torch.device("cpu")).plan(
+        layout, pruning_rule(config, "cpu")
+    )
+    options: dict[str, Any] = {"config": config, "backend": backend}
+    for step in range(3):
+        selection = chosen(case, config, step)
+        last = torch.arange(real + padded).clamp(max=real - 1)  # chosen blocks read nothing there
+        pool = load_tiles(narrow, pages, case.layout, selection, max_tiles=34, **options)
+        of_graph = load_tiles(
+            wide, pages, plan.layout, selection.rows(last), max_tiles=1536, check=False, **options
+        )
+        assert pool.lists is not None
+        assert of_graph.lists is not None
+        slots = pool.lists.slots
+        read = torch.arange(34) < num_tiles(case, config, selection)[..., None]
+        assert torch.equal(of_graph.lists.slots[:real, :, :34][read], slots[read])
+        for name in TileArena.__slots__:
+            x, y = getattr(narrow, name), getattr(wide, name)
+            assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
+        expected = block_sparse_attention(case.q, pool, case.layout, selection, **options)
+        got = block_sparse_attention(
+            case.q, of_graph, case.layout, selection, check=False, **options
+        )
+        for x, y in zip(expected, got, strict=True):
+            assert torch.equal(x, y)
+
+
+def padded_layout(case: Case, count: int) -> BatchLayout:
+    """The batch with sequences behind it that have no row, but a length."""
+    layout = case.layout
+    table = torch.cat([layout.block_table, layout.block_table[:1].repeat(count, 1)])
+    ends = torch.cat([layout.seq_lens, layout.seq_lens[:1].repeat(count)])
+    starts = torch.cat([layout.cu_seqlens_q, layout.cu_seqlens_q[-1:].repeat(count)])
+    return BatchLayout(table, ends, starts)
+
+
+@backends
+def test_long_lists_that_are_looked_at_together_load_every_tile_once(backend: str) -> None:
+    lengths = (37, 2100, 1, 40, 300, 2, 3, 16)
+    case = make_case(Shape(lengths, (1,) * 8, num_kv_heads=1, head_dim=16), CONFIG.index_form)
+    pages, count = pages_of(case.pool), sum(-(-n // TILE_SIZE) for n in lengths)
+    arena, per_page = arena_of(case, count), pages.shape[3] // TILE_SIZE
+    for _ in range(2):
+        pool = load_tiles(
+            arena, pages, case.layout, config=CONFIG, max_tiles=256, check=False, backend=backend
+        )
+        assert pool.lists is not None
+        for seq, length in enumerate(lengths):
+            tile = torch.arange(-(-length // TILE_SIZE))
+            page = case.layout.block_table[seq, tile // per_page]
+            slots = pool.lists.slots[seq, 0, : len(tile)].long()
+            assert torch.equal(arena.owner[0, slots], (page * per_page + tile % per_page).int())
+        assert_whole(arena, pages)
+    assert arena.counts.tolist() == [[2 * count, count]]
+
+
+def num_tiles(case: Case, config: HiPConfig, selection: BlockSelection) -> Tensor:
+    """`[num_query_blocks, heads]`: tiles of every list."""
+    ends = case.layout.seq_lens[:, None]
+    sinks = ends.clamp(max=config.num_sink_tokens)
+    window = selection.window_start[:, None].minimum(ends).maximum(sinks)
+    keys = (selection.indices >= 0).sum(2) * config.key_block_size
+    return -(-(sinks + keys + ends - window) // TILE_SIZE)
 
 
 def test_the_hand_passes_over_what_was_read_since_it_came_by() -> None:

@@ -39,7 +39,8 @@ def load_tiles(
 ) -> KeyPool:
     """Makes the tiles that a step reads resident; nothing waits for the host.
 
-    Each query block reads sinks, chosen blocks and window, or everything without a selection.
+    Each query block reads sinks, chosen blocks and window, or everything without a selection. One
+    without rows, which pads a batch, reads nothing.
 
     Args:
         arena: of these pages.
@@ -48,7 +49,8 @@ def load_tiles(
         layout: lengths and page ids of the batch.
         selection: from `select_blocks` with the same `config`.
         config: its block sizes and sinks, multiples of `TILE_SIZE`.
-        max_tiles: maximum number of tiles of a query block and head.
+        max_tiles: maximum number of tiles of a query block and head; more than are read cost
+            memory and no time.
         backend: `auto`, `triton` or `reference`.
         check: False skips the checks, for callers that have made them.
 

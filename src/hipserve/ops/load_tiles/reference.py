@@ -26,11 +26,12 @@ def load_tiles(arena: TileArena, pages: Tensor, reading: Reading) -> Tensor:
 
 def tile_lists(reading: Reading) -> Tensor:
     """`[num_query_blocks, heads, max_tiles]` int32: page * tiles of a page + tile, for every tile
-    of sinks, chosen blocks and window in this order; -1 behind the last."""
+    of sinks, chosen blocks and window in this order; -1 behind the last. Query blocks without rows,
+    which pad a batch, read none."""
     shape = (len(reading.query_blocks), reading.heads, reading.max_tiles)
     lists = torch.full(shape, -1, dtype=torch.int32, device=reading.block_table.device)
     for block, (seq, _, rows, position) in enumerate(reading.query_blocks.tolist()):
-        for head in range(reading.heads):
+        for head in range(reading.heads if rows else 0):
             starts = tile_starts(reading, block, head, position + rows)[: reading.max_tiles]
             page = reading.block_table[seq, starts // reading.page_size]
             inside = (starts % reading.page_size // TILE_SIZE).int()

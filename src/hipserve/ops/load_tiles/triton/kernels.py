@@ -61,19 +61,37 @@ def entries_of(head, first, start, reading, LISTS: tl.constexpr):
     return Entries(of_all * max_tiles + entry, row * max_tiles + entry, exists)
 
 
+class KeyLists(NamedTuple):
+    """What some lists read, `[ROWS]` each; see `KeyList` of block-sparse attention."""
+
+    there: Any
+    """It is a list of a query block with rows; others are empty."""
+    seq: Any
+    sinks: Any
+    """Keys of the sinks, which come first."""
+    chosen: Any
+    """Keys in chosen blocks, which come next."""
+    window: Any
+    """Position of the first key after those."""
+    length: Any
+    """Keys of the list."""
+    blocks: Any
+    """Pointer to the chosen blocks."""
+
+
 @triton.jit
-def tiles_of(head, first, start, reading, LISTS: tl.constexpr):
-    """`[ROWS, WIDTH]` int32: the tiles of these entries; -1 behind the last of a list."""
+def key_lists_of(head, first, reading, LISTS: tl.constexpr):
+    """The `KeyLists` [first, first + ROWS) of the head."""
     row = first + tl.arange(0, LISTS.rows)
-    there = row < reading.num_lists
     block = row // LISTS.group
+    there = row < reading.num_lists
+    rows = tl.load(reading.query_blocks + 4 * block + 2, mask=there, other=0)  # [ROWS]
+    there &= rows > 0
     seq = tl.load(reading.query_blocks + 4 * block, mask=there, other=0).to(tl.int64)  # [ROWS]
-    last = tl.load(reading.query_blocks + 4 * block + 2, mask=there, other=0)  # [ROWS]
-    last += tl.load(reading.query_blocks + 4 * block + 3, mask=there, other=0)
-    n = (start + tl.arange(0, LISTS.width)) * LISTS.tile  # [WIDTH]
+    last = tl.load(reading.query_blocks + 4 * block + 3, mask=there, other=0) + rows  # [ROWS]
+    of_head = head * LISTS.group + row % LISTS.group
+    blocks = reading.indices + (block * LISTS.heads + of_head).to(tl.int64) * LISTS.max_selected
     if LISTS.max_selected > 0:
-        of_head = head * LISTS.group + row % LISTS.group
-        blocks = reading.indices + (block * LISTS.heads + of_head).to(tl.int64) * LISTS.max_selected
         i = tl.arange(0, LISTS.selected)
         inside = there[:, None] & (i < LISTS.max_selected)[None, :]
         found = tl.load(blocks[:, None] + i[None, :], mask=inside, other=-1)  # [ROWS, SELECTED]
@@ -81,21 +99,39 @@ def tiles_of(head, first, start, reading, LISTS: tl.constexpr):
         sinks = tl.minimum(LISTS.num_sink_tokens, last)
         window = tl.load(reading.window_start + block, mask=there, other=0)  # [ROWS]
         window = tl.maximum(tl.minimum(window, last), sinks)
-        length = sinks + chosen + last - window
-        behind = n[None, :] - sinks[:, None]
-        is_chosen = (behind >= 0) & (behind < chosen[:, None])
-        at = blocks[:, None] + behind // LISTS.key_block_size
-        of = tl.load(at, mask=is_chosen, other=0)  # [ROWS, WIDTH]
-        outside = tl.where(behind < 0, n[None, :], window[:, None] + behind - chosen[:, None])
+    else:
+        chosen = tl.zeros_like(last)
+        sinks = chosen
+        window = chosen
+    length = tl.where(there, sinks + chosen + last - window, 0)
+    length = tl.minimum(length, reading.max_tiles * LISTS.tile)
+    return KeyLists(there, seq, sinks, chosen, window, length, blocks)
+
+
+@triton.jit
+def longest_of(lists, LISTS: tl.constexpr):
+    """Tiles of the longest of some lists."""
+    return tl.cdiv(tl.max(lists.length, axis=0), LISTS.tile)
+
+
+@triton.jit
+def tiles_of(start, some, reading, LISTS: tl.constexpr):
+    """`[ROWS, WIDTH]` int32: the tiles [start, start + WIDTH) of `some` lists; -1 behind the last
+    of a list."""
+    n = ((start + tl.arange(0, LISTS.width)) * LISTS.tile)[None, :]
+    read = n < some.length[:, None]
+    if LISTS.max_selected > 0:
+        behind = n - some.sinks[:, None]
+        is_chosen = (behind >= 0) & (behind < some.chosen[:, None])
+        at = some.blocks[:, None] + behind // LISTS.key_block_size
+        of = tl.load(at, mask=is_chosen & read, other=0)  # [ROWS, WIDTH]
+        outside = tl.where(behind < 0, n, some.window[:, None] + behind - some.chosen[:, None])
         inside_block = behind % LISTS.key_block_size
         position = tl.where(is_chosen, of * LISTS.key_block_size + inside_block, outside)
     else:
-        length = last
-        position = tl.broadcast_to(n[None, :], [LISTS.rows, LISTS.width])
-    read = (n[None, :] < length[:, None]) & there[:, None]
-    read &= n[None, :] < reading.max_tiles * LISTS.tile
-    at = reading.block_table + seq[:, None] * reading.table_stride + position // reading.page_size
-    page = tl.load(at, mask=read, other=0)  # [ROWS, WIDTH]
+        position = tl.broadcast_to(n, [LISTS.rows, LISTS.width])
+    at = some.seq[:, None] * reading.table_stride + position // reading.page_size
+    page = tl.load(reading.block_table + at, mask=read, other=0)  # [ROWS, WIDTH]
     tile = page * (reading.page_size // LISTS.tile) + position % reading.page_size // LISTS.tile
     return tl.where(read, tile, -1)
 
@@ -155,6 +191,8 @@ def resolve_kernel(
 
     where[tile] is a slot, -1, or, between the passes, the number of the entry that claimed the
     tile, minus CLAIM. lists holds slots, between the passes -2 - tile for each that is missing.
+    Lists that are looked at together are read up to the end of the longest; what is behind it in
+    `lists` stays as it was.
     """
     dependent_launch_wait(LISTS.chained)
     dependent_launch_signal(LISTS.chained)
@@ -171,9 +209,10 @@ def resolve_kernel(
     hand = tl.load(state + 3 * head + 1)
     needed, absent = 0, 0
     for first in range(0, reading.num_lists, LISTS.rows):
-        for start in range(0, reading.max_tiles, LISTS.width):
+        some = key_lists_of(head, first, reading, LISTS)
+        for start in range(0, longest_of(some, LISTS), LISTS.width):
             entries = entries_of(head, first, start, reading, LISTS)
-            tile = tiles_of(head, first, start, reading, LISTS)
+            tile = tiles_of(start, some, reading, LISTS)
             there = tile >= 0
             # of the shape [ROWS, WIDTH]:
             slot = tl.load(where + tile, mask=there, other=-1, cache_modifier=".cg")
@@ -189,7 +228,8 @@ def resolve_kernel(
     loaded = 0
     if absent > 0:
         for first in range(0, reading.num_lists, LISTS.rows):
-            for start in range(0, reading.max_tiles, LISTS.width):
+            some = key_lists_of(head, first, reading, LISTS)
+            for start in range(0, longest_of(some, LISTS), LISTS.width):
                 entries = entries_of(head, first, start, reading, LISTS)
                 tile = missing_tiles(lists, entries)
                 # of the shape [ROWS, WIDTH]:
@@ -212,7 +252,8 @@ def resolve_kernel(
                 tl.debug_barrier()
 
         for first in range(0, reading.num_lists, LISTS.rows):
-            for start in range(0, reading.max_tiles, LISTS.width):
+            some = key_lists_of(head, first, reading, LISTS)
+            for start in range(0, longest_of(some, LISTS), LISTS.width):
                 entries = entries_of(head, first, start, reading, LISTS)
                 tile = missing_tiles(lists, entries)
                 # of the shape [ROWS, WIDTH]:

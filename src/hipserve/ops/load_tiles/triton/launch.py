@@ -18,6 +18,9 @@ from hipserve.types import TileArena
 
 ENTRIES = 1024
 """Entries of lists that a program looks at together, at most."""
+NARROW = 128
+"""Entries of each list that it looks at together where there are many lists: most lists of single
+rows are shorter, however long the longest may be."""
 SWEEP = 1024
 """Slots that the hand of a clock looks at together, at most."""
 PROGRAMS = 32
@@ -68,7 +71,8 @@ def plan_lists(
     """Sizes of a launch; rest: num_sink_tokens, key_block_size, max_selected, and chained."""
     num_sink_tokens, key_block_size, max_selected, chained = rest
     group = heads // num_kv_heads
-    width = min(power_of_2(max_tiles), ENTRIES)
+    whole = power_of_2(max_tiles)
+    rows = min(power_of_2(blocks * group), ENTRIES // min(whole, NARROW))
     return Lists(
         group=group,
         heads=heads,
@@ -76,8 +80,8 @@ def plan_lists(
         key_block_size=key_block_size,
         max_selected=max_selected,
         selected=power_of_2(max(max_selected, 1)),
-        rows=max(min(power_of_2(blocks * group), ENTRIES // width), 1),
-        width=width,
+        rows=rows,
+        width=min(whole, ENTRIES // rows),
         sweep=min(power_of_2(num_slots), SWEEP),
         chained=chained,
     )
@@ -87,7 +91,7 @@ def load_tiles(arena: TileArena, pages: Tensor, reading: Reading) -> Tensor:
     """See `hipserve.ops.load_tiles`; pages `[num_pages, num_kv_heads, 2, page_size, head_dim]`.
 
     Returns:
-        `[num_query_blocks, heads, max_tiles]` int32: slots; -1 behind the last.
+        `[num_query_blocks, heads, max_tiles]` int32: slots; anything behind the last.
     """
     blocks, heads, device = reading.query_blocks.shape[0], reading.heads, arena.tiles.device
     ints = {"dtype": torch.int32, "device": device}
