@@ -237,6 +237,12 @@ class Staging:
             if buffer.belongs_to(layer):
                 buffer.pages.forget(pages)
 
+    def drop(self, layer: PagesOwner) -> None:
+        """Copies of all pages of the layer are out of date."""
+        for buffer in self._buffers:
+            if buffer.belongs_to(layer):
+                buffer.pages.held.clear()
+
     def wait(self) -> None:
         """Pages on the host have what was stored, for what is launched from here on."""
         self._copies.wait()

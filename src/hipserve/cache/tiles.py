@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -164,18 +165,7 @@ class TiledPages:
                 apart = apart and end - begin == 1
         if few:
             self._arrive()
-            write_kv(
-                k,
-                v,
-                self.pool,
-                self.index,
-                slots,
-                backend=self.backend,
-                whole_runs=True,
-                apart=apart,
-                check=False,
-            )
-            store_rows(k, v, self.arena, self.host.pages, slots, backend=self.backend)
+            self.write_few(k, v, slots, apart=apart)
             self._staging.forget(self, changed)
             return
         self._forget(changed)
@@ -183,6 +173,55 @@ class TiledPages:
         write_kv(k, v, staged.pool, self.index, slots, backend=self.backend, check=False)
         self._staging.store(staged, changed, self.host)
         self._leaving.update(changed)
+
+    def settle(self) -> None:
+        """Comes before `write_few` and `load` where nothing else does, since a graph repeats them:
+        pages on the host have what was stored, and their staged copies are out of date."""
+        self._arrive()
+        self._staging.drop(self)
+
+    def write_few(self, k: Tensor, v: Tensor, slots: Tensor, *, apart: bool = True) -> None:
+        """Launches what writes rows to pages of the host, and to their tiles.
+
+        Args:
+            k, v: `[num_tokens, num_kv_heads, head_dim]`, on `FEW_PAGES` of every sequence at most.
+            slots: `[num_tokens]` int64, as in `store_rows`.
+            apart: every sequence has a single row.
+        """
+        write_kv(
+            k,
+            v,
+            self.pool,
+            self.index,
+            slots,
+            backend=self.backend,
+            whole_runs=True,
+            apart=apart,
+            check=False,
+        )
+        store_rows(k, v, self.arena, self.host.pages, slots, backend=self.backend)
+
+    def load(
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        max_tiles: int,
+    ) -> KeyPool:
+        """Launches what makes the tiles present that are read: no more than the arena has.
+
+        max_tiles: maximum of a query block and head.
+        """
+        return load_tiles(
+            self.arena,
+            self.host.pages,
+            layout,
+            selection,
+            config=config,
+            max_tiles=-(-max_tiles // 16) * 16,
+            backend=self.backend,
+            check=False,
+        )
 
     def _arrive(self) -> None:
         """What is launched from here on finds on the host what was stored."""
@@ -242,16 +281,7 @@ class TiledPages:
         if not self._leaving.isdisjoint(p for table, _, _ in self.sequences for p in table):
             self._arrive()
         self._staging.release()
-        return load_tiles(
-            self.arena,
-            self.host.pages,
-            layout,
-            selection,
-            config=config,
-            max_tiles=-(-reads.most_tiles // 16) * 16,
-            backend=self.backend,
-            check=False,
-        )
+        return self.load(selection, layout, config, reads.most_tiles)
 
     def _check_rows(
         self, reads: TilesRead, group: int, layout: BatchLayout, config: HiPConfig
@@ -280,6 +310,14 @@ def row_tiles(config: HiPConfig, rows: int = 0) -> int:
         config.granularity,
         rows or config.refresh_interval,
     )
+
+
+def most_row_tiles(config: HiPConfig, rule: PruningRule, longest: int) -> int:
+    """Maximum tiles of a head that a single row reads, of a sequence of up to `longest` keys: the
+    last row that is not pruned, or one that is."""
+    age = config.refresh_interval - 1
+    pruned = bisect.bisect_left(range(longest), True, key=lambda p: rule.prunes(p - age, 1))
+    return max(_tiles_of(p, 1, config, rule) for p in {max(pruned - 1, 0), longest - 1})
 
 
 class TilesRead(NamedTuple):
