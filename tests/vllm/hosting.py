@@ -28,6 +28,7 @@ from hipserve.cache import OffloadedLayers, offload
 from hipserve.cache.host import PinnedMemory
 from hipserve.cache.tiles import row_tiles
 from hipserve.offload import slot_bytes
+from hipserve.plan import DecodeBuffers
 
 CODED: dict[str, Any] = {**PRUNED, "dense_layers": []}
 LAYERS, HEADS, DIM = 12, 2, 64
@@ -77,42 +78,59 @@ def answers(llm: Any, ids: list[list[int]]) -> list[list[list[float]]]:
 
 
 def hosted(report: dict[str, Any]) -> None:
-    """The same prompts in the same steps: beside the model, with the smallest arena, and with one
-    for several rows; then found, and short of blocks."""
+    """The same prompts in the same steps: beside the model, with the smallest arena, with one for
+    several rows, and with one whose steps a GPU would replay; then found, and short of blocks."""
     as_on_a_gpu()
     ids = questions()
     llm = engine("CUSTOM", CODED, num_gpu_blocks_override=48)
     report["resident"] = answers(llm, ids)
     report["resident, found"] = answers(llm, ids)
     end(llm)
-    for name, device in (("floor", FLOOR), ("room", 7 * FLOOR // 2)):
+    for name, device in (("floor", FLOOR), ("room", 7 * FLOOR // 2), ("graphs", 8 * FLOOR)):
         hip = {**CODED, "offload": {"host_memory": 48 * BLOCK_BYTES, "device_memory": device}}
         llm = engine("CUSTOM", hip, num_gpu_blocks_override=48)
-        parts = counting(llm)
+        steps = noting(llm, replays=name == "graphs")
         report[name] = answers(llm, ids)
-        report[f"{name}, parts"] = max(parts)
+        report[f"{name}, parts"] = max(len(step.parts) or 1 for step in steps)
+        report[f"{name}, replayed"] = [step.row_tiles > 0 for step in steps]
         report[f"{name}, found"] = answers(llm, ids)
         report[f"{name}, counts"] = counts(llm)
+        report[f"{name}, made again"] = made_again(llm)
         end(llm)
         llm = engine("CUSTOM", hip, num_gpu_blocks_override=6, max_model_len=1024)
+        noting(llm, replays=name == "graphs")
         seen = preemptions(llm)
         report[f"{name}, preempted"] = answers(llm, ids)
         report[f"{name}, preemptions"] = len(seen)
         end(llm)
 
 
-def counting(llm: Any) -> list[int]:
-    """How many parts every step from now on has."""
-    made, seen = builder(llm), list[int]()
+def noting(llm: Any, replays: bool) -> list[Any]:
+    """All steps from now on; with replays, those of few single rows as they are on a GPU."""
+    made, seen = builder(llm), list[Any]()
     build = made.build
+    if replays:
+        made.buffers = DecodeBuffers(16, torch.device("cpu"))
 
     def built(*asked: Any, **named: Any) -> Any:
-        step = build(*asked, **named)
-        seen.append(len(step.parts) or 1)
-        return step
+        seen.append(build(*asked, **named))
+        return seen[-1]
 
     made.build = built
     return seen
+
+
+def made_again(llm: Any) -> dict[str, Any]:
+    """What a second builder shares with the first, and how many slots it takes an arena to have."""
+    first = builder(llm)
+    asked = first.kv_cache_spec, first.layer_names, first.vllm_config, first.device
+    second = type(first)(*asked)
+    arenas = [tiled.arena.num_slots for tiled in second.tiled]
+    return {
+        "counter": second.loads is first.loads,
+        "slots": [first.room.slots, second.room.slots, *arenas],
+        "layers": len(arenas),
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from processes import scenarios
 
 pytest.importorskip("vllm")
 
+ARENAS = ("floor", "room", "graphs")
 SCRIPT = Path(__file__).with_name("hosting.py")
 
 
@@ -28,7 +29,7 @@ def likelihoods(answers: list[list[list[float]]]) -> list[float]:
     return [likelihood for answer in answers for _, likelihood in answer]
 
 
-@pytest.mark.parametrize("arena", ["floor", "room"])
+@pytest.mark.parametrize("arena", ARENAS)
 def test_offloaded_equals_resident(hosted: dict[str, Any], arena: str) -> None:
     """Prompts in chunks, in company, and found again. Torch computes resident rows that read
     everything, and rounds differently."""
@@ -38,7 +39,7 @@ def test_offloaded_equals_resident(hosted: dict[str, Any], arena: str) -> None:
         assert likelihoods(ours) == pytest.approx(likelihoods(theirs), abs=2e-5)
 
 
-@pytest.mark.parametrize("arena", ["floor", "room"])
+@pytest.mark.parametrize("arena", ARENAS)
 def test_blocks_that_are_used_again_show_no_earlier_keys(
     hosted: dict[str, Any], arena: str
 ) -> None:
@@ -49,6 +50,21 @@ def test_blocks_that_are_used_again_show_no_earlier_keys(
 
 def test_steps_are_cut_into_parts_that_fit(hosted: dict[str, Any]) -> None:
     assert hosted["floor, parts"] > hosted["room, parts"] > 1
+
+
+def test_decode_steps_that_fit_are_those_of_a_graph(hosted: dict[str, Any]) -> None:
+    """Between steps that are not: what those leave on the device is out of date afterwards."""
+    assert not any(hosted["floor, replayed"] + hosted["room, replayed"])
+    replayed = hosted["graphs, replayed"]
+    assert 10 < sum(replayed) < len(replayed)
+
+
+@pytest.mark.parametrize("arena", ARENAS)
+def test_builders_of_the_same_layers_count_once(hosted: dict[str, Any], arena: str) -> None:
+    again = hosted[f"{arena}, made again"]
+    assert again["counter"]
+    assert len(set(again["slots"])) == 1
+    assert again["layers"] == 12
 
 
 def test_tiles_are_counted(hosted: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from hipserve.plan import pruning_rule
 def room(slots: int, **settings: Any) -> Room:
     config = HiPConfig(code_bits=4, **settings)
     lists = 1 if config.share_group else 4
-    return Room(slots, lists, config, pruning_rule(config, "cuda"))
+    return Room(slots, lists, config, pruning_rule(config, "cuda"), longest=131072)
 
 
 ROW, PADDING = TilesRead(1, 1, 10, 10), TilesRead()

@@ -21,16 +21,11 @@ from vllm.v1.kv_cache_interface import (
 
 from hipserve.attention.crossover import rule_for
 from hipserve.errors import BackendError, ConfigError
-from hipserve.integrations.vllm import settings
+from hipserve.integrations.vllm import graphs, settings
 from hipserve.integrations.vllm.kv_block import BlockLayout, DueRuns, rebuild_index
 from hipserve.integrations.vllm.metrics import tally
-from hipserve.integrations.vllm.offload import (
-    HostedLayer,
-    LoadCounter,
-    check_blocks,
-    host_layers,
-)
-from hipserve.integrations.vllm.parts import Room, cut, writes_of
+from hipserve.integrations.vllm.offload import LoadCounter, check_blocks, host_layers
+from hipserve.integrations.vllm.parts import cut, writes_of
 from hipserve.integrations.vllm.runners import StepRequests, step_requests
 from hipserve.integrations.vllm.step import (
     HiPStep,
@@ -54,6 +49,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+    from hipserve.cache.tiles import TiledPages
     from hipserve.offload import Offload
 
 READ = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
@@ -80,10 +76,6 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.rule = self._rule(vllm_config, kv_cache_spec, device)
         self.verified_rows = verified_rows(vllm_config)
         self.offload = settings.offload_of(vllm_config)
-        # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
-        slots, replays = vllm_config.scheduler_config.max_num_seqs, device.type == "cuda"
-        replays = replays and self.offload is None
-        self.buffers = DecodeBuffers(slots, device) if replays else None
         self.tally = tally(vllm_config.instance_id)
         layers: Any = vllm_config.compilation_config.static_forward_context
         self.layers: dict[str, Any] = {name: layers[name] for name in layer_names}
@@ -99,17 +91,17 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         longest = max(layer.impl.longest for layer in self.layers.values())
         self.layout = BlockLayout.of(kv_cache_spec, self.config, longest)
         self._check_spec(kv_cache_spec)
-        self.room: Room | None = None
+        self.room = graphs.room_of(vllm_config)
         self.loads: LoadCounter | None = None
+        self.tiled: list[TiledPages] = []
         if self.offload is not None:
-            hosted_layers = self._host(vllm_config, self.offload, self.layout)
-            arenas = [hosted.arena for hosted in hosted_layers if hosted.arena is not None]
-            if arenas:
-                group = heads_of(vllm_config) // kv_cache_spec.num_kv_heads
-                lists = 1 if self.config.share_group else max(group, 1)
-                self.room = Room(arenas[0].num_slots, lists, self.config, self.rule)
-                self.room.check()
-                self.loads = LoadCounter(arenas, self.tally)
+            self._host(vllm_config, self.offload, self.layout)
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self.replayed_requests = slots if self.room is None else min(slots, self.room.rows)
+        self.row_tiles = 0 if self.room is None else self.room.row_tiles
+        # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
+        replays = device.type == "cuda" and self.replayed_requests > 0
+        self.buffers = DecodeBuffers(slots, device) if replays else None
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)
 
@@ -129,10 +121,13 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         """Steps of equally many rows a request are replayed whole: `DecodeBuffers` keeps addresses.
 
         A KV connector that loads while the step runs needs layers that are called in every step,
-        and so do keys in host memory.
+        and so do keys in a file.
         """
         if settings.offload_of(vllm_config) is not None:
-            return AttentionCGSupport.NEVER
+            room = graphs.room_of(vllm_config)
+            fits = room is not None and room.rows > 0
+            single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return single if fits else AttentionCGSupport.NEVER
         transfer = vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector not in LOADS_FIRST:
             return AttentionCGSupport.NEVER
@@ -159,21 +154,20 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 'choose another --block-size, or set {"hip": {"selector": "tree"}}',
             )
 
-    def _host(
-        self, vllm_config: VllmConfig, offload: Offload, layout: BlockLayout
-    ) -> list[HostedLayer]:
-        """Keys and values of all layers; all have to be of this group.
+    def _host(self, vllm_config: VllmConfig, offload: Offload, layout: BlockLayout) -> None:
+        """Makes the memory for keys and values of all layers, which have to be of this group, where
+        no builder did so before.
 
         Raises:
             ConfigError: the number of blocks is not what host memory holds, or some layers have a
                 window, whose blocks vLLM makes as large as those of the others.
-            FitError: there is less memory than that.
+            FitError: there is less memory than that, or too little for what a row reads.
         """
-        every: Any = vllm_config.compilation_config.static_forward_context
-        attention = [x for x in every.values() if hasattr(x, "impl") and hasattr(x, "kv_cache")]
-        if self.num_local or len(self.layers) < len(attention):
+        if self.num_local or len(self.layers) < len(graphs.attention_layers(vllm_config)):
             raise ConfigError("offload", "a model whose layers all read every key", "windows")
         blocks = check_blocks(vllm_config, offload, layout, len(self.layers))
+        if self.room is not None:
+            self.room.check()
         impls = [self.layers[x].impl for x in sorted(self.layers, key=extract_layer_index)]
         if impls[0].hosted is None:
             asked = (offload, layout, self.config)
@@ -182,7 +176,10 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
                 impl.hosted = hosted
                 self.tally.add("hipserve_arena_bytes", hosted.arena.nbytes if hosted.arena else 0)
             self.tally.add("hipserve_pool_bytes", len(impls) * blocks * layout.content_bytes)
-        return [impl.hosted for impl in impls]
+            arenas = [hosted.arena for hosted in made if hosted.arena is not None]
+            impls[0].loads = LoadCounter(arenas, self.tally) if arenas else None
+        self.loads = impls[0].loads  # like the schedule, of one layer
+        self.tiled = [impl.hosted.tiled for impl in impls if impl.hosted.tiled is not None]
 
     def build(
         self,
@@ -209,9 +206,28 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         step = HiPStep(*asked, found_pages=pages, due_runs=due)
         if self.room is None:
             return step
+        if replayed:
+            for tiled in self.tiled:
+                tiled.settle()
+            step.row_tiles = self.row_tiles
+            return step
         table = common.block_table_tensor.cpu()
         step.writes = writes_of(table, plan.layout, self.layout.block_size)
         return cut(step, decisions, self.room)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> HiPStep:
+        """As `build`.
+
+        Raises:
+            BackendError: of a step that may read more tiles than there are (`graphs.limit_graphs`).
+        """
+        most, asked = self.replayed_requests, common_attn_metadata.num_reqs
+        if self.room is not None and asked > most:
+            raise BackendError(
+                f"vLLM captures a step of {asked} requests, and there are tiles for {most}",
+                """--compilation-config '{"cudagraph_mode": "PIECEWISE"}'""",
+            )
+        return super().build_for_cudagraph_capture(common_attn_metadata)
 
     def _count_stalls(self) -> None:
         """Counts the page faults of the steps before, in this process."""
@@ -273,6 +289,8 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     def _replayed_rows(self, common: CommonAttentionMetadata) -> int:
         """Rows a request of a step that vLLM may replay as one graph, 0 for other steps."""
         rows = common.max_query_len
+        if common.num_reqs > self.replayed_requests:
+            return 0
         if rows == 1 or rows != self.verified_rows or rows > self.config.query_block_size:
             return rows if rows == 1 else 0
         lens = common.query_start_loc_cpu.diff()

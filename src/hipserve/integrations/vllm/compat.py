@@ -17,6 +17,11 @@ on CPUs: `CPU Generator does not use offset` | wraps `GPUModelRunner._sample` an
 `_bookkeeping_sync` | pull request 10097 made it (rewinds a CUDA generator); no issue found for \
 CPUs, RBLN-SW/vllm-rbln pull request 1025 repairs the same lines in a fork | draws that are thrown \
 away rewind generators of any device |
+| `graphs.limit_graphs` | a whole step that is replayed must not read more tiles than the GPU has \
+slots for, and vLLM has one list of sizes for all its graphs | wraps \
+`CudagraphDispatcher.initialize_cudagraph_keys` and, of the second runner, \
+`CudaGraphManager._init_candidates` | pull request 32946 (a step towards sizes of their own) | \
+whole graphs have sizes of their own |
 | `extend_registry` | counters of workers belong on `/metrics` | replaces \
 `instrumentator.metrics.get_prometheus_registry` | none | vLLM lets plug-ins publish metrics |
 | `explain_full_contexts` | a prompt as long as the context was refused with `max_tokens must be \

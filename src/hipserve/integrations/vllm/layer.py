@@ -16,15 +16,16 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from hipserve.attention import AttentionLayer, RequestSelections, StepSelections
 from hipserve.attention.meter import Meter, MeteredRows
+from hipserve.cache.tiles import TiledPages
 from hipserve.capacity.scratch import scratch_bytes
 from hipserve.config import NO_INDEX, HiPConfig, IndexForm
 from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.factors import with_own_factors
 from hipserve.integrations.rope import read_rope
-from hipserve.integrations.vllm import compat, runners, settings
+from hipserve.integrations.vllm import compat, graphs, runners, settings
 from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
 from hipserve.integrations.vllm.metrics import Tally, tally
-from hipserve.integrations.vllm.offload import HostedLayer
+from hipserve.integrations.vllm.offload import HostedLayer, LoadCounter
 from hipserve.integrations.vllm.step import HiPStep
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, PruningRule, RefreshSchedule
@@ -58,6 +59,8 @@ class HiPImpl(AttentionImpl[HiPStep]):
         runners.join_runners()
         vllm_config = get_current_vllm_config()
         settings.check(vllm_config)  # on GPUs, where the platform is vLLM's own, for the first time
+        if settings.offload_of(vllm_config) is not None:
+            graphs.limit_graphs()
         self.device = torch.device(current_platform.device_type)
         refuse_without_kernels(self.device, vllm_config.model_config.dtype, head_size)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
@@ -80,6 +83,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.tally = tally(vllm_config.instance_id)
         self.meter: TallyMeter | None = None  # of a layer that knows its number
         self.hosted: HostedLayer | None = None
+        self.loads: LoadCounter | None = None
         self.rope: Tensor | None = None
         if self.config.streams and not self.sliding_window:
             self.rope = read_rope(model, head_size).to(self.device)
@@ -102,7 +106,10 @@ class HiPImpl(AttentionImpl[HiPStep]):
         return NO_INDEX if self.is_local(layer) else self.config.index_form
 
     def pages_of(self, layer: Any, kv_cache: Tensor) -> BlockPages:
-        """The layer's KV blocks `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`."""
+        """The layer's KV blocks `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`, and where
+        keys and values are, if not there."""
+        if self.hosted is not None:
+            return self.hosted.blocks(kv_cache)
         return pages_of(kv_cache, self.index_form(layer), self.longest)
 
     def keeps_index(self, layer: Any) -> bool:
@@ -129,7 +136,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             touch_scratch(query, self.config)
             return output.fill_(0)
         step, hosted = attn_metadata, self.hosted
-        pages = hosted.blocks(kv_cache) if hosted else self.pages_of(layer, kv_cache)
+        pages = self.pages_of(layer, kv_cache)
         new = (key, value) if self.writes and key is not None and value is not None else None
         keys = BlockKeys(pages, step, new, self.keeps_index(layer), hosted)
         if step.parts:
@@ -201,11 +208,19 @@ class BlockKeys:
     def layout(self) -> BatchLayout:
         return self.step.plan.layout
 
+    @property
+    def _tiled(self) -> TiledPages | None:
+        """The pages of a step in which layers only launch."""
+        return self.hosted.tiled if self.hosted and self.step.row_tiles else None
+
     def append(self) -> None:
         step = self.step
         if self.keeps_index and step.found_pages is not None:
             rebuild_index(self.pages, step.found_pages)
-        if self.new is not None and self.hosted is not None:
+        if self.new is not None and (tiled := self._tiled) is not None:
+            k, v = (step.rows_of(x) for x in self.new)
+            tiled.write_few(k, v, step.slot_mapping)
+        elif self.new is not None and self.hosted is not None:
             for part in step.parts or (step,):
                 k, v = (part.rows_of(x) for x in self.new)
                 self.hosted.pages.write(k, v, part.slot_mapping, part.writes)
@@ -233,6 +248,8 @@ class BlockKeys:
     ) -> KeyPool:
         if self.hosted is None:
             return self.pages.pool
+        if (tiled := self._tiled) is not None:
+            return tiled.load(selection, layout, config, self.step.row_tiles)
         self.hosted.pages.sequences = self.step.writes
         return self.hosted.pages.fetch(selection, layout, config, rule)
 

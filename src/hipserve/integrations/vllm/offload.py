@@ -76,9 +76,14 @@ class HostedLayer:
     pages: HostedStore
 
     @property
+    def tiled(self) -> TiledPages | None:
+        """The pages, where a GPU holds tiles of them."""
+        return self.pages if isinstance(self.pages, TiledPages) else None
+
+    @property
     def arena(self) -> TileArena | None:
         """Tiles on a GPU."""
-        return self.pages.arena if isinstance(self.pages, TiledPages) else None
+        return self.tiled.arena if self.tiled else None
 
     @property
     def last_read_bytes(self) -> int:

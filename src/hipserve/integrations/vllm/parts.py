@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from hipserve.cache import Write
-from hipserve.cache.tiles import TILED_ROWS, TilesRead, row_tiles
+from hipserve.cache.tiles import TILED_ROWS, TilesRead, most_row_tiles, row_tiles
 from hipserve.errors import FitError
 from hipserve.integrations.vllm.step import HiPStep
 from hipserve.plan import BatchLayout, StepPlan, split_batch
@@ -33,12 +33,25 @@ class Room(NamedTuple):
         slots: of the arena, for one KV head.
         lists: of a query block that one KV head serves.
         config, rule: of the layers.
+        longest: keys of a sequence.
     """
 
     slots: int
     lists: int
     config: HiPConfig
     rule: PruningRule
+    longest: int
+
+    @property
+    def row_tiles(self) -> int:
+        """Maximum tiles of a list of a row that decodes, wherever it is."""
+        return most_row_tiles(self.config, self.rule, self.longest)
+
+    @property
+    def rows(self) -> int:
+        """Rows that decode for which there are tiles wherever they are. A graph that vLLM replays
+        is chosen before anyone looks at lengths: it has no more rows."""
+        return self.slots // (self.lists * self.row_tiles)
 
     def serves(self, reads: TilesRead) -> bool:
         """So many tiles fit, and so few rows read tiles."""

@@ -36,6 +36,8 @@ class HiPStep(AttentionMetadata):
             started, or None: their index is built before anybody reads it.
         due_runs: runs that are joined once the keys of the step are written; None for none.
         writes: what every sequence appends, where keys and values are not in KV blocks.
+        row_tiles: maximum tiles of a list of a row, where keys and values are in host memory and
+            layers only launch, since vLLM may replay the step; 0 in other steps.
         first_row: of q.
         parts: steps that are computed one after the other in place of this one, whose keys are
             written first, those of all parts; none for all at once.
@@ -50,6 +52,7 @@ class HiPStep(AttentionMetadata):
     found_pages: Tensor | None = None
     due_runs: DueRuns | None = None
     writes: Sequence[Write] = ()
+    row_tiles: int = 0
     first_row: int = 0
     parts: list[HiPStep] = field(default_factory=list["HiPStep"])
 
