@@ -4,9 +4,11 @@
     python benchmarks/offload_vllm.py --layers 4 --lengths 32k --host-memory 12GiB   # a quick look
 
 The model is that of `gpu_vllm.py`: the shape of Llama 8B with random weights. Both sides search
-codes of 4 bits and have a process of their own. Their answers are compared, tokens and
-log-probabilities: of a prompt alone, of two at a time, and of a second question, whose text vLLM
-finds. Times are medians: of first tokens, and of steps in which every sequence gets a token.
+codes of 4 bits, have vLLM's default CUDA graphs, and a process of their own. Their answers are
+compared, tokens and log-probabilities: of a prompt alone, of two at a time, and of a second
+question, whose text vLLM finds. Times are medians: of first tokens, and of steps in which every
+sequence gets a token. A batch within `graph_requests` is replayed whole: more `--device-memory`
+makes it larger.
 """
 
 from __future__ import annotations
@@ -42,6 +44,14 @@ def engine_of(options: argparse.Namespace) -> Engine:
         hip["offload"] = sizes
         flags["num_gpu_blocks_override"] = options.host_memory // (token * BLOCK)
     return Engine("CUSTOM", {**flags, "additional_config": {"hip": hip}})
+
+
+def graph_requests(engine: Engine) -> int | None:
+    """Requests of the largest step that is replayed whole; None for those of vLLM."""
+    from hipserve.integrations.vllm.graphs import room_of
+
+    room = room_of(engine.engine.vllm_config)
+    return None if room is None else room.rows
 
 
 def loads(engine: Engine) -> tuple[float, float]:
@@ -84,6 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 row
                 | {"batch": batch, "step_ms": step * 1e3, "tokens_per_s": batch / step}
                 | {"hit_ratio": 1 - loaded / needed if needed else None}
+                | {"graph_requests": graph_requests(engine)}
                 | {"card_bytes": torch.cuda.max_memory_allocated(), "start_s": engine.start_s}
             )
             say(json.dumps(found["rows"][-1]))
@@ -93,6 +104,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def steps_of(likely: list[list[dict[str, float]]]) -> list[list[dict[int, float]]]:
     """Numbers as they were before they were JSON."""
     return [[{int(t): p for t, p in step.items()} for step in answer] for answer in likely]
+
+
+def tokens_alike(ours: list[list[dict[int, float]]], theirs: list[list[dict[int, float]]]) -> str:
+    """How many tokens of the answers are the same up to the first that is not."""
+    same = total = 0
+    for a, b in zip(ours, theirs, strict=True):
+        pairs = [next(iter(x)) == next(iter(y)) for x, y in zip(a, b, strict=True)]
+        same += next((i for i, alike in enumerate(pairs) if not alike), len(pairs))
+        total += len(pairs)
+    return f"{same} of {total} tokens alike"
+
+
+def compare(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with the answers; says how far apart they are, and the times of steps."""
+    wrong: list[str] = []
+    for name, ours in results["offloaded"]["answers"].items():
+        sides = steps_of(ours), steps_of(results["resident"]["answers"][name])
+        apart = difference(*sides)
+        say(f"{name}: {tokens_alike(*sides)}, log-probabilities apart by at most {apart:.4f}")
+        wrong += [name] if not apart <= TOLERANCE else []
+    for row, other in zip(*(results[name]["rows"] for name in SIDES), strict=True):
+        ms, theirs = row["step_ms"], other["step_ms"]
+        times = f"{ms:.2f} ms a step resident, {theirs:.2f} offloaded ({ms / theirs:.0%})"
+        graph = "" if row["batch"] <= other["graph_requests"] else ", not replayed whole"
+        say(f"{row['length']}, batch {row['batch']}: {times}{graph}")
+    return wrong
 
 
 def main() -> None:
@@ -121,12 +158,7 @@ def main() -> None:
             say(json.dumps(row))
     if set(results) < set(SIDES):
         return
-    wrong: list[str] = []
-    for name, ours in results["offloaded"]["answers"].items():
-        theirs = results["resident"]["answers"][name]
-        apart = difference(steps_of(ours), steps_of(theirs))
-        say(f"log-probabilities apart by at most {apart:.4f}: {name}")
-        wrong += [name] if not apart <= TOLERANCE else []
+    wrong = compare(results)
     if wrong:
         sys.exit(f"the answers differ: {'; '.join(wrong)}")
 
