@@ -4,11 +4,11 @@
     python benchmarks/offload_vllm.py --layers 4 --lengths 32k --host-memory 12GiB   # a quick look
 
 The model is that of `gpu_vllm.py`: the shape of Llama 8B with random weights. Both sides search
-codes of 4 bits, have vLLM's default CUDA graphs, and a process of their own. Their answers are
-compared, tokens and log-probabilities: of a prompt alone, of two at a time, and of a second
-question, whose text vLLM finds. Times are medians: of first tokens, and of steps in which every
-sequence gets a token. A batch within `graph_requests` is replayed whole: more `--device-memory`
-makes it larger.
+codes of 4 bits, each in a process of its own, and replay decode steps as whole CUDA graphs. Their
+answers are compared, tokens and log-probabilities: of a prompt alone, of two at a time, and of a
+second question, whose text vLLM finds. Times are medians: of first tokens, and of steps in which
+every sequence gets a token. A batch within `graph_requests` is replayed whole: more
+`--device-memory` makes it larger.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def engine_of(options: argparse.Namespace) -> Engine:
         token = options.layers * 2 * shape["num_key_value_heads"] * shape["head_dim"] * 2
         sizes = {"host_memory": options.host_memory, "device_memory": options.device_memory}
         hip["offload"] = sizes
+        flags.setdefault("compilation_config", {"cudagraph_mode": "FULL_DECODE_ONLY"})
         flags["num_gpu_blocks_override"] = options.host_memory // (token * BLOCK)
     return Engine("CUSTOM", {**flags, "additional_config": {"hip": hip}})
 

@@ -2,7 +2,7 @@
 
 vLLM chooses the graph of a step before anyone looks at the lengths of its requests. The arena has
 to have slots for all tiles of all rows of a graph, wherever these rows are: whole steps of more
-requests are not captured. They run between captured pieces, in parts that fit.
+requests are not captured. They run as they are, in parts that fit.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from hipserve.offload import slot_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def asked_for(vllm_config: VllmConfig) -> bool:
+    """Whole steps are to be replayed: by vLLM's `cudagraph_mode`, which names both whole steps and
+    pieces unless somebody chose one of them."""
+    return vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
 
 
 def attention_layers(vllm_config: VllmConfig) -> list[Any]:
