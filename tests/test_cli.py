@@ -68,6 +68,11 @@ def test_run_answers_on_stdout_and_reports_on_stderr(doc: str) -> None:
     assert "attention: cpu (" in result.stderr or "attention: reference" in result.stderr
 
 
+def test_run_answers_a_question_without_a_document() -> None:
+    result = invoke("run", f"{FACT}\n\n{QUESTION}")
+    assert (result.exit_code, result.stdout) == (0, "The pass key is 83724.\n")
+
+
 def test_run_as_json(doc: str) -> None:
     result = invoke("run", "acorn", QUESTION, "--doc", doc, "--json")
     values = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""`hipserve run`: one question about one document."""
+"""`hipserve run`: one question, about a document if there is one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def run(
     words: Annotated[list[str], typer.Argument(metavar="[MODEL] QUESTION")],
     doc: Annotated[
-        str, typer.Option(metavar="FILE", help="A text file (or gzip), or - for stdin.")
-    ],
+        str | None,
+        typer.Option(metavar="FILE", help="What it is about: a text file (or gzip), - for stdin."),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
@@ -45,7 +46,7 @@ def run(
     allow_control_tokens: options.ControlTokens = False,
     json: options.Json = False,
 ) -> None:
-    """Answers a question about a document of any length that fits the model."""
+    """Answers a question, about a document of any length that fits the model if one is given."""
     model, question = split_words(words)
     options.check_system(system, pin_system)
     if dense:
@@ -54,7 +55,7 @@ def run(
         )
     sizes = (kv_file, host_kv_memory, kv_device_memory)
     offloaded = offloading.is_asked_for(kv_offload, *sizes, device=device, dense=dense)
-    document = OpenDocument(doc)
+    document = None if doc is None else OpenDocument(doc)
     settings = options.make_config(
         config,
         preset,
@@ -79,7 +80,8 @@ def run(
         pin_system=pin_system,
         offload=offloading.make_offload(loaded, *sizes) if offloaded else None,
     )
-    talk.say(f"Read the text.\n\n{document.read_for(loaded)}")
+    if document is not None:
+        talk.say(f"Read the text.\n\n{document.read_for(loaded)}")
     answer = ask(
         talk,
         question,
