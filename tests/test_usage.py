@@ -14,7 +14,7 @@ from hipserve.cli.document import OpenDocument
 from hipserve.cli.numbers import parse_share
 from hipserve.errors import ArgumentError
 from hipserve.platform import check_device
-from shell import invoke, refused
+from shell import call, invoke, refused
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +190,10 @@ def test_a_long_document_is_read_once_and_in_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert OpenDocument(str(tmp_path / name)).read(len(text) + 1) == text
         assert OpenDocument(str(tmp_path / name)).read(2_000_000) == text[:2_000_000]
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_ctrl_c_while_the_command_is_imported_is_quiet(command: str, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = call(command, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
