@@ -5,16 +5,23 @@ from __future__ import annotations
 import gzip
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import typer
 
+import hipserve
 from hipserve.cli import files, options
+from hipserve.cli.comparison import title_of
 from hipserve.cli.document import OpenDocument
 from hipserve.cli.numbers import parse_share
 from hipserve.errors import ArgumentError
+from hipserve.lab import FidelityReport
 from hipserve.platform import check_device
 from shell import call, invoke, refused
+
+SOURCE = Path(hipserve.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +204,11 @@ def test_ctrl_c_while_the_command_is_imported_is_quiet(command: str, tmp_path: P
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
     done = call(command, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_what_is_counted_agrees_with_its_noun() -> None:
+    report = SimpleNamespace(model="m", first=512, length=2048, documents=["one"])
+    assert title_of(cast(FidelityReport, report)) == "m, positions 512 to 2k, 1 document"
+    plural = re.compile(r"\{len\([^}]*\)\} (documents|texts|prompts)\b|\.rows\} rows|s\} prompts")
+    sources = [p for folder in ("cli", "lab") for p in (SOURCE / folder).rglob("*.py")]
+    assert [f"{p.name}: {found}" for p in sources for found in plural.findall(p.read_text())] == []

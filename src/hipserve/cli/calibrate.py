@@ -11,7 +11,7 @@ from rich.table import Table
 from hipserve.cli import options
 from hipserve.cli.comparison import First, choose_length
 from hipserve.cli.files import make_room, write
-from hipserve.cli.numbers import parse_count, parse_share
+from hipserve.cli.numbers import counted, parse_count, parse_share
 from hipserve.cli.output import err, result, result_json, say, show
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ def calibrate(
 
 
 def _table(made: Calibration) -> Table:
-    counts = f"{len(made.choose)} documents to choose by, {len(made.report)} to report on"
+    counts = (
+        f"{counted(len(made.choose), 'document')} to choose by, {len(made.report)} to report on"
+    )
     table = Table(title=f"{made.model}, {made.length:,} tokens, {counts}")
     for heading in ("configuration", "keys", "loss, chosen by", "loss", "at most", "verdict"):
         table.add_column(heading)

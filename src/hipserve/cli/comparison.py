@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hipserve.cli import options
-from hipserve.cli.numbers import at_least, format_count, parse_count
+from hipserve.cli.numbers import at_least, counted, format_count, parse_count
 from hipserve.cli.output import say
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
@@ -98,7 +98,7 @@ def choose_length(loaded: LoadedModel, length: int | None) -> int:
 def title_of(report: FidelityReport) -> str:
     """Model, positions and documents, for above a table."""
     span = f"{format_count(report.first)} to {format_count(report.length)}"
-    return f"{report.model}, positions {span}, {len(report.documents)} documents"
+    return f"{report.model}, positions {span}, {counted(len(report.documents), 'document')}"
 
 
 def say_what_was_left_out(report: FidelityReport) -> None:

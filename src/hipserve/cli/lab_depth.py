@@ -18,7 +18,7 @@ from hipserve.cli.comparison import (
     parse_form,
     say_what_is_dense,
 )
-from hipserve.cli.numbers import at_least, format_count, parse_counts
+from hipserve.cli.numbers import at_least, counted, format_count, parse_counts
 from hipserve.cli.output import err, result, result_json, say, show
 
 if TYPE_CHECKING:
@@ -116,5 +116,5 @@ def _cell(row: TaskResult, name: str) -> str:
 
 def _sentence(row: Overall) -> str:
     interval = f" [{row.interval[0]:+.1%}, {row.interval[1]:+.1%}]" if row.interval else ""
-    more = f", {row.verdict.more:,} questions more" if row.verdict.more else ""
+    more = f", {counted(row.verdict.more, 'question')} more" if row.verdict.more else ""
     return f"{row.change:+.1%}{interval}: {row.verdict.decision}{more}"

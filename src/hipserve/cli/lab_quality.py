@@ -24,6 +24,7 @@ from hipserve.cli.comparison import (
     say_what_was_left_out,
 )
 from hipserve.cli.lab_shared import show_grids
+from hipserve.cli.numbers import counted
 from hipserve.cli.output import err, result, result_json, say
 from hipserve.errors import ArgumentError
 
@@ -174,6 +175,6 @@ def _choose(documents: list[Document], which: str | None) -> list[Document]:
     except ValueError:
         chosen = []
     if not chosen:
-        expected = f"a slice that leaves some of the {len(documents)} texts"
+        expected = f"a slice that leaves some of {counted(len(documents), 'text')}"
         raise ArgumentError("documents", expected, repr(which), "write ::2 or 1::2")
     return chosen

@@ -10,6 +10,7 @@ from fractions import Fraction
 import typer
 
 from hipserve.errors import ConfigError
+from hipserve.lab.shown import counted as counted
 from hipserve.offload import parse_bytes
 
 FACTORS = {"": 1, "k": 1024, "m": 1024**2}
@@ -103,11 +104,6 @@ def parse_share(text: str | float) -> float:
 def parse_counts(text: str) -> list[int]:
     """A list with commas: `8k,16k,32k`."""
     return [parse_count(part) for part in text.split(",")]
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 document`, `1,024 documents`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_count(value: int) -> str:

@@ -17,7 +17,7 @@ from hipserve.integrations.transformers import HiPCache
 from hipserve.lab.intervals import Estimate, estimate, mean
 from hipserve.lab.quality.beside import read_beside, read_reference
 from hipserve.lab.samples import Sample
-from hipserve.lab.shown import Chart, Grid, Line, with_error
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 from hipserve.models import LoadedModel
 from hipserve.models.passes import make_cache
 
@@ -286,7 +286,8 @@ def _layers(report: MeterReport) -> Grid:
     ]
     headings = ["layer", "unread", "metered", "error", "rank", "KL by meter", "KL by truth"]
     caption = (
-        f"{len(report.samples)} texts of {report.length:,} tokens, {report.rows} rows each; error: "
+        f"{counted(len(report.samples), 'text')} of {report.length:,} tokens, "
+        f"{counted(report.rows, 'row')} each; error: "
         "of a row and head; rank: correlation of metered and unread; KL: rank correlation with KL "
         "to dense attention, position by position; all means over texts"
     )

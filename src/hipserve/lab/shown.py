@@ -85,6 +85,11 @@ class Chart:
         return draw_svg([self])
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `1,024 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def check_drawing() -> None:
     """Raises HipserveError where nothing can be drawn: asked before a measurement."""
     _matplotlib("matplotlib")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hipserve.lab.budgets.report import BudgetReport
-from hipserve.lab.shown import Chart, Grid, Line, with_error
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 
 FORM = ".4f"
 
@@ -21,9 +21,9 @@ def grids(report: BudgetReport) -> list[Grid]:
     mean = [f"{report.mean_keys:,.0f}", *[""] * (heads - 1)]
     rows.append(["mean", *mean, *_errors(report, None)])
     caption = (
-        f"chosen on {len(report.choose)} documents of {report.length:,} tokens, error on "
-        f"{len(report.report)} others, {report.query_blocks} query blocks each: square of what "
-        "pruning changes in the output of a layer, as a share of the square of that output"
+        f"chosen on {counted(len(report.choose), 'document')} of {report.length:,} tokens, "
+        f"error on {len(report.report)} others, {report.query_blocks} query blocks each: square of "
+        "what pruning changes in the output of a layer, as a share of the square of that output"
     )
     title = f"{report.model}: keys of each KV head, {report.config.budget:,} on average"
     constant = f"error, {report.config.budget:,} each"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hipserve.lab.cache.report import CacheReport
-from hipserve.lab.shown import Chart, Grid, Line, with_error
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 
 MIB = 2**20
 
@@ -23,10 +23,10 @@ def _by_policy(report: CacheReport) -> Grid:
         for policy in report.values("policy")
     ]
     caption = (
-        f"{len(report.samples)} texts of {report.length:,} tokens, their last {report.steps} as "
-        f"decode steps. A cache holds so many selections of its head, {report.max_selected} blocks "
-        "each on average. Share of blocks that it held; the same weighted by attention; MiB that a "
-        "step loads."
+        f"{counted(len(report.samples), 'text')} of {report.length:,} tokens, their last "
+        f"{report.steps} as decode steps. A cache holds so many selections of its head, "
+        f"{report.max_selected} blocks each on average. Share of blocks that it held; the same "
+        "weighted by attention; MiB that a step loads."
     )
     shares = [f"{size}x, {report.share_of_keys(size):.0%} of keys" for size in capacities]
     title = f"{report.model}: hits of a cache of blocks"

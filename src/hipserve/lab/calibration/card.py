@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hipserve.lab.calibration.measure import Calibration
+from hipserve.lab.shown import counted
 
 
 def rule_card(made: Calibration) -> list[str]:
@@ -12,7 +13,9 @@ def rule_card(made: Calibration) -> list[str]:
 
 def _verdict(made: Calibration) -> list[str]:
     asked = f"a loss of at most {made.max_loss:.2%} at {made.length:,} tokens"
-    confident = f"with {made.confidence:.0%} confidence ({len(made.report)} held-out documents)"
+    confident = (
+        f"with {made.confidence:.0%} confidence ({counted(len(made.report), 'held-out document')})"
+    )
     holds, first = made.walk.certified, made.walk.tested[0]
     if not made.caught:
         return [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hipserve.lab.drift.measure import DriftReport
 from hipserve.lab.drift.summary import Summary
-from hipserve.lab.shown import Grid, with_interval
+from hipserve.lab.shown import Grid, counted, with_interval
 
 
 def grid(report: DriftReport) -> Grid:
     """Bare prompts, then each attention: everything, by length and by place."""
-    title = f"{report.model}, {report.prompts} prompts, compared with dense attention"
+    title = f"{report.model}, {counted(report.prompts, 'prompt')}, compared with dense attention"
     caption = (
         "KL of the first token in nats, with its verdict; flips: another likeliest first token; "
         "log-odds: of contrasts, and those decided the other way and back; followed: instructions "

@@ -10,7 +10,7 @@ from hipserve.lab.locality.report import (
     Measure,
 )
 from hipserve.lab.representative.splits import LAGS, SIZES
-from hipserve.lab.shown import Chart, Grid, Line, with_error
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 
 SHOWN_LAGS = (1, 16, 64)
 
@@ -43,7 +43,8 @@ def _domains(report: LocalityReport) -> Grid:
         "unread",
     ]
     caption = (
-        f"{len(report.samples)} texts of {report.length:,} tokens, {report.rows} rows each, mean "
+        f"{counted(len(report.samples), 'text')} of {report.length:,} tokens, "
+        f"{counted(report.rows, 'row')} each, mean "
         "over layers and KV heads; unread: attention outside the best blocks of a budget of "
         f"{report.config['budget']}"
     )
@@ -58,7 +59,8 @@ def _predictions(report: LocalityReport) -> Grid:
     ]
     heads = next(iter(report.predictions.values())).pairs
     texts = {point.sample for point in report.points if point.loss is not None}
-    caption = f"{heads} KV heads, each pruned alone on {len(texts)} texts; KL over their last half"
+    count = counted(len(texts), "text")
+    caption = f"{heads} KV heads, each pruned alone on {count}; KL over their last half"
     headings = ["measure", "rank correlation", "95 % interval"]
     return Grid("Does it predict the loss of pruning a head?", headings, rows, caption)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hipserve.lab.quality.controls import BLIND, FLOOR
 from hipserve.lab.quality.fidelity import Fidelity, FidelityReport
 from hipserve.lab.quality.retrieval import RetrievalReport, TaskResult
-from hipserve.lab.shown import Chart, Grid, Line, with_interval
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_interval
 from hipserve.lab.verdicts import Verdict
 
 
@@ -13,7 +13,7 @@ def grid(report: FidelityReport) -> Grid:
     """A row for each attention."""
     title = (
         f"{report.model}, positions {report.first:,} to {report.length:,}, "
-        f"{len(report.documents)} documents"
+        f"{counted(len(report.documents), 'document')}"
     )
     headings = ["attention", "nll", "change", "KL", "KL p99", "same top-1", "far nats", "verdict"]
     rows = [[name, *_cells(row)] for name, row in report.results.items()]

@@ -6,7 +6,7 @@ from hipserve.lab.intervals import mean
 from hipserve.lab.representative.recall import SEARCHES
 from hipserve.lab.representative.report import RepresentativeReport
 from hipserve.lab.representative.splits import LAGS, REPRESENTATIVES
-from hipserve.lab.shown import Chart, Grid, Line, with_error
+from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 
 
 def grids(report: RepresentativeReport) -> list[Grid]:
@@ -28,7 +28,8 @@ def _splits(report: RepresentativeReport) -> Grid:
         for kind, predicted in (("measured", False), ("predicted", True))
     ]
     caption = (
-        f"{len(report.samples)} texts of {report.length:,} tokens, {report.rows} rows each; "
+        f"{counted(len(report.samples), 'text')} of {report.length:,} tokens, "
+        f"{counted(report.rows, 'row')} each; "
         "predicted: Gaussian scores with the measured correlation of each head, and nothing else"
     )
     title = f"{report.model}: splits of a range that a representative gets right"
