@@ -136,15 +136,19 @@ def test_demo_as_json() -> None:
     assert values["config"]["budget"] == 1024
 
 
-def test_doctor_and_version() -> None:
+def test_doctor_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    monkeypatch.delenv("COLUMNS", raising=False)
     checks = json.loads(invoke("doctor", "--json").stdout)
     by_name = {check["name"]: check for check in checks}
     assert all(check["ok"] != bool(check["advice"]) for check in checks)
     assert by_name["dense result"]["ok"]
     assert by_name["bundled model"]["found"] == "acorn, 23.2 M parameters"
-    assert invoke("doctor").exit_code == int(not all(check["ok"] for check in checks))
+    table = invoke("doctor")
+    assert table.exit_code == int(not all(check["ok"] for check in checks))
+    assert max(len(line) for line in table.stdout.splitlines()) <= 100
+    assert set(by_name["crossover on the CPU"]["found"].split()) <= set(table.stdout.split())
     assert json.loads(invoke("version", "--json").stdout)["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in invoke("version").stdout
 

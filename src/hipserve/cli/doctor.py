@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hipserve.cli import options
 from hipserve.cli.numbers import format_bytes
-from hipserve.cli.output import err, result_json, show
+from hipserve.cli.output import READABLE, err, result_json, show
 from hipserve.cli.plan_text import describe_host
 from hipserve.config import HiPConfig
 from hipserve.host import ROOT, HostMemory, gpu_links, locked_memory, numa_nodes
@@ -39,7 +39,7 @@ def doctor(json: options.Json = False) -> None:
         for check in checks:
             mark = "[green]ok[/green]" if check.ok else "[red]no[/red]"
             table.add_row(mark, check.name, check.found, check.advice)
-        show(table)
+        show(table, READABLE)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

@@ -18,6 +18,8 @@ err = Console(stderr=True)
 
 WIDEST = 400
 """Characters of a line of what is no terminal."""
+READABLE = 100
+"""As many where a table holds sentences: as wide as a page of a log."""
 
 
 def tolerate_any_text() -> None:
@@ -40,15 +42,15 @@ def result_json(value: Any) -> None:
     result(json.dumps(value, indent=2))
 
 
-def show(renderable: Any) -> None:
-    """A table or another rich object, on stdout: folded where a terminal is narrow, and as wide as
-    it is in a file or a pipe."""
+def show(renderable: Any, width: int = WIDEST) -> None:
+    """A table or another rich object, on stdout: folded where a terminal is narrow, and up to
+    `width` in a file or a pipe."""
     stream = _stdout()
     if isinstance(renderable, Table):
         for column in renderable.columns:
             column.overflow = "fold"
     narrow = stream.isatty() or "COLUMNS" in os.environ
-    Console(file=stream, width=None if narrow else WIDEST).print(renderable)
+    Console(file=stream, width=None if narrow else width).print(renderable)
 
 
 def _stdout() -> TextIO:
