@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,10 @@ def test_a_model_is_calibrated(loaded: LoadedModel) -> None:
     card = rule_card(made)
     assert card[0].startswith(f"HiP with {made.best}: a loss of at most 1.00% at 320 tokens")
     assert any(line.startswith("dense attention is preferable below") for line in card)
+    for below, said in ((3072, True), (256, False)):
+        card = "; ".join(rule_card(replace(made, dense_below=below)))
+        assert ("this configuration changes nothing at 320 tokens" in card) is said
+        assert ("calibrate at more than 3,072" in card) is said
 
 
 def test_texts_that_show_nothing_certify_nothing(loaded: LoadedModel) -> None:

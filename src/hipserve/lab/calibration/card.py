@@ -60,4 +60,10 @@ def _rules(made: Calibration) -> list[str]:
         lines.insert(
             0, f"dense attention is preferable at {made.length:,} tokens: HiP is no faster"
         )
+    if made.certified and made.length <= made.dense_below:
+        lines.insert(
+            0,
+            f"this configuration changes nothing at {made.length:,} tokens: dense attention is "
+            f"preferable wherever it is certified; calibrate at more than {made.dense_below:,}",
+        )
     return lines
