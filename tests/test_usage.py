@@ -12,12 +12,18 @@ import pytest
 import typer
 
 import hipserve
+from hipserve import FitError, HiPConfig
 from hipserve.cli import files, options
-from hipserve.cli.comparison import title_of
+from hipserve.cli.comparison import say_what_is_dense, title_of
 from hipserve.cli.document import OpenDocument
 from hipserve.cli.numbers import parse_share
 from hipserve.errors import ArgumentError
 from hipserve.lab import FidelityReport
+from hipserve.lab.budgets.measure import sampled_blocks
+from hipserve.lab.quality import passes
+from hipserve.lab.samples import check_room
+from hipserve.models import LoadedModel
+from hipserve.plan import pruning_rule
 from hipserve.platform import check_device
 from shell import call, invoke, refused
 
@@ -212,3 +218,25 @@ def test_what_is_counted_agrees_with_its_noun() -> None:
     plural = re.compile(r"\{len\([^}]*\)\} (documents|texts|prompts)\b|\.rows\} rows|s\} prompts")
     sources = [p for folder in ("cli", "lab") for p in (SOURCE / folder).rglob("*.py")]
     assert [f"{p.name}: {found}" for p in sources for found in plural.findall(p.read_text())] == []
+
+
+def test_where_nothing_is_pruned_numbers_to_try_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = HiPConfig(budget=1024, num_sink_tokens=64, sliding_window=512, dense_below=0)
+    for ask in (
+        lambda tried, length: check_room(length, tried, 256),
+        lambda tried, length: sampled_blocks(tried, length, "cpu"),
+    ):
+        with pytest.raises(FitError) as error:
+            ask(config, 1536)
+        found = re.fullmatch(r"try a length of ([\d,]+) tokens or --budget (\d+)", error.value.hint)
+        assert found, error.value.hint
+        assert ask(config, int(found[1].replace(",", "")))
+        assert ask(config.replace(budget=int(found[2])), 1536)
+    rule = pruning_rule(config, "cpu")
+    monkeypatch.setattr(passes, "rule_of_model", lambda *_: rule)
+    monkeypatch.setattr(passes, "may_prune", lambda _, tried, n: tried.budget + 1024 <= n)
+    loaded = cast(LoadedModel, SimpleNamespace(max_context=3072))
+    say_what_is_dense(loaded, {"hip": config}, 1536)
+    assert capsys.readouterr().err.endswith("try a length of 2,048 tokens or --budget 512\n")

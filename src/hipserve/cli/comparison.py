@@ -111,13 +111,21 @@ def say_what_is_dense(
     loaded: LoadedModel, configs: dict[str, HiPConfig | None], length: int
 ) -> None:
     """Warns of configurations that prune nothing at this length: they equal dense attention."""
-    from hipserve.lab.quality.passes import may_prune
+    from hipserve.lab.quality.passes import may_prune, numbers_to_try, rule_of_model
+
+    def prunes(config: HiPConfig, length: int) -> bool:
+        return may_prune(loaded, config, length)
 
     for name, config in configs.items():
         if config is not None and not may_prune(loaded, config, length):
+            below = rule_of_model(loaded, config).dense_below  # as measured: not for every budget
+            hint = numbers_to_try(
+                config.replace(dense_below=below), length, prunes, loaded.max_context
+            )
+            lower = f" or a dense_below of less than {below:,}" if below >= length else ""
             say(
                 f"{name}: nothing was pruned in {length:,} tokens, it read what dense attention "
-                "reads; give a longer --length, a smaller --budget or a lower dense_below",
+                f"reads; {hint}{lower}",
                 style="yellow",
             )
 

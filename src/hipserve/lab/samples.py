@@ -12,7 +12,7 @@ from torch import Tensor
 from hipserve.config import HiPConfig
 from hipserve.errors import FitError
 from hipserve.lab import installed
-from hipserve.lab.quality.passes import check_length
+from hipserve.lab.quality.passes import check_length, numbers_to_try
 from hipserve.lab.text import Document, language_reference
 from hipserve.models import LoadedModel
 
@@ -60,14 +60,20 @@ def check_room(length: int, config: HiPConfig, largest: int) -> int:
     Raises:
         FitError: they hold no block of `largest` keys, or not more than the budget.
     """
-    end = length * 3 // 4 - config.sliding_window
-    if end - config.num_sink_tokens < max(largest, config.budget + config.granularity):
+
+    def searched(config: HiPConfig, length: int) -> int:
+        return length * 3 // 4 - config.sliding_window - config.num_sink_tokens
+
+    def has_room(config: HiPConfig, length: int) -> bool:
+        return searched(config, length) >= max(largest, config.budget + config.granularity)
+
+    if not has_room(config, length):
         raise FitError(
             f"{length:,} tokens leave no range of {largest} keys, or nothing to prune, between "
             f"the {config.num_sink_tokens} sinks and a window of {config.sliding_window}",
-            "give a longer --length or a smaller --budget",
+            numbers_to_try(config, length, has_room),
         )
-    return end
+    return searched(config, length) + config.num_sink_tokens
 
 
 def _cut(loaded: LoadedModel, doc: Document, length: int, samples: int) -> Iterator[Sample]:

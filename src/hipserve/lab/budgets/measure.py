@@ -10,6 +10,7 @@ from torch import Tensor
 from hipserve.attention.hip import WholeKeys
 from hipserve.config import HiPConfig
 from hipserve.errors import FitError
+from hipserve.lab.quality.passes import numbers_to_try
 from hipserve.lab.recorder import Call, nothing_to_prune, read_watched
 from hipserve.models import LoadedModel
 from hipserve.ops import block_sparse_attention, select_blocks
@@ -39,12 +40,16 @@ def sampled_blocks(config: HiPConfig, length: int, device: str, count: int = BLO
     Raises:
         FitError: none of `length` tokens is.
     """
-    rule, size = pruning_rule(config, device), config.query_block_size
-    pruned = [p for p in range(0, length - size + 1, size) if rule.prunes(p, size)]
+    size = config.query_block_size
+
+    def blocks(config: HiPConfig, length: int) -> list[int]:
+        rule = pruning_rule(config, device)
+        return [p for p in range(0, length - size + 1, size) if rule.prunes(p, size)]
+
+    pruned = blocks(config, length)
     if not pruned:
-        raise FitError(
-            f"nothing to prune in {length:,} tokens", "give a longer --length or a smaller --budget"
-        )
+        hint = numbers_to_try(config, length, lambda config, length: bool(blocks(config, length)))
+        raise FitError(f"nothing to prune in {length:,} tokens", hint)
     count = min(count, len(pruned))
     return [pruned[i * (len(pruned) - 1) // max(count - 1, 1)] for i in range(count)]
 

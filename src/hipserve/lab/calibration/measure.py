@@ -105,7 +105,7 @@ def calibrate(
     first = check_span(loaded, length, first)
     tried = candidates(loaded, base, length)
     if not tried:
-        raise FitError(f"nothing to prune in {length:,} tokens", "give a longer length")
+        raise _nothing_to_prune(loaded, base, length)
     encoded = encode_documents(loaded, documents, length)
     if len(encoded) < 2:
         raise FitError(
@@ -157,6 +157,13 @@ def _check(max_loss: float, confidence: float) -> None:
         raise ArgumentError("max_loss", "a share between 0 and 1", str(max_loss), "write 0.5%")
     if not 0.5 <= confidence < 1:
         raise ArgumentError("confidence", "from 50% to below 100%", str(confidence), "write 90%")
+
+
+def _nothing_to_prune(loaded: LoadedModel, base: HiPConfig, length: int) -> FitError:
+    longer = (1 << n for n in range(length.bit_length(), loaded.max_context.bit_length()))
+    enough = next((n for n in longer if candidates(loaded, base, n)), None)
+    hint = f"try a length of {enough:,} tokens" if enough else "give a longer length"
+    return FitError(f"nothing to prune in {length:,} tokens", hint)
 
 
 class _Passes:

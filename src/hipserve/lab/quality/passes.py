@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from hipserve.errors import ArgumentError, FitError
 from hipserve.lab.text import Document
 from hipserve.models import LoadedModel, passes
 from hipserve.models.passes import make_cache, read, shorten
+from hipserve.plan import PruningRule
 
 LOGITS_BYTES = 256 << 20
 """Bound on the float32 logits of one forward pass: 4,096 rows of 262,144 words would be 4 GiB."""
@@ -23,6 +24,9 @@ LOGITS_BYTES = 256 << 20
 
 CUDA_FACTOR = 4
 """As many times as much on a GPU, where small chunks leave it idle."""
+
+LONGEST, FEWEST = 1 << 20, 64
+"""Tokens and keys between which a hint looks for numbers to try."""
 
 
 def skip(
@@ -115,6 +119,14 @@ def encode_documents(
     return kept
 
 
+def rule_of_model(loaded: LoadedModel, config: HiPConfig) -> PruningRule:
+    """The rule of its attention layers on this machine."""
+    text = loaded.model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    group = text.num_attention_heads // heads
+    return rule_for(config, loaded.device, loaded.model.dtype, loaded.head_dim, group)
+
+
 def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> bool:
     """Does any layer leave keys out at the end of `length` tokens?"""
     if config is None:
@@ -122,15 +134,35 @@ def may_prune(loaded: LoadedModel, config: HiPConfig | None, length: int) -> boo
     text = loaded.model.config.get_text_config()
     count, window = text.num_hidden_layers, getattr(text, "sliding_window", None) or length
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * count
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    group = text.num_attention_heads // heads
-    rule = rule_for(config, loaded.device, loaded.model.dtype, loaded.head_dim, group)
+    rule = rule_of_model(loaded, config)
     visible = [length if kind == "full_attention" else min(length, window) for kind in kinds]
     return any(
         rule.prunes(keys - 1, config.query_block_size)
         for layer, keys in enumerate(visible)
         if layer not in config.dense_layers
     )
+
+
+def numbers_to_try(
+    config: HiPConfig,
+    length: int,
+    prunes: Callable[[HiPConfig, int], bool],
+    longest: int = LONGEST,
+) -> str:
+    """A hint for where nothing is pruned: the next powers of two that would change it.
+
+    Args:
+        prunes: whether a configuration prunes in so many tokens.
+        longest: the model's context.
+    """
+    lengths = (1 << n for n in range(length.bit_length(), longest.bit_length()))
+    budgets = (1 << n for n in reversed(range((config.budget - 1).bit_length())))
+    aligned = (b for b in budgets if b >= FEWEST and b % config.granularity == 0)
+    longer = next((n for n in lengths if prunes(config, n)), None)
+    smaller = next((b for b in aligned if prunes(config.replace(budget=b), length)), None)
+    found = [f"a length of {longer:,} tokens"] if longer else []
+    found += [f"--budget {smaller}"] if smaller else []
+    return f"try {' or '.join(found or ['a longer length with a smaller --budget'])}"
 
 
 class Answer(NamedTuple):
