@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from hipserve.cli import options
-from hipserve.cli.comparison import First, choose_length
+from hipserve.cli.comparison import First, check_first, choose_length
 from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import counted, parse_count, parse_share
 from hipserve.cli.output import err, result, result_json, say, show
@@ -74,6 +74,7 @@ def calibrate(
     Half of the documents choose where to start, the other half decide (docs/calibrate.md).
     """
     base = options.make_config(config, preset)
+    check_first(first, length)
     make_room("--out", out)
     from hipserve.lab import calibrate as measure
     from hipserve.lab import read_documents, rule_card

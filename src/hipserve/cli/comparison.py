@@ -86,6 +86,17 @@ def parse_form(name: str | None) -> retrieval.Form | None:
     return name
 
 
+def check_first(first: int | None, length: int | None) -> None:
+    """Before anything is loaded: the first position that counts lies inside of the texts.
+
+    Raises:
+        ArgumentError: it does not, however long they are.
+    """
+    longest = LONG if length is None else length
+    if first is not None and longest > 1 and not 0 < first < longest:
+        raise ArgumentError("first", f"a position from 1 to {longest - 1}", str(first))
+
+
 def choose_length(loaded: LoadedModel, length: int | None) -> int:
     """The length asked for, or the default for this model."""
     if length is not None:

@@ -14,6 +14,7 @@ from hipserve.cli.comparison import (
     NoDense,
     Text,
     Vary,
+    check_first,
     choose_length,
     make_configs,
     say_what_is_dense,
@@ -50,6 +51,7 @@ def perplexity(
     base = options.make_config(
         config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
+    check_first(first, length)
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_perplexity, read_documents
 

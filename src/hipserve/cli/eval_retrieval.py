@@ -61,8 +61,11 @@ def retrieval(
     )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_retrieval, read_documents
+    from hipserve.lab.quality.tasks import check_task
 
-    chosen = parse_form(form)
+    chosen, names = parse_form(form), [task.strip() for task in tasks.split(",")]
+    for name in names:
+        check_task(name)
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
@@ -70,7 +73,7 @@ def retrieval(
         report = evaluate_retrieval(
             loaded,
             configs,
-            [task.strip() for task in tasks.split(",")],
+            names,
             haystack,
             length=length,
             samples=samples,

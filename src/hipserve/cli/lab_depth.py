@@ -68,7 +68,9 @@ def depth(
     )
     configs = make_configs(base, also, vary, no_dense)
     from hipserve.lab import evaluate_depths, read_documents
+    from hipserve.lab.quality.tasks import check_depth
 
+    check_depth(task, 0.0)
     chosen, counts = parse_form(form), parse_counts(lengths)
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)

@@ -17,6 +17,7 @@ from hipserve.cli.comparison import (
     Samples,
     Text,
     Vary,
+    check_first,
     choose_length,
     make_configs,
     parse_form,
@@ -82,6 +83,7 @@ def quality(
     base = options.make_config(
         config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
+    check_first(first, length)
     configs = make_configs(base, also, vary, no_dense)
     margins = _margins(margin)
     names = [task.strip() for task in tasks.split(",") if task.strip()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hipserve.cli.numbers import at_least, parse_count, parse_temperature
+from hipserve.cli.numbers import at_least, parse_count, parse_counts, parse_temperature
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError, did_you_mean
@@ -49,8 +49,25 @@ def check_dtype(name: str) -> None:
 def check_texts(files: list[Path] | None) -> None:
     """Before anything is loaded: the files of --text are there."""
     for file in files or ():
-        if not str(file).startswith("@") and not file.exists():
-            raise ArgumentError("--text", "a readable UTF-8 text file", f"{file} (no such file)")
+        if not str(file).startswith("@"):
+            _check_file("--text", file)
+
+
+def check_prompts(file: Path | None) -> None:
+    """Before anything is loaded: the file of --prompts is there."""
+    if file is not None:
+        _check_file("--prompts", file)
+
+
+def _check_file(option: str, file: Path) -> None:
+    if not file.exists():
+        raise ArgumentError(option, "a readable UTF-8 text file", f"{file} (no such file)")
+
+
+def check_lengths(text: str) -> None:
+    """Before anything is loaded: every length has a token."""
+    if 0 in parse_counts(text):
+        raise ArgumentError("--lengths", "1 or more tokens", "0")
 
 
 def check_system(system: str, pin_system: bool) -> None:
@@ -59,7 +76,13 @@ def check_system(system: str, pin_system: bool) -> None:
         raise ArgumentError("--pin-system", "--system with it", "none")
 
 
-CHECKS = {"model": check_model, "dtype": check_dtype, "text": check_texts}
+CHECKS = {
+    "model": check_model,
+    "dtype": check_dtype,
+    "text": check_texts,
+    "prompts": check_prompts,
+    "lengths": check_lengths,
+}
 """By argument of commands; asked before they import torch."""
 
 Budget = Annotated[
