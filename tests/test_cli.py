@@ -359,7 +359,7 @@ def test_a_locale_without_utf_8_still_reads_and_writes_it(doc: str) -> None:
 
 
 def test_wrong_usage_and_unknown_commands() -> None:
-    for words in (["nosuch"], ["run"], ["run", "q"], ["run", "a", "b", "c", "--doc", "d"]):
+    for words in (["nosuch"], ["run"], ["run", "a", "b", "c", "--doc", "d"]):
         result = invoke(*words)
         assert result.exit_code == 2, words
         assert result.stdout == ""

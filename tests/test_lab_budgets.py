@@ -264,8 +264,8 @@ def test_the_command_writes_what_runs_and_what_calibrates(tmp_path: Path) -> Non
     assert shown.exit_code == 0, shown.output
     line = next(x for x in shown.stdout.splitlines() if x.startswith("budget_factors = "))
     assert line in out.read_text()
-    missing = invoke(f"{words} --out {tmp_path / 'nowhere' / 'hip.toml'}")
-    assert isinstance(missing.exception, ArgumentError)
+    nowhere = invoke(f"{words} --out {base / 'hip.toml'}")
+    assert isinstance(nowhere.exception, ArgumentError)
     asked = invoke(f"calibrate --config {out} --json --max-loss 90%")
     assert asked.exit_code in (0, 5), asked.output
     assert json.loads(asked.stdout)["keys"]

@@ -250,9 +250,9 @@ def test_tasks_stand_beside_the_text(
     [
         (["--margin", "kl"], "expected MEASURE=SIZE, got 'kl'"),
         (["--margin", "likelyhood=1%"], "margin: expected one of likelihood"),
-        (["--documents", "5"], "documents: expected a slice that leaves some of the 1 texts"),
+        (["--documents", "5"], "--documents: expected a slice that leaves some of 1 text"),
         (["--documents", "1::"], "documents: expected a slice"),
-        (["--tasks", "niah,pi"], "task: expected one of passkey"),
+        (["--tasks", "niah,pi"], "--tasks: expected one of passkey"),
         (["--form", "poem"], "form: expected chat or continuation"),
     ],
 )
