@@ -292,3 +292,53 @@ def test_sizes(text: str, value: float) -> None:
 @pytest.mark.parametrize("text", ["", "0", "0G", "-1G", "24", "9K", "24X", "G", "1e9", "24GGB"])
 def test_wrong_sizes(text: str) -> None:
     assert invoke("--gpu", "h100", "--device-memory", text).exit_code == 2
+
+
+def large_model(tmp_path: Path) -> str:
+    """The 8B shape with eight times the layers, which no single card holds."""
+    table = json.loads(Path(SHAPE).read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**table, "num_hidden_layers": 256}))
+    return str(tmp_path / "config.json")
+
+
+def test_what_one_card_does_not_hold_several_do(tmp_path: Path) -> None:
+    words = (large_model(tmp_path), "--gpu", "h100-80g", "--max-model-len", "64k")
+    alone = invoke(*words)
+    assert alone.exit_code == 1
+    (cards,) = re.findall(r"on (\d+) such cards it fits: --tensor-parallel-size \1\n", alone.stdout)
+    together = invoke(*words, "--tensor-parallel-size", cards)
+    assert together.exit_code == 0
+    assert f"cards     {cards}, each with its share" in together.stdout
+    assert f" --tensor-parallel-size {cards}\n" in together.stdout
+    assert "8 KV heads of 128" in together.stdout
+    assert invoke(*words, "--tensor-parallel-size", str(int(cards) // 2)).exit_code == 1
+
+
+def test_cards_that_share_a_model_have_its_parts() -> None:
+    whole, half = (
+        planned(SHAPE, "--gpu", "h100-80g", "--tensor-parallel-size", cards) for cards in "12"
+    )
+    for part in ("weights", "keys_values", "index"):
+        assert 2 * half["parts"][part] == pytest.approx(whole["parts"][part], abs=4)
+    speeds = (x["tokens_per_second_at_most"]["resident"] for x in (whole, half))
+    assert next(speeds) < next(speeds) / 1.9
+    many = planned(SHAPE, "--gpu", "h100-80g", "--tensor-parallel-size", "16")
+    assert many["model"]["num_kv_heads"] == 1  # eight heads, two cards each
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpu", "h100", "--tensor-parallel-size", "3"), "a number that divides 32 query and 8"),
+        (("--gpu", "h100", "--tensor-parallel-size", "2", "--kv-offload"), "got --kv-offload"),
+        (("--tensor-parallel-size", "2"), "expected a GPU"),
+    ],
+)
+def test_cards_that_cannot_share_are_refused(
+    words: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "installed_gpu", lambda: None)
+    assert said in refused(monkeypatch, capsys, SHAPE, *words)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hipserve.capacity.cards import UTILIZATION, Card
 from hipserve.capacity.memory import Parts, Room, Service
 from hipserve.capacity.speed import offloaded_tokens_per_second, tokens_per_second
+from hipserve.errors import ArgumentError
 from hipserve.host import HostMemory
 
 HIT_RATIOS = (0.9, 0.95, 0.99)
@@ -15,6 +16,9 @@ HIT_RATIOS = (0.9, 0.95, 0.99)
 
 ANY_FILE = 2**62
 """Bytes of a file whose size nobody has limited."""
+
+MOST_CARDS = 8
+"""Cards of a machine."""
 
 WORTH = 1.5
 """Offload is worth its price where it holds so many times the tokens."""
@@ -129,6 +133,8 @@ class Plan:
             place = "on the host" if self.machine.on_gpu else "in a file"
             pool = f": {readable(elsewhere.parts.pool)} {place}" if elsewhere.parts.pool else ""
             yield f"{'with' if elsewhere.service.offload else 'without'} --kv-offload it fits{pool}"
+        if cards := self._enough_cards():
+            yield f"on {cards} such cards it fits: --tensor-parallel-size {cards}"
 
     def notes(self) -> Iterator[str]:
         """What to know besides."""
@@ -162,10 +168,23 @@ class Plan:
                 f"chunks of {chunk:,} (a tenth of the context), hide it"
             )
 
+    def _enough_cards(self) -> int:
+        """How many cards hold it, twice as many as now or more; 0 for none up to `MOST_CARDS`."""
+        service, times = self.service, 2
+        while self.machine.on_gpu and not service.offload and service.cards * times <= MOST_CARDS:
+            try:
+                part = service.model.part(times)
+            except ArgumentError:
+                return 0
+            if self.room.holds(replace(service, model=part)):
+                return service.cards * times
+            times *= 2
+        return 0
+
     def _elsewhere(self) -> Plan | None:
         """The same with keys and values on the other side of the link of a GPU."""
         config = self.service.config
-        if config is None:
+        if config is None or self.service.cards > 1:  # offload has one worker
             return None
         offload = not self.service.offload
         coded = config.replace(code_bits=OFFLOAD_CODE_BITS if offload else 16)

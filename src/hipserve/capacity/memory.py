@@ -61,13 +61,14 @@ class Service:
     """What is to be served.
 
     Attributes:
-        model: its shape.
+        model: its shape; that of one card's part where several share it.
         config: how attention is pruned; None for dense attention, which has no index.
         context: tokens of a sequence, prompt and answer together.
         sequences: at once.
         chunk: tokens that one step reads at most.
         offload: keys and values live on the host.
         on_gpu: computed by a GPU, whose kernels need scratch, and whose tiles need an arena.
+        cards: that share the model (tensor parallelism).
     """
 
     model: ModelShape
@@ -77,6 +78,7 @@ class Service:
     chunk: int = CHUNK
     offload: bool = False
     on_gpu: bool = True
+    cards: int = 1
 
     @property
     def rows(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from hipserve.capacity.weights import Weights, count_weights
@@ -104,6 +104,26 @@ class ModelShape:
     def row_bytes(self) -> int:
         """Keys and values of a token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    def part(self, cards: int) -> ModelShape:
+        """What one of so many cards has under tensor parallelism: its heads, and its channels of
+        the MLP. Where there are more cards than KV heads, several have the same one.
+
+        Raises:
+            ArgumentError: the heads cannot be shared so.
+        """
+        kv = self.num_kv_heads
+        if self.num_heads % cards or (kv % cards and cards % kv):
+            expected = f"a number that divides {self.num_heads} query and {kv} KV heads"
+            raise ArgumentError("tensor_parallel_size", expected, str(cards))
+        return replace(
+            self,
+            intermediate=-(-self.intermediate // cards),
+            num_heads=self.num_heads // cards,
+            num_kv_heads=max(kv // cards, 1),
+            vocabulary=-(-self.vocabulary // cards),
+            weights=self.weights.part(cards),
+        )
 
     @classmethod
     def of(cls, config: Mapping[str, Any], dtype: str = "auto") -> ModelShape:

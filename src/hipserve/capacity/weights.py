@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hipserve.errors import ArgumentError
@@ -41,6 +41,13 @@ class Weights:
             return self.fixed_bytes
         unread = (1 - self.active_experts / self.num_experts) ** sequences
         return self.fixed_bytes + self.expert_bytes * (1 - unread)
+
+    def part(self, cards: int) -> Weights:
+        """Of one of so many cards that share each matrix; norms, which all have, are nothing."""
+        nbytes, fixed, experts = (
+            x / cards for x in (self.nbytes, self.fixed_bytes, self.expert_bytes)
+        )
+        return replace(self, nbytes=nbytes, fixed_bytes=fixed, expert_bytes=experts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from hipserve.cli import options
 from hipserve.cli.numbers import at_least, parse_size
 from hipserve.cli.offloading import offloaded
 from hipserve.cli.output import result, result_json
-from hipserve.cli.plan_text import as_table, lines, served_name
+from hipserve.cli.plan_text import as_table, describe_model, lines, served_name
 from hipserve.errors import ArgumentError
 from hipserve.host import HostMemory, installed_gpu
 from hipserve.models.bundled import BUNDLED
@@ -29,6 +29,15 @@ Model = Annotated[
     ),
 ]
 
+Sequences = Annotated[
+    int,
+    typer.Option(parser=at_least(1), metavar="NUMBER", help="Sequences of that context at once."),
+]
+Cards = Annotated[
+    int,
+    typer.Option(parser=at_least(1), metavar="NUMBER", help="Such cards that share the model."),
+]
+
 
 def plan(
     planned: Model = None,
@@ -40,12 +49,7 @@ def plan(
             help="Context, such as 1M; all positions of the model if left out.",
         ),
     ] = None,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(
-            parser=at_least(1), metavar="NUMBER", help="Sequences of that context at once."
-        ),
-    ] = 1,
+    max_num_seqs: Sequences = 1,
     max_num_batched_tokens: Annotated[
         int | None,
         typer.Option(
@@ -59,6 +63,7 @@ def plan(
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="Memory of the card, such as 24G."),
     ] = None,
+    tensor_parallel_size: Cards = 1,
     kv_offload: Annotated[
         bool,
         typer.Option(
@@ -86,19 +91,21 @@ def plan(
     name = planned or BUNDLED
     if host_kv_memory is not None and not kv_offload:
         raise ArgumentError("--host-kv-memory", "--kv-offload with it", "no --kv-offload")
-    shape = ModelShape.of(read_config(name), dtype)
+    whole, cards = ModelShape.of(read_config(name), dtype), tensor_parallel_size
     machine = find_machine(gpu, device_memory)
+    check_cards(cards, machine, kv_offload)
     settings = options.make_config(config, preset, budget, selector, code_bits)
     if kv_offload:
         settings = offloaded(settings, code_bits, config, preset if machine.on_gpu else None)
     service = Service(
-        model=shape,
+        model=whole.part(cards),
         config=settings,
-        context=max_model_len or shape.positions or 32_768,
+        context=max_model_len or whole.positions or 32_768,
         sequences=max_num_seqs,
         chunk=max_num_batched_tokens or default_chunk(machine),
         offload=kv_offload,
         on_gpu=machine.on_gpu,
+        cards=cards,
     )
     made = Plan(service, machine, machine.room(host_kv_memory))
     given = _settings_flags(config, preset, budget, selector, code_bits, dtype)
@@ -106,9 +113,17 @@ def plan(
     if json:
         result_json(as_table(made, command))
     else:
-        result("\n".join(lines(made, name, command)))
+        result("\n".join(lines(made, describe_model(name, whole), command)))
     if not made.fits:
         raise typer.Exit(1)
+
+
+def check_cards(cards: int, machine: Machine, kv_offload: bool) -> None:
+    """Refuses several cards where there are none, and with offload, which has one worker."""
+    got = "--kv-offload" if kv_offload else machine.title
+    if cards > 1 and (kv_offload or not machine.on_gpu):
+        expected = "a GPU and resident keys and values with it"
+        raise ArgumentError("--tensor-parallel-size", expected, got)
 
 
 def find_machine(gpu: str | None, device_memory: int | None) -> Machine:
@@ -150,6 +165,7 @@ def _flags(made: Plan, chunk: int | None) -> list[str]:
     service = made.service
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
+    flags += ["--tensor-parallel-size", str(service.cards)] if service.cards > 1 else []
     parts = made.parts
     if service.offload and made.machine.on_gpu:
         flags += ["--kv-offload", "--host-kv-memory", str(parts.pool)]

@@ -20,13 +20,16 @@ PLACEHOLDER = "MODEL"
 """Stands in a command for a checkpoint of which only the config.json is here."""
 
 
-def lines(made: Plan, name: str, command: list[str]) -> Iterator[str]:
-    """The plan as people read it."""
+def lines(made: Plan, model: str, command: list[str]) -> Iterator[str]:
+    """The plan as people read it; `model` as from `describe_model`."""
     service, parts = made.service, made.parts
-    yield _line("model", describe_model(name, service.model))
+    yield _line("model", model)
     yield _line("machine", describe_machine(made.machine))
     if service.offload and made.machine.on_gpu and made.machine.host:
         yield _line("host", describe_host(made.machine.host))
+    if service.cards > 1:
+        share = f"{service.cards}, each with its share of the model, its keys and their index"
+        yield _line("cards", f"{share}: memory is that of one")
     yield _line("to serve", f"{service.sequences} x {service.context:,} tokens")
     yield ""
     yield from _memory_lines(made, parts)
@@ -163,6 +166,7 @@ def as_table(made: Plan, command: list[str]) -> dict[str, Any]:
         "context": service.context,
         "sequences": service.sequences,
         "chunk": service.chunk,
+        "cards": service.cards,
         "offload": service.offload,
         "config": config,
         "kv_token_bytes": service.kv_token_bytes,
