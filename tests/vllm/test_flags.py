@@ -59,10 +59,10 @@ REFUSED = {
     "--attention-config.backend X": "--attention-config: expected HiP attention",
     "--hos 0.0.0.0": "--hos: expected --host as this command reads it",
     "--max-modl-len 9": "did you mean --max-model-len",
-    "/no/such/directory": "/no/such/directory: no such directory",
-    "a/b/c": "a/b/c: no such directory",
-    "pyproject.toml": "got a file (pyproject.toml)",
-    "docs/data": "got docs/data, which has no config.json",
+    "/no/such/directory": 'got "/no/such/directory" (no such directory)',
+    "a/b/c": 'got "a/b/c" (no such directory)',
+    "pyproject.toml": 'got "pyproject.toml" (a file of another kind)',
+    "docs/data": 'got "docs/data" (a directory without a config.json)',
     "--max-model-len 200k": "at most 131,072 tokens, which the model was trained for, got 200,000",
 }
 REFUSED_IN_A_FILE = {

@@ -22,6 +22,7 @@ from hipserve.integrations.vllm.command import find_version
 from hipserve.models.bundled import BUNDLED, bundled_path
 from hipserve.models.config_file import read_config
 from hipserve.models.gguf_files import find_gguf
+from hipserve.models.names import check_name
 from hipserve.offload import Offload
 from hipserve.serving.address import check_access, check_port
 from hipserve.serving.child import Child
@@ -35,7 +36,6 @@ from hipserve.serving.refusals import (
     check_context,
     check_flags,
     check_known,
-    check_model,
     check_settings,
 )
 
@@ -232,7 +232,7 @@ def shape_of(server: Server) -> ModelShape | None:
 def check(model: str, flags: tuple[str, ...]) -> None:
     """Refuses, before a server starts, a path that does not exist and flags that cannot work."""
     _refuse_gguf(model)
-    check_model(model)
+    check_name(model)
     check_flags(flags)
     check_known(flags)
 

@@ -26,7 +26,8 @@ def check_name(name: str) -> None:
         raise unknown(name, "no such file")
     if path.is_file():
         raise unknown(name, "a file of another kind")
-    if name.startswith((".", "/", "~")) and not path.is_dir():
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path and not path.is_dir():
         raise unknown(name, "no such directory")
     if path.is_dir() and not (path / "config.json").is_file():
         raise unknown(name, "a directory without a config.json")

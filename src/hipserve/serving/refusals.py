@@ -1,5 +1,4 @@
-"""What `hipserve serve` refuses before a server starts: models, flags and settings that cannot
-work."""
+"""What `hipserve serve` refuses before a server starts: flags and settings that cannot work."""
 
 from __future__ import annotations
 
@@ -80,26 +79,6 @@ def _sources() -> Iterator[str]:
         for folder in ("config", "engine", "entrypoints"):
             for path in sorted((root / folder).rglob("*.py")):
                 yield path.read_text("utf-8", "replace")
-
-
-def check_model(name: str) -> None:
-    """Refuses a path that is no directory; other names may be on the hub.
-
-    Raises:
-        ArgumentError: naming the path.
-    """
-    path = Path(name).expanduser()
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")
-    if path.is_file():
-        hint = "give the directory that holds config.json and the weights"
-        raise ArgumentError("model", "a directory or a hub name", f"a file ({name})", hint)
-    hint = "check the path, or give a name on the hub"
-    if is_path and not path.is_dir():
-        got = f"{name}: no such directory"
-        raise ArgumentError("model", "a directory or a hub name", got, hint)
-    if path.is_dir() and not (path / "config.json").is_file():
-        expected = "a directory with config.json and weights, or a hub name"
-        raise ArgumentError("model", expected, f"{name}, which has no config.json", hint)
 
 
 def check_context(server: Server, table: Mapping[str, Any] | None) -> None:
