@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from contextlib import ExitStack, closing
@@ -35,12 +36,10 @@ class OpenDocument:
 
     def read(self, count: int) -> bytes:
         """The first `count` bytes; asked for once, as it closes the file."""
-        parts, size = [self._head], len(self._head)
+        from hipserve.lab.text import first_bytes
+
         with self._open:
-            while size < count and (part := next(self._parts, b"")):
-                parts.append(part)
-                size += len(part)
-        return b"".join(parts)[:count]
+            return first_bytes(itertools.chain([self._head], self._parts), count)
 
     def read_for(self, loaded: LoadedModel) -> str:
         """The text, unless it is longer than the model can read."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hipserve.capacity.shape import DTYPE_BYTES
 from hipserve.cli.numbers import at_least, parse_count, parse_counts, parse_temperature
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
@@ -17,7 +18,7 @@ from hipserve.presets import PRESETS
 if TYPE_CHECKING:
     from hipserve.models import LoadedModel
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", *DTYPE_BYTES)
 
 
 def parse_path(text: str | Path) -> Path:
@@ -112,10 +113,7 @@ ExtendFactor = Annotated[
     typer.Option(metavar="NUMBER", help="With it, context in trained lengths; 4 if left out."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
-DType = Annotated[
-    str,
-    typer.Option(help=f"Type of weights: {', '.join(DTYPES)}."),
-]
+DType = Annotated[str, typer.Option(help=f"Type of weights: {', '.join(DTYPES)}.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
 Model = Annotated[
     str | None,

@@ -40,7 +40,7 @@ Cards = Annotated[
 
 
 def plan(
-    planned: Model = None,
+    planned: Model = None,  # not `model`, which `CHECKS` wants to be a checkpoint
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -153,11 +153,9 @@ def _command(made: Plan, name: str, flags: list[str]) -> list[str]:
     """The command that serves it; nothing where `serve` refuses to."""
     shape = made.service.model
     windowed = shape.full_layers < len(shape.windows)
-    return (
-        []
-        if made.service.offload and windowed
-        else ["hipserve", "serve", served_name(name), *flags]
-    )
+    if made.service.offload and windowed:
+        return []
+    return ["hipserve", "serve", served_name(name), *flags]
 
 
 def _flags(made: Plan, chunk: int | None) -> list[str]:

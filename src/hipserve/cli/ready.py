@@ -12,11 +12,11 @@ from hipserve.capacity.shape import ModelShape
 from hipserve.cli.numbers import format_bytes
 from hipserve.cli.output import err
 from hipserve.config import HiPConfig
+from hipserve.lab.quality.tasks import PASS_KEY_QUESTION, pass_key
 from hipserve.serving.client import Facts
 from hipserve.serving.command_line import Server
 
-KEY = "The pass key is 83724. Remember it. 83724 is the pass key."
-QUESTION = {"role": "user", "content": f"{KEY}\n\nWhat is the pass key?"}
+QUESTION = {"role": "user", "content": f"{pass_key('83724')}\n\n{PASS_KEY_QUESTION}"}
 SILENCE = 2.0
 """Maximum seconds without output during a start."""
 

@@ -9,7 +9,7 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -99,12 +99,17 @@ def open_text(path: str | Path) -> BinaryIO:
 
 def read_bytes(stream: BinaryIO, source: str, count: int) -> bytes:
     """The first `count` bytes of a stream, unpacked if it is gzip's."""
-    parts, size = list[bytes](), 0
-    with contextlib.closing(read_parts(stream, source)) as found:
-        while size < count and (part := next(found, b"")):
-            parts.append(part)
-            size += len(part)
-    return b"".join(parts)[:count]
+    with contextlib.closing(read_parts(stream, source)) as parts:
+        return first_bytes(parts, count)
+
+
+def first_bytes(parts: Iterator[bytes], count: int) -> bytes:
+    """The first `count` bytes of some parts; those behind are not asked for."""
+    taken, size = list[bytes](), 0
+    while size < count and (part := next(parts, b"")):
+        taken.append(part)
+        size += len(part)
+    return b"".join(taken)[:count]
 
 
 def read_parts(stream: BinaryIO, source: str) -> Generator[bytes]:
