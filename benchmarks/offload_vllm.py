@@ -5,10 +5,12 @@
 
 The model is that of `gpu_vllm.py`: the shape of Llama 8B with random weights. Both sides search
 codes of 4 bits, each in a process of its own, and replay decode steps as whole CUDA graphs. Their
-answers are compared, tokens and log-probabilities: of a prompt alone, of two at a time, and of a
-second question, whose text vLLM finds. Times are medians: of first tokens, and of steps in which
-every sequence gets a token. A batch within `graph_requests` is replayed whole: more
-`--device-memory` makes it larger.
+answers are compared, tokens and log-probabilities: of a prompt alone, of a second question about
+it, and of two prompts that vLLM finds, which have to have the same bits. Two prompts that are read
+together agree but for rounding: one decodes while the other is read, and beside a chunk resident
+keys have another kernel. Times are medians: of first tokens, and of steps in which every sequence
+gets a token. A batch within `graph_requests` is replayed whole: more `--device-memory` makes it
+larger. `--host-memory` has to hold two prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 from typing import Any
 
 import gpu_vllm
-from gpu_vllm import FOUND, TOLERANCE, Engine, difference, random_ids, say, side
+from gpu_vllm import FOUND, Engine, difference, random_ids, say, side
 from hipserve.cli.numbers import parse_count, parse_size
 from options import launch, need_gpu
 
@@ -30,6 +32,8 @@ QUESTION = 64
 """Tokens of a second question."""
 ANSWER = 16
 """Tokens of answers that are compared."""
+MIXED_TOLERANCE = 0.3
+"""Of log-probabilities, whose spread is 1.3: bfloat16 through 32 layers of random weights."""
 
 
 def engine_of(options: argparse.Namespace) -> Engine:
@@ -42,7 +46,6 @@ def engine_of(options: argparse.Namespace) -> Engine:
         token = options.layers * 2 * shape["num_key_value_heads"] * shape["head_dim"] * 2
         sizes = {"host_memory": options.host_memory, "device_memory": options.device_memory}
         hip["offload"] = sizes
-        flags.setdefault("compilation_config", {"cudagraph_mode": "FULL_DECODE_ONLY"})
         flags["num_gpu_blocks_override"] = options.host_memory // (token * BLOCK)
     return Engine("CUSTOM", {**flags, "additional_config": {"hip": hip}})
 
@@ -74,15 +77,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for length in options.lengths:
         ids = [random_ids(f"{length} {i}", length) for i in range(max(5, max(options.batches)))]
         again = ids[0] + random_ids("again", QUESTION)
-        found["answers"][f"{length} alone"] = engine.answer(ids[:1], ANSWER, likely=True).likely
-        together = engine.answer(ids[1:3], ANSWER, likely=True).likely
-        found["answers"][f"{length} together"] = together
-        question = engine.answer([again], ANSWER, likely=True)
-        found["answers"][f"{length} second question"] = question.likely
+        questions = [again + random_ids(f"more {i}", QUESTION) for i in range(3)]
+        answers = found["answers"]
+        answers[f"{length} alone"] = engine.answer(ids[:1], ANSWER, likely=True).likely
+        answers[f"{length} second question"] = engine.answer([again], ANSWER, likely=True).likely
+        asked = [engine.answer([x], 1).first for x in questions]
+        for name in ("read together", "found together"):
+            together = engine.answer(ids[1:3], ANSWER, likely=True).likely
+            answers[f"{length} {name}"] = together
         first = [engine.answer([x], 1).first for x in ids[3:5]]
         row = {"side": options.side, "length": length, "first_token_s": statistics.median(first)}
-        questions = [again + random_ids(f"more {i}", QUESTION) for i in range(3)]
-        asked = [engine.answer([x], 1).first for x in questions]
         row |= {"question_s": statistics.median(asked)}
         for x in ids[: max(options.batches)]:
             engine.answer([x], 1)  # they are all found from here on
@@ -124,7 +128,8 @@ def compare(results: dict[str, dict[str, Any]]) -> list[str]:
         sides = steps_of(ours), steps_of(results["resident"]["answers"][name])
         apart = difference(*sides)
         say(f"{name}: {tokens_alike(*sides)}, log-probabilities apart by at most {apart:.4f}")
-        wrong += [name] if not apart <= TOLERANCE else []
+        most = MIXED_TOLERANCE if name.endswith("read together") else 0
+        wrong += [name] if not apart <= most else []
     for row, other in zip(*(results[name]["rows"] for name in SIDES), strict=True):
         ms, theirs = row["step_ms"], other["step_ms"]
         times = f"{ms:.2f} ms a step resident, {theirs:.2f} offloaded ({ms / theirs:.0%})"

@@ -60,7 +60,6 @@ def engine(device_memory: int, longest: int = 131072, **settings: Any) -> Any:
     compilation = SimpleNamespace(
         static_forward_context={**layers, "other": object()},
         cudagraph_capture_sizes=SIZES,
-        cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY,
         max_cudagraph_capture_size=SIZES[-1],
         compile_sizes=[],
         cudagraph_specialize_lora=False,
@@ -100,14 +99,6 @@ def test_how_many_rows_a_graph_may_have(memory: int, settings: dict[str, Any], r
     assert room.rows == rows
     support = HiPBuilder.get_cudagraph_support(asked, spec).name  # type: ignore[arg-type]
     assert support == ("UNIFORM_SINGLE_TOKEN_DECODE" if rows else "NEVER")
-
-
-@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "PIECEWISE", "NONE"])
-def test_whole_steps_are_replayed_where_they_are_asked_for(mode: str) -> None:
-    asked, spec = engine(tiles_for(5)), SimpleNamespace()
-    asked.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
-    support = HiPBuilder.get_cudagraph_support(asked, spec)  # type: ignore[arg-type]
-    assert support.name == "NEVER"
 
 
 def test_keys_in_a_file_and_beside_the_model_have_no_arena() -> None:

@@ -101,7 +101,6 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         self.row_tiles = 0 if self.room is None else self.room.row_tiles
         # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
         replays = device.type == "cuda" and self.replayed_requests > 0
-        replays = replays and (self.room is None or graphs.asked_for(vllm_config))
         self.buffers = DecodeBuffers(slots, device) if replays else None
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)
@@ -122,13 +121,12 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         """Steps of equally many rows a request are replayed whole: `DecodeBuffers` keeps addresses.
 
         A KV connector that loads while the step runs needs layers that are called in every step,
-        and so do keys in a file. Those in host memory do unless whole steps are asked for.
+        and so do keys in a file, and those in host memory if the arena has no room for a row.
         """
         if settings.offload_of(vllm_config) is not None:
             room = graphs.room_of(vllm_config)
-            fits = room is not None and room.rows > 0 and graphs.asked_for(vllm_config)
             single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-            return single if fits else AttentionCGSupport.NEVER
+            return single if room and room.rows else AttentionCGSupport.NEVER
         transfer = vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector not in LOADS_FIRST:
             return AttentionCGSupport.NEVER

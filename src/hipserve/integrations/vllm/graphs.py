@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def asked_for(vllm_config: VllmConfig) -> bool:
-    """Whole steps are to be replayed: by vLLM's `cudagraph_mode`, which names both whole steps and
-    pieces unless somebody chose one of them."""
-    return vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
-
-
 def attention_layers(vllm_config: VllmConfig) -> list[Any]:
     """vLLM's attention layers of this worker."""
     every: Any = vllm_config.compilation_config.static_forward_context
