@@ -35,11 +35,16 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def report(loaded: LoadedModel) -> LabReport:
-    said: list[str] = []
+    said, noted = list[str](), list[str]()
     documents = domain_documents(16000)[:2]
-    made = make_report(loaded, SMALL, documents, length=1600, progress=said.append)
+    made = make_report(
+        loaded, SMALL, documents, length=1600, progress=said.append, note=noted.append
+    )
     assert said[0] == "quality, 1 of 7: texts"
     assert "locality, 6 of 7: documentation (dense)" in said
+    assert noted == [
+        f"{part}, {i} of 7: took {made.seconds[part]}" for i, part in enumerate(PARTS, start=1)
+    ]
     return made
 
 
@@ -55,9 +60,25 @@ def test_every_part_is_there(report: LabReport) -> None:
     assert values["results"]["drift"]["prompts"] == 4
     assert values["results"]["drift"]["rows"]["sinks + window"]["contexts"] == 12
     commands = [section.command for section in report.to_page().sections]
-    assert commands[-2] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
-    assert commands[-1] == "hipserve lab meter tiny --length 1600 --budget 64"
+    assert commands[-3] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
+    assert commands[-2] == "hipserve lab meter tiny --length 1600 --budget 64"
+    assert commands[-1] == "hipserve lab report tiny --length 1600 --budget 64"
     assert "hipserve calibrate --text" in report.to_page().facts["calibration"]
+
+
+def test_the_time_of_every_part_and_the_machine_are_there(report: LabReport) -> None:
+    assert list(report.seconds) == list(PARTS)
+    assert all(took.wall > 0 and took.processor > 0 for took in report.seconds.values())
+    (grid,) = report.to_page().sections[-1].grids
+    assert [row[0] for row in grid.rows] == [*PARTS, "all"]
+    for row, took in zip(grid.rows, report.seconds.values(), strict=False):
+        assert row[1:] == [f"{took.wall:,.1f}", f"{took.processor:,.1f}"]
+    assert sum(took.wall for took in report.seconds.values()) == pytest.approx(
+        float(grid.rows[-1][1].replace(",", "")), abs=0.06
+    )
+    assert report.facts["cpu"] in grid.caption
+    assert f"{torch.get_num_threads()} thread" in grid.caption
+    assert report.to_dict()["seconds"]["cache"]["wall"] == report.seconds["cache"].wall
 
 
 def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:
@@ -106,3 +127,11 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     assert len(values) == 24
     assert "<svg" in (tmp_path / "hipserve-lab.html").read_text("utf-8")
     assert "| 11.1 |" in (tmp_path / "hipserve-lab.md").read_text("utf-8")
+    steps = [line for line in done.stderr.splitlines() if re.match(r"\d+:\d\d ", line)]
+    assert steps[0] == "0:00 representative, 1 of 1: texts"
+    assert re.match(r"0:\d\d representative, 1 of 1: text.txt$", steps[1])
+    assert re.search(
+        r"representative, 1 of 1: took \d+\.\d s \(\d+\.\d s of processor time\)$", steps[-1]
+    )
+    assert (tmp_path / "hipserve-lab.log").read_text("utf-8").splitlines() == steps
+    assert "\r" not in done.stderr

@@ -18,7 +18,8 @@ from hipserve.cli.numbers import (
     format_seconds,
     parse_counts,
 )
-from hipserve.cli.output import err, result, result_json, show
+from hipserve.cli.output import result, result_json, show
+from hipserve.cli.steps import Steps
 from hipserve.errors import ArgumentError, did_you_mean
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def attention(
 
     if threads:
         torch.set_num_threads(threads)
-    with err.status("checking …") as status:
+    with Steps("checking …") as shown:
         report = bench_attention(
             parse_counts(lengths),
             phases=_phases(phase),
@@ -82,7 +83,7 @@ def attention(
             backend=backend,
             device=device,
             limits=Limits(rounds=rounds, clock=parse_clock(clock)),
-            progress=lambda text: status.update(f"{text} …"),
+            progress=lambda text: shown.update(f"{text} …"),
         )
     if csv:
         write("--csv", csv, report.to_csv())

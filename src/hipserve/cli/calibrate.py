@@ -12,7 +12,8 @@ from hipserve.cli import options
 from hipserve.cli.comparison import First, check_first, choose_length
 from hipserve.cli.files import make_room, write
 from hipserve.cli.numbers import counted, parse_count, parse_share
-from hipserve.cli.output import err, result, result_json, say, show
+from hipserve.cli.output import result, result_json, say, show
+from hipserve.cli.steps import Steps
 
 if TYPE_CHECKING:
     from hipserve.lab import Calibration
@@ -82,7 +83,7 @@ def calibrate(
     documents = read_documents(text)
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         made = measure(
             loaded,
             documents,
@@ -91,7 +92,7 @@ def calibrate(
             confidence=confidence,
             length=length,
             first=first,
-            progress=lambda document, name: status.update(f"{document} ({name})"),
+            progress=lambda document, name: shown.update(f"{document} ({name})"),
         )
     for name in made.too_short:
         say(f"left out, shorter than {length:,} tokens: {name}", style="yellow")

@@ -17,7 +17,7 @@ from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hipserve.lab import FidelityReport
-    from hipserve.lab.quality import retrieval
+    from hipserve.lab.quality import controls, retrieval
     from hipserve.models import LoadedModel
 
 LONG = 32 * 1024
@@ -57,6 +57,13 @@ NoDense = Annotated[
     bool,
     typer.Option("--no-dense", help="Comparison with the first configuration instead of dense."),
 ]
+Dense = Annotated[
+    str,
+    typer.Option(
+        metavar="KERNELS",
+        help="Kernels of dense attention: sdpa, or hip, which reads every key by those that serve.",
+    ),
+]
 
 Samples = Annotated[
     int, typer.Option(parser=at_least(1), metavar="N", help="Documents of each task.")
@@ -73,6 +80,17 @@ Form = Annotated[
     str | None,
     typer.Option(help="chat or continuation; chat if left out and the model has a chat template."),
 ]
+
+
+def parse_dense(name: str) -> controls.Dense:
+    """The kernels of dense attention.
+
+    Raises:
+        ArgumentError: there are none of that name.
+    """
+    if name not in ("sdpa", "hip"):
+        raise ArgumentError("dense", "sdpa or hip", repr(name))
+    return name
 
 
 def parse_form(name: str | None) -> retrieval.Form | None:
@@ -128,7 +146,7 @@ def say_what_is_dense(
         return may_prune(loaded, config, length)
 
     for name, config in configs.items():
-        if config is not None and not may_prune(loaded, config, length):
+        if config and name != "dense" and not may_prune(loaded, config, length):
             below = rule_of_model(loaded, config).dense_below  # as measured: not for every budget
             hint = numbers_to_try(
                 config.replace(dense_below=below), length, prunes, loaded.max_context

@@ -21,7 +21,8 @@ from hipserve.cli.comparison import (
     say_what_was_left_out,
     title_of,
 )
-from hipserve.cli.output import err, result_json, show
+from hipserve.cli.output import result_json, show
+from hipserve.cli.steps import Steps
 
 if TYPE_CHECKING:
     from hipserve.lab import PerplexityReport
@@ -58,14 +59,14 @@ def perplexity(
     documents = read_documents(text or ())
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = evaluate_perplexity(
             loaded,
             configs,
             documents,
             length=length,
             first=first,
-            progress=lambda document, name: status.update(f"{document} ({name})"),
+            progress=lambda document, name: shown.update(f"{document} ({name})"),
         )
     say_what_was_left_out(report)
     say_what_is_dense(loaded, configs, length)

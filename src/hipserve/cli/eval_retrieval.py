@@ -23,7 +23,8 @@ from hipserve.cli.comparison import (
     say_what_is_dense,
 )
 from hipserve.cli.numbers import format_count
-from hipserve.cli.output import err, result_json, show
+from hipserve.cli.output import result_json, show
+from hipserve.cli.steps import Steps
 
 if TYPE_CHECKING:
     from hipserve.lab import RetrievalReport
@@ -69,7 +70,7 @@ def retrieval(
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = evaluate_retrieval(
             loaded,
             configs,
@@ -80,7 +81,7 @@ def retrieval(
             questions=questions,
             form=chosen,
             seed=seed,
-            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+            progress=lambda task, name, done: shown.update(f"{task}: {done}/{samples} ({name})"),
         )
     say_what_is_dense(loaded, configs, length)
     if json:

@@ -11,7 +11,8 @@ from hipserve.cli import options
 from hipserve.cli.files import make_room, write
 from hipserve.cli.lab_shared import Length, Svg, check_svg, show_report
 from hipserve.cli.numbers import at_least
-from hipserve.cli.output import err, result, say
+from hipserve.cli.output import result, say
+from hipserve.cli.steps import Steps
 
 Texts = Annotated[
     list[Path],
@@ -61,9 +62,9 @@ def budgets(
 
     texts = read_documents(text)
     loaded = options.load_model(model, base, device, dtype)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = find_budgets(
-            loaded, base, texts, length=length, count=documents, progress=status.update
+            loaded, base, texts, length=length, count=documents, progress=shown.update
         )
     if out:
         form = "toml" if out.suffix.lower() == ".toml" else "json"

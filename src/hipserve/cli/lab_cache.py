@@ -17,7 +17,7 @@ from hipserve.cli.lab_shared import (
     show_report,
 )
 from hipserve.cli.numbers import at_least, parse_counts
-from hipserve.cli.output import err
+from hipserve.cli.steps import Steps
 
 
 def cache(
@@ -57,7 +57,7 @@ def cache(
 
     loaded = options.load_model(model, base, device, dtype)
     chosen = read_samples(loaded, text, length, samples, seed)
-    with err.status("recording …") as status:
+    with Steps("recording …") as shown:
         report = measure_cache(
             loaded,
             base,
@@ -65,6 +65,6 @@ def cache(
             steps=steps,
             capacities=sizes,
             intervals=intervals,
-            progress=status.update,
+            progress=shown.update,
         )
     show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)

@@ -19,7 +19,8 @@ from hipserve.cli.comparison import (
     say_what_is_dense,
 )
 from hipserve.cli.numbers import at_least, counted, format_count, parse_counts
-from hipserve.cli.output import err, result, result_json, say, show
+from hipserve.cli.output import result, result_json, say, show
+from hipserve.cli.steps import Steps
 
 if TYPE_CHECKING:
     from hipserve.lab import DepthReport
@@ -74,7 +75,7 @@ def depth(
     chosen, counts = parse_form(form), parse_counts(lengths)
     haystack = "\n\n".join(document.text for document in read_documents(text or ()))
     loaded = options.load_model(model, base, device, dtype)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = evaluate_depths(
             loaded,
             configs,
@@ -85,7 +86,7 @@ def depth(
             samples=samples,
             form=chosen,
             seed=seed,
-            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+            progress=lambda task, name, done: shown.update(f"{task}: {done}/{samples} ({name})"),
         )
     say_what_is_dense(loaded, configs, min(counts))
     for warning in report.warnings:

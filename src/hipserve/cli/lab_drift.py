@@ -11,7 +11,8 @@ from hipserve.cli import options
 from hipserve.cli.comparison import Text, say_what_is_dense
 from hipserve.cli.lab_shared import show_grids
 from hipserve.cli.numbers import parse_counts
-from hipserve.cli.output import err, result, result_json, say
+from hipserve.cli.output import result, result_json, say
+from hipserve.cli.steps import Steps
 
 Prompts = Annotated[
     Path | None,
@@ -52,14 +53,14 @@ def drift(
     chosen = read_prompts(prompts) if prompts else DEFAULT_PROMPTS
     filler = read_documents(text or ())
     loaded = options.load_model(model, base, device, dtype)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = evaluate_drift(
             loaded,
             base,
             chosen,
             filler,
             lengths=counts,
-            progress=lambda prompt, name: status.update(f"{prompt} of {len(chosen)} ({name})"),
+            progress=lambda prompt, name: shown.update(f"{prompt} of {len(chosen)} ({name})"),
         )
     say_what_is_dense(loaded, {"hip": base}, min(counts))
     for warning in report.warnings:

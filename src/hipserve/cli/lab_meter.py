@@ -12,7 +12,8 @@ from hipserve.cli.lab_shared import (
     read_samples,
     show_report,
 )
-from hipserve.cli.output import err, say
+from hipserve.cli.output import say
+from hipserve.cli.steps import Steps
 
 
 def meter(
@@ -40,8 +41,8 @@ def meter(
 
     loaded = options.load_model(model, base, device, dtype)
     chosen = read_samples(loaded, text, length, samples, seed)
-    with err.status("recording …") as status:
-        report = measure_meter(loaded, base, chosen, progress=status.update)
+    with Steps("recording …") as shown:
+        report = measure_meter(loaded, base, chosen, progress=shown.update)
     show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)
     for sentence in sentences(report):
         say(sentence)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hipserve.cli import options
+from hipserve.cli import comparison, options
 from hipserve.cli.comparison import (
     Also,
     First,
@@ -26,7 +26,8 @@ from hipserve.cli.comparison import (
 )
 from hipserve.cli.lab_shared import show_grids
 from hipserve.cli.numbers import counted
-from hipserve.cli.output import err, result, result_json, say
+from hipserve.cli.output import result, result_json, say
+from hipserve.cli.steps import Steps
 from hipserve.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def quality(
     also: Also = None,
     vary: Vary = None,
     no_dense: NoDense = False,
+    dense: comparison.Dense = "sdpa",
     budget: options.Budget = None,
     selector: options.Selector = None,
     code_bits: options.CodeBits = None,
@@ -85,18 +87,22 @@ def quality(
     )
     check_first(first, length)
     configs = make_configs(base, also, vary, no_dense)
+    kernels = comparison.parse_dense(dense)
     margins = _margins(margin)
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     chosen_form = parse_form(form)
     from hipserve.lab import evaluate_fidelity, evaluate_retrieval, read_documents
+    from hipserve.lab.quality.controls import everything
     from hipserve.lab.quality.tasks import check_task
 
     for task in names:
         check_task(task)
     chosen = _choose(read_documents(text or ()), documents)
+    if kernels == "hip" and not no_dense:
+        configs["dense"] = everything(base)
     loaded = options.load_model(model, base, device, dtype)
     length = choose_length(loaded, length)
-    with err.status("measuring …") as status:
+    with Steps("measuring …") as shown:
         report = evaluate_fidelity(
             loaded,
             configs,
@@ -104,7 +110,7 @@ def quality(
             length=length,
             first=first,
             margins=margins,
-            progress=lambda document, name: status.update(f"{document} ({name})"),
+            progress=lambda document, name: shown.update(f"{document} ({name})"),
         )
         answers = evaluate_retrieval(
             loaded,
@@ -118,7 +124,7 @@ def quality(
             seed=seed,
             margin=margins["answers"],
             controls=True,
-            progress=lambda task, name, done: status.update(f"{task}: {done}/{samples} ({name})"),
+            progress=lambda task, name, done: shown.update(f"{task}: {done}/{samples} ({name})"),
         )
     say_what_was_left_out(report)
     say_what_is_dense(loaded, configs, length)

@@ -10,7 +10,8 @@ import typer
 from hipserve.cli import comparison, options
 from hipserve.cli.files import make_folder, write
 from hipserve.cli.lab_shared import Text
-from hipserve.cli.output import err, result, result_json, say
+from hipserve.cli.output import result, result_json, say
+from hipserve.cli.steps import Steps
 
 NAME = "hipserve-lab"
 
@@ -31,10 +32,17 @@ def report(
         typer.Option(
             parser=options.parse_path,
             metavar="FOLDER",
-            help="Folder for hipserve-lab.html and hipserve-lab.md.",
+            help="Folder for hipserve-lab.html, hipserve-lab.md and hipserve-lab.log.",
         ),
     ] = Path(),
     seed: options.Seed = 0,
+    dense: Annotated[
+        str,
+        typer.Option(
+            metavar="KERNELS",
+            help="Kernels of dense attention: sdpa or hip; the faster ones if left out.",
+        ),
+    ] = "",
     budget: options.Budget = None,
     selector: options.Selector = None,
     preset: options.Preset = "default",
@@ -48,6 +56,7 @@ def report(
     Both have the same numbers; --json prints every measurement as well.
     """
     base = options.make_config(config, preset, budget, selector)
+    kernels = comparison.parse_dense(dense) if dense else None
     make_folder("--out", out)
     from hipserve.lab.report.report import make_report
     from hipserve.lab.samples import CHARACTERS, domain_documents
@@ -58,14 +67,16 @@ def report(
     loaded = options.load_model(model, base, device, dtype)
     length = comparison.choose_length(loaded, length)
     documents = read_documents(text) if text else domain_documents(CHARACTERS * length, seed)
-    with err.status("measuring …") as status:
+    with Steps("measuring …", out / f"{NAME}.log") as shown:
         made = make_report(
             loaded,
             base,
             documents,
             length=length,
             parts=[part.strip() for part in parts.split(",") if part.strip()],
-            progress=status.update,
+            progress=shown.update,
+            note=shown.note,
+            dense=kernels,
         )
     comparison.say_what_is_dense(loaded, {"hip": base}, length)
     page = made.to_page()

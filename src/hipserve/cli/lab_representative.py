@@ -17,7 +17,7 @@ from hipserve.cli.lab_shared import (
     show_report,
 )
 from hipserve.cli.numbers import at_least
-from hipserve.cli.output import err
+from hipserve.cli.steps import Steps
 
 
 def representative(
@@ -48,6 +48,6 @@ def representative(
 
     loaded = options.load_model(model, base, device, dtype)
     chosen = read_samples(loaded, text, length, samples, seed)
-    with err.status("recording …") as status:
-        report = measure_representatives(loaded, base, chosen, rows=rows, progress=status.update)
+    with Steps("recording …") as shown:
+        report = measure_representatives(loaded, base, chosen, rows=rows, progress=shown.update)
     show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)

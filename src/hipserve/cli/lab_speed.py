@@ -20,7 +20,8 @@ from hipserve.cli.bench_attention import (
 )
 from hipserve.cli.lab_shared import Svg, check_svg, show_grids, write_svg
 from hipserve.cli.numbers import parse_counts
-from hipserve.cli.output import err, result, result_json
+from hipserve.cli.output import result, result_json
+from hipserve.cli.steps import Steps
 
 
 def speed(
@@ -58,7 +59,7 @@ def speed(
 
     if threads:
         torch.set_num_threads(threads)
-    with err.status("checking …") as status:
+    with Steps("checking …") as shown:
         report = measure_machine(
             parse_counts(lengths),
             tiers=[name.strip() for name in tiers.split(",") if name.strip()],
@@ -66,7 +67,7 @@ def speed(
             dtype=parse_dtype(dtype),
             config=base,
             limits=Limits(rounds=rounds, clock=parse_clock(clock)),
-            progress=lambda text: status.update(f"{text} …"),
+            progress=lambda text: shown.update(f"{text} …"),
         )
     write_svg(svg, charts(report))
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from hipserve.lab.text import Document
 from hipserve.models import LoadedModel
 from hipserve.models.passes import make_cache
 
-HIP, PINNED = "hip", "hip, system prompt pinned"
+DENSE, HIP, PINNED = "dense", "hip", "hip, system prompt pinned"
 ANSWER = 24
 """Tokens of an answer that is checked."""
 LARGE = 1_000_000_000
@@ -65,6 +66,7 @@ def evaluate_drift(
     *,
     lengths: Sequence[int],
     places: Sequence[str] = PLACES,
+    dense: HiPConfig | None = None,
     progress: Callable[[str, str], None] | None = None,
 ) -> DriftReport:
     """Every prompt alone, and behind, inside and before filler of every length.
@@ -75,6 +77,8 @@ def evaluate_drift(
         filler: texts, joined.
         lengths: tokens of whole contexts.
         places: of `PLACES`.
+        dense: dense attention to long contexts by other kernels than SDPA; bare prompts are
+            compared with SDPA.
         progress: receives prompt and attention before each pass.
 
     Raises:
@@ -90,8 +94,9 @@ def evaluate_drift(
     for i, prompt in enumerate(prompts):
         attentions = _attentions(config, contexts.system_tokens(prompt))
         for place, length, ids in _places(contexts, prompt, i, places, lengths):
-            chosen = {HIP: config} if place == BARE else attentions
-            say = progress or _say_nothing
+            bare = place == BARE
+            chosen = {DENSE: None, HIP: config} if bare else {DENSE: dense, **attentions}
+            say = functools.partial(progress or _say_nothing, f"prompt {i + 1}")
             records += _compare(loaded, chosen, prompt, ids, (i, place, length), say)
     pinned = any(record.attention == PINNED for record in records)
     names = [HIP, *([PINNED] if pinned else []), BLIND]
@@ -147,21 +152,21 @@ def _by(records: Sequence[Record], field: str) -> dict[Any, Summary]:
 @torch.no_grad()
 def _compare(
     loaded: LoadedModel,
-    configs: dict[str, HiPConfig],
+    configs: dict[str, HiPConfig | None],
     prompt: Prompt,
     ids: Tensor,
     key: tuple[int, str, int],
-    say: Callable[[str, str], None],
+    say: Callable[[str], None],
 ) -> Iterator[Record]:
-    """One context `[1, tokens]` under dense attention and every other one."""
+    """One context `[1, tokens]` under the first attention and every other one."""
     sides = [_first_tokens(loaded, words) for words in prompt.contrast]
-    say(f"prompt {key[0] + 1}", "dense")
-    loaded.use(None)
-    base, told = _answer(loaded, ids, prompt)
+    found: list[tuple[str, Tensor, str]] = []
     for name, config in configs.items():
-        say(f"prompt {key[0] + 1}", name)
+        say(name)
         loaded.use(config)
-        own, answer = _answer(loaded, ids, prompt)
+        found.append((name, *_answer(loaded, ids, prompt)))
+    (_, base, told), *others = found
+    for name, own, answer in others:
         odds = (_log_odds(base, sides), _log_odds(own, sides)) if all(sides) else None
         yield Record(
             prompt=key[0],

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hipserve.config import DEFAULT, HiPConfig
+from hipserve.models import LoadedModel
+from hipserve.plan.rule import FURTHEST
+from hipserve.platform import native_library
 
 FLOOR, BLIND = "noise floor", "sinks + window"
 
 
-def with_controls(configs: dict[str, HiPConfig | None], length: int) -> dict[str, HiPConfig | None]:
+Dense = Literal["sdpa", "hip"]
+
+
+def with_controls(configs: dict[str, HiPConfig | None]) -> dict[str, HiPConfig | None]:
     """Behind the reference its double, and at the end what is blind to the middle of a text.
 
-    The double of dense attention is dense attention by HiP's own kernels.
+    The double of dense attention is dense attention by other kernels: HiP's own of SDPA, and SDPA
+    of HiP's own.
     """
     (reference, own), *others = configs.items()
     base = own or next((config for _, config in others if config), DEFAULT)
-    everything = base.replace(dense_below=length + 1, decode_dense_below=length + 1)
-    return {reference: own, FLOOR: own or everything, **dict(others), BLIND: blind(base)}
+    double = None if own and own == everything(own) else own or everything(base)
+    return {reference: own, FLOOR: double, **dict(others), BLIND: blind(base)}
+
+
+def everything(base: HiPConfig) -> HiPConfig:
+    """Dense attention by HiP's own kernels: they read every key."""
+    return base.replace(dense_below=FURTHEST, decode_dense_below=FURTHEST)
+
+
+def faster_dense(loaded: LoadedModel, base: HiPConfig) -> Dense:
+    """Kernels of dense attention: HiP's on a CPU that has them, where SDPA takes several times as
+    long, and SDPA elsewhere or where positions beyond the trained length are extended."""
+    native = loaded.device.type == "cpu" and native_library().tier
+    return "hip" if native and not base.streams else "sdpa"
 
 
 def blind(base: HiPConfig) -> HiPConfig:

@@ -113,6 +113,7 @@ def evaluate_fidelity(
     margins: Mapping[str, float] = MARGINS,
     controls: bool = True,
     far: bool = True,
+    floor_documents: int | None = None,
     progress: Callable[[str, str], None] | None = None,
 ) -> FidelityReport:
     """Teacher-forced prefill of the first `length` tokens of each document under each attention.
@@ -128,6 +129,7 @@ def evaluate_fidelity(
             (what no difference looks like), and sinks and window with a single block (what has to
             be caught).
         far: whether to find the tokens that need far context, by one pass more of every document.
+        floor_documents: how many of the documents the reference reads again; all if None.
         progress: receives document and configuration before each pass.
 
     Raises:
@@ -139,21 +141,25 @@ def evaluate_fidelity(
     first = check_span(loaded, length, first)
     kept = encode_documents(loaded, documents, length)
     reference = next(iter(configs))
-    rows = with_controls(configs, length) if controls else configs
+    rows = with_controls(configs) if controls else configs
     columns: dict[str, list[Tokens]] = {name: [] for name in rows}
     masks: list[Tensor] = []
-    for doc, ids in kept.items():
+    for i, (doc, ids) in enumerate(kept.items()):
         say = functools.partial(progress or _say_nothing, doc.name)
-        for name, tokens in _read(loaded, rows, ids, first, say):
+        without = floor_documents is not None and i >= floor_documents
+        chosen = {name: row for name, row in rows.items() if not (without and name == FLOOR)}
+        for name, tokens in _read(loaded, chosen, ids, first, say):
             columns[name].append(tokens)
         if far:
             say("near context")
             loaded.use(configs[reference])
             masks.append(far_tokens(loaded, ids, first, columns[reference][-1].nll))
     units = _Units.of(list(kept), length - first)
-    measured = {
-        name: _Measured.of(columns[reference], columns[name], units, masks) for name in rows
-    }
+    measured: dict[str, _Measured] = {}
+    for name, column in columns.items():
+        count = len(column)
+        own = _Units.of(list(kept)[:count], length - first)
+        measured[name] = _Measured.of(columns[reference][:count], column, own, masks[:count])
     verdicts = _judge(measured, reference, margins)
     results = {name: measured[name].summary(verdicts[name]) for name in rows}
     return FidelityReport(
@@ -166,7 +172,7 @@ def evaluate_fidelity(
         margins=dict(margins),
         configs={name: config.to_dict() if config else {} for name, config in rows.items()},
         results=results,
-        warnings=_warnings(results, reference, units),
+        warnings=[*_warnings(results, reference, units), *_floor(columns, len(kept))],
     )
 
 
@@ -325,6 +331,16 @@ def _judge(
 def _quantile(values: Tensor, share: float) -> float:
     """A quantile of `[tokens]`, which may be more than `torch.quantile` takes."""
     return float(values.kthvalue(max(math.ceil(share * len(values)), 1)).values)
+
+
+def _floor(columns: dict[str, list[Tokens]], count: int) -> list[str]:
+    """Says so where not all of the `count` documents have a noise floor."""
+    own = len(columns.get(FLOOR, ()))
+    if not 0 < own < count:
+        return []
+    return [
+        f"{FLOOR}: of {own} of the {count} documents, its intervals by pieces of {PIECE:,} tokens"
+    ]
 
 
 def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> list[str]:

@@ -120,7 +120,7 @@ def evaluate_retrieval(
         margin: difference of mean scores that counts as none.
         controls: measure two rows more, as `evaluate_fidelity` does.
         depth: of what the first question asks for; see `make_sample`.
-        progress: receives task, configuration and documents done.
+        progress: receives task, configuration and the number of the document before each pass.
 
     Raises:
         ArgumentError, FitError: unknown task, or a text or context too short for `length`.
@@ -129,7 +129,7 @@ def evaluate_retrieval(
         check_task(task)
     check_length(loaded, length)
     form = form or default_form(loaded)
-    configs = with_controls(configs, length) if controls else configs
+    configs = with_controls(configs) if controls else configs
     results: list[TaskResult] = []
     changes: list[dict[str, Estimate]] = []
     for task in tasks:
@@ -143,9 +143,9 @@ def evaluate_retrieval(
             exact = sample.exact
             asked = encode_questions(loaded, sample, form)
             for name, config in configs.items():
-                rounds[name].append(score(loaded, config, asked, exact))
                 if progress:
                     progress(task, name, i + 1)
+                rounds[name].append(score(loaded, config, asked, exact))
         changes.append(_changes(rounds, exact))
         results.append(_result(task, rounds, exact, changes[-1], margin))
     results = _corrected(results, changes, margin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hipserve.config import DEFAULT, HiPConfig
@@ -19,17 +19,22 @@ from hipserve.lab.locality.report import LocalityReport, measure_locality
 from hipserve.lab.meter import MeterReport, measure_meter
 from hipserve.lab.provenance import provenance
 from hipserve.lab.quality import shown as quality_shown
+from hipserve.lab.quality.controls import BLIND, Dense, blind, everything, faster_dense
 from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
 from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
+from hipserve.lab.report import seconds as seconds_shown
 from hipserve.lab.report.page import Page, Section
+from hipserve.lab.report.seconds import Seconds, measured
 from hipserve.lab.representative import shown as representative_shown
 from hipserve.lab.representative.report import RepresentativeReport, measure_representatives
 from hipserve.lab.samples import Sample, cut_samples
+from hipserve.lab.shown import counted
 from hipserve.lab.text import Document
 from hipserve.models import LoadedModel
 
-QUALITY_DOCUMENTS = 4
-"""Read four times each at the full length; as many as an interval over documents takes."""
+QUALITY_DOCUMENTS, FLOOR_DOCUMENTS = 4, 1
+"""Documents read at the full length, as many as an interval over documents takes; and those of them
+that dense attention reads again, by its slower kernels, to show its noise."""
 TASKS, TASK_DOCUMENTS, TASK_QUESTIONS = ("niah", "kv"), 2, 8
 DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::3]
 """Tokens of the contexts that prompts stand in, and one prompt in three."""
@@ -38,6 +43,10 @@ HEADS_LENGTH = 8192
 LOSS_LENGTH, LOSS_BUDGET = 4096, 256
 """Tokens of the text that is read once for every head, and what it may read of them."""
 
+DENSE_KERNELS: dict[Dense, str] = {
+    "sdpa": "torch's SDPA; the noise floor is of the kernels that serve, on the first text",
+    "hip": "the kernels that serve, reading every key; the noise floor is SDPA, on the first text",
+}
 CALIBRATION = (
     "none here, since a verdict takes twelve documents or more: `hipserve calibrate --text FILE`"
 )
@@ -59,36 +68,57 @@ class LabReport:
     """The results of all parts, by name; tables, charts and pages are made of them.
 
     Attributes:
+        length: of the longest texts.
+        config: what is compared with dense attention.
         facts: machine, versions, commit and date.
         results: by part.
+        seconds: by part, in the order of measurement.
     """
 
     model: str
+    length: int
+    config: dict[str, Any]
     facts: dict[str, Any]
     results: dict[str, Result]
+    seconds: dict[str, Seconds]
 
     def to_dict(self) -> dict[str, Any]:
         results = {part: result.to_dict() for part, result in self.results.items()}
-        return {"model": self.model, "facts": self.facts, "results": results}
+        seconds = {part: asdict(took) for part, took in self.seconds.items()}
+        return {"model": self.model, "facts": self.facts, "results": results, "seconds": seconds}
 
     def to_page(self) -> Page:
-        sections = [_section(result) for result in self.results.values()]
+        sections = [*map(_section, self.results.values()), self._time()]
         facts = {name: str(value) for name, value in self.facts.items() if value}
         facts["calibration"] = CALIBRATION
         return Page(f"{self.model}: what pruned attention keeps", facts, sections)
+
+    def _time(self) -> Section:
+        facts, budget = self.facts, self.config["budget"]
+        machine = f"{facts['cpu']}, {facts['isa']}, {counted(facts['threads'], 'thread')}"
+        command = f"hipserve lab report {self.model} --length {self.length}{_option(budget)}"
+        return Section("Time", command, [], [seconds_shown.grid(self.seconds, machine)], [])
+
+
+def _option(budget: int) -> str:
+    return f" --budget {budget}" if budget != DEFAULT.budget else ""
+
+
+def _dense_option(result: FidelityReport | RetrievalReport) -> str:
+    return " --dense hip" if result.configs["dense"] else ""
 
 
 def _section(result: Result) -> Section:
     compared = isinstance(result, FidelityReport | RetrievalReport)
     config = result.configs["hip"] if compared else result.config
-    budget = f" --budget {config['budget']}" if config["budget"] != DEFAULT.budget else ""
+    budget = _option(config["budget"])
     length = result.lengths[0] if isinstance(result, DriftReport) else result.length
     size = f"--length {length}{budget}"
     match result:
         case FidelityReport():
             return Section(
                 "Compared with dense attention",
-                f"hipserve lab quality {result.model} {size}",
+                f"hipserve lab quality {result.model} {size}{_dense_option(result)}",
                 [*quality_shown.sentences(result), *result.warnings],
                 [quality_shown.grid(result)],
                 quality_shown.charts(result),
@@ -98,7 +128,7 @@ def _section(result: Result) -> Section:
             return Section(
                 "Answers",
                 f"hipserve lab quality {result.model} {size} --tasks {tasks} "
-                f"--samples {TASK_DOCUMENTS} --questions {TASK_QUESTIONS}",
+                f"--samples {TASK_DOCUMENTS} --questions {TASK_QUESTIONS}{_dense_option(result)}",
                 [*quality_shown.answers_sentences(result), *result.warnings],
                 [quality_shown.answers_grid(result)],
                 [],
@@ -153,10 +183,17 @@ def make_report(
     length: int,
     parts: Sequence[str] = (),
     progress: Say | None = None,
+    note: Say | None = None,
+    dense: Dense | None = None,
 ) -> LabReport:
     """Measures every part, or those that are named.
 
     Quality and caches are measured at `length`; heads on shorter texts, as far as `length` allows.
+
+    Args:
+        progress: receives part and step when a step begins.
+        note: receives what each part took, when it ends.
+        dense: kernels of dense attention; the faster ones of this machine if None.
 
     Raises:
         ArgumentError: there is no such part.
@@ -167,13 +204,25 @@ def make_report(
         if part not in PARTS:
             expected = f"one of {', '.join(PARTS)}"
             raise ArgumentError("parts", expected, repr(part), did_you_mean(part, PARTS))
+    dense = dense or faster_dense(loaded, config)
+    given = _Inputs(
+        loaded, config, documents, length, everything(config) if dense == "hip" else None
+    )
     results: dict[str, Result] = {}
+    seconds: dict[str, Seconds] = {}
     for i, part in enumerate(chosen, start=1):
-        say = _named(progress, f"{part}, {i} of {len(chosen)}")
+        name = f"{part}, {i} of {len(chosen)}"
+        say = _named(progress, name)
         say("texts")
-        results[part] = PARTS[part](_Inputs(loaded, config, documents, length), say)
-    facts = {**provenance("wall").to_dict(), "configuration": _described(config)}
-    return LabReport(loaded.name, facts, results)
+        with measured() as seconds[part]:
+            results[part] = PARTS[part](given, say)
+        _named(note, name)(f"took {seconds[part]}")
+    facts = {
+        **provenance("wall").to_dict(),
+        "configuration": _described(config),
+        "dense attention": DENSE_KERNELS[dense],
+    }
+    return LabReport(loaded.name, length, config.to_dict(), facts, results, seconds)
 
 
 def _described(config: HiPConfig) -> str:
@@ -185,10 +234,13 @@ def _described(config: HiPConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
+    """What parts measure; `dense` is the configuration of dense attention, None for SDPA."""
+
     loaded: LoadedModel
     config: HiPConfig
     documents: Sequence[Document]
     length: int
+    dense: HiPConfig | None
 
     def samples(self, length: int) -> list[Sample]:
         return cut_samples(self.loaded, self.documents, min(length, self.length), 1)
@@ -197,9 +249,10 @@ class _Inputs:
 def _quality(given: _Inputs, say: Say) -> FidelityReport:
     return evaluate_fidelity(
         given.loaded,
-        {"dense": None, "hip": given.config},
+        {"dense": given.dense, "hip": given.config},
         given.documents[:QUALITY_DOCUMENTS],
         length=given.length,
+        floor_documents=FLOOR_DOCUMENTS,
         progress=lambda document, name: say(f"{document}, {name}"),
     )
 
@@ -207,14 +260,13 @@ def _quality(given: _Inputs, say: Say) -> FidelityReport:
 def _answers(given: _Inputs, say: Say) -> RetrievalReport:
     return evaluate_retrieval(
         given.loaded,
-        {"dense": None, "hip": given.config},
+        {"dense": given.dense, "hip": given.config, BLIND: blind(given.config)},
         TASKS,
         "\n\n".join(document.text for document in given.documents),
         length=given.length,
         samples=TASK_DOCUMENTS,
         questions=TASK_QUESTIONS,
-        controls=True,
-        progress=lambda task, name, done: say(f"{task}, {done} of {TASK_DOCUMENTS}, {name}"),
+        progress=lambda task, name, i: say(f"{task} {i} of {TASK_DOCUMENTS}, {name}"),
     )
 
 
@@ -225,6 +277,7 @@ def _drift(given: _Inputs, say: Say) -> DriftReport:
         DRIFT_PROMPTS,
         given.documents,
         lengths=[min(DRIFT_LENGTH, given.length)],
+        dense=given.dense,
         progress=lambda prompt, name: say(f"{prompt} of {len(DRIFT_PROMPTS)}, {name}"),
     )
 
