@@ -16,6 +16,7 @@ from hipserve.cli.main import app
 from hipserve.lab import Document, FidelityReport, evaluate_fidelity
 from hipserve.lab.quality import fidelity, passes
 from hipserve.lab.quality.beside import read_beside, read_reference
+from hipserve.lab.quality.controls import everything
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, bundled_path, load
 
@@ -119,6 +120,23 @@ def test_the_floor_is_the_same_and_blind_attention_is_caught(report: FidelityRep
     assert not any("itself" in warning for warning in report.warnings)
 
 
+def test_dense_attention_by_the_kernels_that_serve(
+    shipped: LoadedModel, report: FidelityReport
+) -> None:
+    """SDPA is its noise floor then, of as many documents as are asked for."""
+    configs = {"dense": everything(SMALL), "hip": SMALL}
+    own = evaluate_fidelity(
+        shipped, configs, documents(5), length=700, first=350, floor_documents=4
+    )
+    assert own.configs["noise floor"] == {}
+    floor, hip = own.results["noise floor"], own.results["hip"]
+    assert floor.decision == "same"
+    assert floor.kl < 1e-3
+    assert (floor.pieces, hip.pieces) == (4, 5)
+    assert hip.kl == pytest.approx(report.results["hip"].kl, rel=0.02)
+    assert "noise floor: of 4 of 5 documents, intervals over documents" in " ".join(own.warnings)
+
+
 def test_intervals_rest_on_documents(report: FidelityReport) -> None:
     hip = report.results["hip"]
     assert (report.unit, hip.pieces) == ("documents", 5)
@@ -212,8 +230,12 @@ def test_the_command_prints_and_chooses(tmp_path: Path) -> None:
     assert "sinks + window: likelihood" in shown.stdout
     assert "kl same (margin 0.2)" in shown.stdout or "kl undecided (margin 0.2" in shown.stdout
     assert "nothing was pruned" in shown.stderr
-    result = json.loads(invoke(*words, "--json").stdout)
+    result = json.loads(invoke(*words, "--dense", "hip", "--json").stdout)
     assert result["documents"] == ["part 1", "part 3"]
+    assert result["configs"]["dense"]["dense_below"] > 1 << 20
+    assert result["configs"]["noise floor"] == {}
+    assert "dense: nothing was pruned" not in shown.stderr
+    assert "--dense: expected sdpa or hip" in str(invoke(*words, "--dense", "flash").exception)
     assert result["margins"] == {"likelihood": 0.005, "kl": 0.05}
 
 

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from typer.testing import CliRunner
 
 from hipserve import ArgumentError, HiPConfig
 from hipserve.cli.main import app
+from hipserve.lab.meter import measure_meter
+from hipserve.lab.quality.controls import everything
+from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
 from hipserve.lab.report.report import PARTS, LabReport, make_report
-from hipserve.lab.samples import domain_documents
+from hipserve.lab.representative.report import measure_representatives
+from hipserve.lab.samples import cut_samples, domain_documents
 from hipserve.models import LoadedModel, bundled_path
 
 SMALL = HiPConfig(
@@ -79,6 +84,40 @@ def test_the_time_of_every_part_and_the_machine_are_there(report: LabReport) -> 
     assert report.facts["cpu"] in grid.caption
     assert f"{torch.get_num_threads()} thread" in grid.caption
     assert report.to_dict()["seconds"]["cache"]["wall"] == report.seconds["cache"].wall
+
+
+def test_shared_passes_give_the_numbers_of_the_single_commands(
+    loaded: LoadedModel, report: LabReport
+) -> None:
+    documents = domain_documents(16000)[:2]
+    samples = cut_samples(loaded, documents, 1600, 1)
+    single = measure_representatives(loaded, SMALL, samples)
+    assert report.results["representative"] == single
+    metered = measure_meter(loaded, SMALL, samples)
+    assert report.results["meter"] == metered
+    configs = {"dense": everything(SMALL), "hip": SMALL}
+    quality = evaluate_fidelity(loaded, configs, documents, length=1600)
+    found = report.results["quality"]
+    assert isinstance(found, FidelityReport)
+    for name in ("dense", "hip", "sinks + window"):
+        assert found.results[name] == quality.results[name]
+    assert "noise floor: of 1 of 2 documents" in " ".join(found.warnings)
+
+
+def test_dense_attention_reads_a_text_once_for_representatives_and_meter(
+    loaded: LoadedModel,
+) -> None:
+    documents, read = domain_documents(16000)[:1], list[str]()
+
+    def note(module: Any, inputs: Any) -> None:
+        own = loaded.model.config.hip
+        read.extend([f"{own['budget']}" if own else "dense"] * inputs[0].shape[1])
+
+    hook = loaded.model.model.embed_tokens.register_forward_pre_hook(note)
+    parts = ["representative", "meter"]
+    make_report(loaded, SMALL, documents, length=1600, parts=parts)
+    hook.remove()
+    assert {name: read.count(name) for name in set(read)} == {"dense": 1600, "64": 1600}
 
 
 def test_markdown_and_html_have_the_same_numbers(report: LabReport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import FitError
 from hipserve.integrations.transformers import HiPCache
 from hipserve.lab.intervals import Estimate, estimate, mean
-from hipserve.lab.quality.beside import read_beside, read_reference
+from hipserve.lab.quality.beside import Reference, read_beside, read_reference
 from hipserve.lab.samples import Sample
 from hipserve.lab.shown import Chart, Grid, Line, counted, with_error
 from hipserve.models import LoadedModel
@@ -136,11 +136,16 @@ def measure_meter(
     config: HiPConfig,
     samples: Sequence[Sample],
     *,
+    references: Mapping[str, Reference] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> MeterReport:
     """Reads each sample with dense attention, then pruned and metered.
 
     A row of each query block in the last three quarters of a text is compared.
+
+    Args:
+        references: dense passes from `first_metered` on that were made before, by sample.
+        progress: receives what is measured before each pass.
 
     Raises:
         FitError: nothing is pruned there.
@@ -149,10 +154,12 @@ def measure_meter(
     pruned = config.replace(dense_below=0, decode_dense_below=0, dense_layers=())
     points, bins, rows = list[LayerPoint](), list[Bin](), 0
     for sample in samples:
-        first = sample.ids.shape[1] // 4
-        say(f"{sample.name} (dense)")
-        loaded.use(None)
-        reference = read_reference(loaded, sample.ids, first)
+        first = first_metered(sample.ids)
+        reference = (references or {}).get(sample.name)
+        if reference is None:
+            say(f"{sample.name} (dense)")
+            loaded.use(None)
+            reference = read_reference(loaded, sample.ids, first)
         say(f"{sample.name} (pruned and metered)")
         loaded.use(pruned)
         cache = make_cache(loaded)
@@ -180,6 +187,11 @@ def measure_meter(
         points=points,
         bins=bins,
     )
+
+
+def first_metered(ids: Tensor) -> int:
+    """The first of the positions of `ids` `[1, tokens]` that are compared."""
+    return ids.shape[1] // 4
 
 
 def _say_nothing(what: str) -> None: ...

@@ -51,6 +51,10 @@ Watcher = Callable[[Call, Tensor], Tensor]
 watcher returns goes to the model."""
 
 
+Reader = Callable[[LoadedModel, Tensor], object]
+"""Reads tokens `[1, tokens]` from the first to the last."""
+
+
 @contextmanager
 def watched(loaded: LoadedModel, watcher: Watcher) -> Generator[None]:
     """Shows the watcher every call of the attention that the model uses now.
@@ -83,16 +87,25 @@ def watched(loaded: LoadedModel, watcher: Watcher) -> Generator[None]:
         AttentionInterface.register(name, plain)
 
 
-def read_watched(loaded: LoadedModel, ids: Tensor, watcher: Watcher) -> None:
+def read_watched(
+    loaded: LoadedModel, ids: Tensor, watcher: Watcher, reader: Reader | None = None
+) -> None:
     """Reads `ids` `[1, tokens]` with dense attention and shows the watcher every call.
+
+    Args:
+        reader: reads them and keeps what else it needs of the pass.
 
     Raises:
         FitError: as `watched`.
     """
     loaded.use(None)
     with watched(loaded, watcher):
-        for _ in read(loaded, ids, make_cache(loaded)):
-            pass
+        (reader or _read_all)(loaded, ids)
+
+
+def _read_all(loaded: LoadedModel, ids: Tensor) -> None:
+    for _ in read(loaded, ids, make_cache(loaded)):
+        pass
 
 
 def nothing_to_prune(loaded: LoadedModel) -> FitError:
@@ -140,10 +153,14 @@ class LayerRecord:
 
 
 @torch.no_grad()
-def record_heads(loaded: LoadedModel, ids: Tensor, positions: Tensor) -> list[LayerRecord]:
+def record_heads(
+    loaded: LoadedModel, ids: Tensor, positions: Tensor, reader: Reader | None = None
+) -> list[LayerRecord]:
     """Reads `ids` `[1, tokens]` with dense attention; the layers without a window of their own.
 
-    positions: `[rows]` int64 ascending, of the rows whose queries are kept.
+    Args:
+        positions: `[rows]` int64 ascending, of the rows whose queries are kept.
+        reader: as in `read_watched`.
 
     Raises:
         FitError: every layer has a window of its own, so there is nothing to prune.
@@ -159,7 +176,7 @@ def record_heads(loaded: LoadedModel, ids: Tensor, positions: Tensor) -> list[La
             last[call.layer] = call._replace(query=call.query[:, :, :0], value=call.value[:, :, :0])
         return out
 
-    read_watched(loaded, ids, keep)
+    read_watched(loaded, ids, keep, reader)
     if not last:
         raise nothing_to_prune(loaded)
     return [

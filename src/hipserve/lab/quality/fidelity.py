@@ -155,11 +155,16 @@ def evaluate_fidelity(
             loaded.use(configs[reference])
             masks.append(far_tokens(loaded, ids, first, columns[reference][-1].nll))
     units = _Units.of(list(kept), length - first)
-    measured: dict[str, _Measured] = {}
-    for name, column in columns.items():
-        count = len(column)
-        own = _Units.of(list(kept)[:count], length - first)
-        measured[name] = _Measured.of(columns[reference][:count], column, own, masks[:count])
+    own = {
+        name: _Units.of(list(kept)[: len(column)], length - first)
+        for name, column in columns.items()
+    }
+    measured = {
+        name: _Measured.of(
+            columns[reference][: len(column)], column, own[name], masks[: len(column)]
+        )
+        for name, column in columns.items()
+    }
     verdicts = _judge(measured, reference, margins)
     results = {name: measured[name].summary(verdicts[name]) for name in rows}
     return FidelityReport(
@@ -172,7 +177,10 @@ def evaluate_fidelity(
         margins=dict(margins),
         configs={name: config.to_dict() if config else {} for name, config in rows.items()},
         results=results,
-        warnings=[*_warnings(results, reference, units), *_floor(columns, len(kept))],
+        warnings=[
+            *_warnings(results, reference, units),
+            *_floor(own.get(FLOOR, units), len(kept)),
+        ],
     )
 
 
@@ -333,14 +341,10 @@ def _quantile(values: Tensor, share: float) -> float:
     return float(values.kthvalue(max(math.ceil(share * len(values)), 1)).values)
 
 
-def _floor(columns: dict[str, list[Tokens]], count: int) -> list[str]:
+def _floor(units: _Units, count: int) -> list[str]:
     """Says so where not all of the `count` documents have a noise floor."""
-    own = len(columns.get(FLOOR, ()))
-    if not 0 < own < count:
-        return []
-    return [
-        f"{FLOOR}: of {own} of the {count} documents, its intervals by pieces of {PIECE:,} tokens"
-    ]
+    own = len(units.domains)
+    return [f"{FLOOR}: of {own} of {count} documents, intervals over {units.name}"] * (own < count)
 
 
 def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> list[str]:

@@ -19,6 +19,7 @@ from hipserve.lab.locality.report import LocalityReport, measure_locality
 from hipserve.lab.meter import MeterReport, measure_meter
 from hipserve.lab.provenance import provenance
 from hipserve.lab.quality import shown as quality_shown
+from hipserve.lab.quality.beside import Reference
 from hipserve.lab.quality.controls import BLIND, Dense, blind, everything, faster_dense
 from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
 from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
@@ -205,9 +206,9 @@ def make_report(
             expected = f"one of {', '.join(PARTS)}"
             raise ArgumentError("parts", expected, repr(part), did_you_mean(part, PARTS))
     dense = dense or faster_dense(loaded, config)
-    given = _Inputs(
-        loaded, config, documents, length, everything(config) if dense == "hip" else None
-    )
+    own = everything(config) if dense == "hip" else None
+    references: dict[str, Reference] | None = {} if "meter" in chosen else None
+    given = _Inputs(loaded, config, documents, length, own, references)
     results: dict[str, Result] = {}
     seconds: dict[str, Seconds] = {}
     for i, part in enumerate(chosen, start=1):
@@ -234,13 +235,19 @@ def _described(config: HiPConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What parts measure; `dense` is the configuration of dense attention, None for SDPA."""
+    """What parts measure.
+
+    Attributes:
+        dense: the configuration of dense attention; None for SDPA.
+        references: dense passes that a later part needs too, by text; None if none does.
+    """
 
     loaded: LoadedModel
     config: HiPConfig
     documents: Sequence[Document]
     length: int
     dense: HiPConfig | None
+    references: dict[str, Reference] | None
 
     def samples(self, length: int) -> list[Sample]:
         return cut_samples(self.loaded, self.documents, min(length, self.length), 1)
@@ -289,7 +296,9 @@ def _cache(given: _Inputs, say: Say) -> CacheReport:
 
 def _representative(given: _Inputs, say: Say) -> RepresentativeReport:
     samples = given.samples(HEADS_LENGTH)
-    return measure_representatives(given.loaded, given.config, samples, progress=say)
+    return measure_representatives(
+        given.loaded, given.config, samples, references=given.references, progress=say
+    )
 
 
 def _locality(given: _Inputs, say: Say) -> LocalityReport:
@@ -298,7 +307,10 @@ def _locality(given: _Inputs, say: Say) -> LocalityReport:
 
 
 def _meter(given: _Inputs, say: Say) -> MeterReport:
-    return measure_meter(given.loaded, given.config, given.samples(HEADS_LENGTH), progress=say)
+    samples = given.samples(HEADS_LENGTH)
+    return measure_meter(
+        given.loaded, given.config, samples, references=given.references, progress=say
+    )
 
 
 PARTS: dict[str, Callable[[_Inputs, Say], Result]] = {

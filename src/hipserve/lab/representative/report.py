@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hipserve.config import HiPConfig
 from hipserve.lab.intervals import Estimate, estimate, mean
-from hipserve.lab.recorder import ROWS, LayerRecord, record_heads
+from hipserve.lab.meter import first_metered
+from hipserve.lab.quality.beside import Reference, read_reference
+from hipserve.lab.recorder import ROWS, LayerRecord, Reader, record_heads
 from hipserve.lab.representative.recall import search_recall
 from hipserve.lab.representative.splits import (
     LAGS,
@@ -97,12 +99,17 @@ def measure_representatives(
     *,
     rows: int = ROWS,
     sizes: Sequence[int] = SIZES,
+    references: dict[str, Reference] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> RepresentativeReport:
     """Reads each sample with dense attention; rows of its last quarter are judged.
 
     Splits and correlation are of the keys that all those rows may search; recall is of every row
     for itself.
+
+    Args:
+        references: receives what `measure_meter` needs of the same passes, by sample.
+        progress: receives the name of each sample before it is read.
 
     Raises:
         FitError: the texts are too short for the largest range, or nothing would be pruned.
@@ -114,7 +121,8 @@ def measure_representatives(
     for sample in samples:
         if progress:
             progress(sample.name)
-        for record in record_heads(loaded, sample.ids, positions):
+        reader = None if references is None else _keep(references, sample.name)
+        for record in record_heads(loaded, sample.ids, positions, reader):
             recall = search_recall(record, positions, config)
             for head in range(record.num_kv_heads):
                 scores = record.scores(head, config.num_sink_tokens, end).flatten(0, 1)
@@ -129,6 +137,13 @@ def measure_representatives(
         samples={sample.name: sample.domain for sample in samples},
         points=points,
     )
+
+
+def _keep(references: dict[str, Reference], name: str) -> Reader:
+    def read(loaded: LoadedModel, ids: Tensor) -> None:
+        references[name] = read_reference(loaded, ids, first_metered(ids))
+
+    return read
 
 
 def _of_head(found: Tensor, head: int, record: LayerRecord) -> float:
