@@ -130,11 +130,15 @@ def quality(
     say_what_is_dense(loaded, configs, length)
     for warning in (*report.warnings, *answers.warnings):
         say(warning, style="yellow")
+    _show(report, answers if names else None, json)
+
+
+def _show(report: FidelityReport, answers: RetrievalReport | None, json: bool) -> None:
     if json:
-        result_json({**report.to_dict(), "tasks": answers.to_dict() if names else None})
+        result_json({**report.to_dict(), "tasks": answers.to_dict() if answers else None})
         return
     _show_text(report)
-    if names:
+    if answers:
         _show_tasks(answers)
 
 
