@@ -32,9 +32,9 @@ template <> inline void pack_row<Pair, bf16>(const bf16* x, int n, float* units)
 
 // Keys: rows become columns, units[k][key].
 
+// out[k][i] = rows[i][offset + k] for kLanes rows and k < kLanes
 #if defined(__AVX512F__)
-// out[k][i] = rows[i][offset + k] for 16 rows and k < 16
-static inline void transpose16(const unit* const* rows, int offset, float* out) {
+static inline void transpose_square(const unit* const* rows, int offset, float* out) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
   for (int i = 0; i < 16; i += 2) {
@@ -60,20 +60,35 @@ static inline void transpose16(const unit* const* rows, int offset, float* out) 
     _mm512_storeu_si512(out + (i + 12) * kKeys, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
   }
 }
+#elif defined(__AVX2__)
+static inline void transpose_square(const unit* const* rows, int offset, float* out) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(rows[i] + offset);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * kKeys, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * kKeys, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
 #endif
 
 // units[k][j] = rows[j][k] for j < count, a multiple of 16, and k < depth
 static inline void transpose(const unit* const* rows, int count, int depth, float* units) {
-#if defined(__AVX512F__)
   int k = 0;
-  for (; k + 16 <= depth; k += 16)
-    for (int j = 0; j < count; j += 16) transpose16(rows + j, k, units + k * kKeys + j);
+#if defined(__AVX2__)
+  for (; k + kLanes <= depth; k += kLanes)
+    for (int j = 0; j < count; j += kLanes) transpose_square(rows + j, k, units + k * kKeys + j);
+#endif
   for (; k < depth; ++k)
     for (int j = 0; j < count; ++j) units[k * kKeys + j] = rows[j][k];
-#else
-  for (int j = 0; j < count; ++j)
-    for (int k = 0; k < depth; ++k) units[k * kKeys + j] = rows[j][k];
-#endif
 }
 
 // Packs rows of n values stored as K; `scratch` holds kKeys * n floats for those to be converted.

@@ -25,15 +25,16 @@ struct Single {
   static constexpr int kValues = 1, kExpDegree = 6;
   // acc + a b
   static inline vf madd(vf acc, float a, vf b) { return acc + a * b; }
+  static inline vf madd(vf acc, vf a, vf b) { return acc + a * b; }
 };
 #if defined(__AVX512BF16__)
 struct Pair {
   static constexpr int kValues = 2, kExpDegree = 4;
   // acc + a[0] b[0] + a[1] b[1]
-  static inline vf madd(vf acc, float a, vf b) {
-    __m512bh pair = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(a));
-    return (vf)_mm512_dpbf16_ps((__m512)acc, pair, (__m512bh)b);
+  static inline vf madd(vf acc, vf a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
+  static inline vf madd(vf acc, float a, vf b) { return madd(acc, (vf)_mm512_set1_ps(a), b); }
 };
 #endif
 
@@ -55,17 +56,23 @@ template <class Unit> constexpr bool kTiled = false;
 #endif
 
 // acc[r][c] += sum_k a_r[k] * b[k][c], with rows a_r wherever they lie and kN vectors of columns.
+// What may alias memory is copied: sums stay in registers then, in a call of its own too.
 template <class Unit, int kM, int kN>
 static inline void product(const unit* const* rows, const float* b, int64_t ldb, int depth,
                            vf acc[kM][kN]) {
   const unit* a[kM];
+  vf sum[kM][kN];
   for (int r = 0; r < kM; ++r) a[r] = rows[r];
+  for (int r = 0; r < kM; ++r)
+    for (int c = 0; c < kN; ++c) sum[r][c] = acc[r][c];
   for (int k = 0; k < depth; ++k) {
     vf column[kN];
     for (int c = 0; c < kN; ++c) column[c] = load(b + k * ldb + c * kLanes);
     for (int r = 0; r < kM; ++r)
-      for (int c = 0; c < kN; ++c) acc[r][c] = Unit::madd(acc[r][c], a[r][k], column[c]);
+      for (int c = 0; c < kN; ++c) sum[r][c] = Unit::madd(sum[r][c], a[r][k], column[c]);
   }
+  for (int r = 0; r < kM; ++r)
+    for (int c = 0; c < kN; ++c) acc[r][c] = sum[r][c];
 }
 
 // The same with rows that are `lda` units apart.

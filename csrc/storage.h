@@ -63,6 +63,15 @@ static inline void store_floats(vf y, bf16* x) {
   *(vhalves*)x = __builtin_convertvector(stored, vhalves);
 #endif
 }
+#if defined(__AVX512F__)
+static inline vf load_floats(const f16* x) {
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+}
+#elif defined(__F16C__)
+static inline vf load_floats(const f16* x) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+}
+#endif
 static inline vf load_floats(const float* x) { return load(x); }
 static inline void store_floats(vf y, float* x) { store(x, y); }
 

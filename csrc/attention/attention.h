@@ -63,7 +63,7 @@ template <class Q, class K> class Attention {
     const KeyList list(call_, block, item.block, item.head);
     const Sequence seq(call_.batch, block.seq);
     const Reader reader{call_, list, seq, s_.turn, s_.turned, rows.kv_head, item.end};
-    if (few_rows<Unit>(rows.count, dim_)) read_few(item, rows, reader);
+    if (few_rows(rows.count, dim_)) read_few(item, rows, reader);
     else read(item, rows, reader);
     if (part) put_part(rows, part);
     else put_output(rows);
@@ -167,14 +167,14 @@ template <class Q, class K> class Attention {
 
   // The same for few rows, on keys and values where they lie.
   void attend_few(const Tile& tile, const Tile& next, const StackedRows& rows) {
-#if defined(__AVX512BF16__)
     const bool whole = all_visible(tile, rows, call_.sliding_window);
     with_rows<kFewRows>(rows.count, [&]<int kM>() {
-      weigh(0, kM, tile, rows, whole,
-            [&](int) { score_few<kM>(s_.q, tile.k.row, tile.k.count, dim_, s_.scores, next.k); });
-      add_few<kM>(s_.weights, tile.v, (s_.high[0] + 1) / 2, dim_, s_.out, next.v);
+      weigh(0, kM, tile, rows, whole, [&](int) {
+        score_few<Unit, K, kM>(s_.q, tile.k.row, tile.k.count, depth_, s_.scores, next.k);
+      });
+      const int units = ceil_div(s_.high[0], Unit::kValues);
+      add_few<Unit, K, kM>(s_.weights, tile.v, units, dim_, s_.out, next.v);
     });
-#endif
   }
 
   // The weights of `count` rows from `row` on, of which score(columns) computes q . k. Leaves in

@@ -30,7 +30,7 @@ template <class Q, class K> class StoredKeys {
   Row next(Row row) const { return row + call_.index.codes.slot_stride; }
   void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
     const int64_t count = rows.count(), dim = call_.batch.head_dim;
-    queries.template fill<Q>(count, dim, few_rows<Unit>(count, dim), convert,
+    queries.template fill<Q>(count, dim, few_rows(count, dim), convert,
                              [&](int64_t r) { return rows.template row<Q>(r, shift); });
   }
 

@@ -71,14 +71,12 @@ static void max_over_keys(const RowBatch<Row>& keys, const Queries& columns, flo
 // best[r][key] = q_r . k_key for few rows
 template <class Row, class Unit>
 static void few_products(const RowBatch<Row>& keys, const Columns<Unit>& columns, float* best) {
-#if defined(__AVX512BF16__)
   TileRows none;
   none.count = 0;
   with_rows<kFewRows>(columns.rows, [&]<int kM>() {
-    score_few<kM>(columns.units, (const void* const*)keys.rows, round_up(keys.count, kLanes),
-                  2 * columns.depth, best, none);
+    score_few<Unit, float, kM>(columns.units, (const void* const*)keys.rows,
+                               round_up(keys.count, kLanes), columns.depth, best, none);
   });
-#endif
 }
 
 // What scoring needs, whatever is scored.

@@ -37,7 +37,7 @@ template <class Q, class S> class StoredSummaries {
   }
   void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
     const int64_t dim = call_.batch.head_dim, count = rows.count();
-    queries.template fill<Q>(count, dim, few_rows<Unit>(count, dim), convert,
+    queries.template fill<Q>(count, dim, few_rows(count, dim), convert,
                              [&](int64_t r) { return rows.template row<Q>(r, shift); });
     const int64_t lanes = queries.few ? 1 : kChunk;  // of a unit
     for (int64_t r = 0; r < count; r += lanes) {
