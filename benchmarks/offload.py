@@ -75,8 +75,7 @@ class Bench:
         self.options, self.device = options, torch.device(options.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.batch = Batch(options.tokens, count, self.device)
-        below = {"dense_below": 8192, "decode_dense_below": options.decode_dense_below}
-        self.config = HiPConfig(code_bits=4, rerank=8, **below)
+        self.config = HiPConfig(code_bits=4, rerank=8, decode_dense_below=0, dense_below=8192)
         g = torch.Generator(self.device).manual_seed(1)
         self.of = topics(g, self.device)
         shape = (options.layers, count, KV_HEADS, DIM)
@@ -268,7 +267,6 @@ def main() -> None:
     parse.add_argument(
         "--chunk", type=parse_count, default=16384, help="rows that are read at a time"
     )
-    parse.add_argument("--decode-dense-below", type=parse_count, default=0)
     parse.add_argument("--question", type=int, default=64, help="rows of a question")
     parse.add_argument("--layers", type=int, default=32)
     parse.add_argument("--batches", type=counts, default=[1, 8])
