@@ -24,6 +24,9 @@ logger = logging.getLogger("hipserve")
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Of keys and values in pages, beside queries in 16 or 32 bits."""
+E4M3_CAPABILITY = (8, 9)
 NATIVE_TIERS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 MAX_HEAD_DIM = {"cpu": 512, "triton": 512}
 NATIVE_CALLS = 7
@@ -108,6 +111,22 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return refusal
 
 
+def key_refusal(backend: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Why a backend's kernels cannot read pages of this dtype, where it is not that of the queries;
+    empty if they can."""
+    if dtype not in FP8_DTYPES:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    if backend == "cpu":
+        return f"it reads no pages in {name}"
+    if dtype == torch.float8_e4m3fn and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < E4M3_CAPABILITY:
+            found = ".".join(map(str, capability))
+            return f"{name} needs compute capability 8.9, and this GPU has {found}"
+    return ""
+
+
 def head_dim_refusal(backend: str, head_dim: int) -> str:
     """Why a backend's kernels cannot compute with this head_dim; empty if they can."""
     step, largest = HEAD_DIM_STEP[backend], MAX_HEAD_DIM[backend]
@@ -128,8 +147,17 @@ def _dtype_refusal(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    key_dtype: torch.dtype | None = None,
+) -> str:
     """The backend that runs: the one asked for, or with `auto` the fastest that can.
+
+    dtype: of queries.
+    key_dtype: of pages, where they are read.
 
     Raises:
         ArgumentError: unknown name.
@@ -146,6 +174,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
         return backend
     name = backend if backend != "auto" else ("cpu" if device.type == "cpu" else "triton")
     refusal = (cpu_refusal if name == "cpu" else triton_refusal)(device, dtype, head_dim)
+    refusal = refusal or key_refusal(name, device, key_dtype)
     if backend != "auto" and refusal:
         raise BackendError(f'backend="{name}" cannot run: {refusal}', 'use backend="auto"')
     return _announce("reference" if refusal else name, refusal)
@@ -154,7 +183,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
 @functools.cache
 def _announce(backend: str, refusal: str) -> str:
     """Logs a choice the first time it is made: loudly where no fast backend can run."""
-    slow = refusal in (native_library().reason, triton_library()) or "head_dim" in refusal
+    slow = refusal in (native_library().reason, triton_library())
+    slow = slow or "head_dim" in refusal or "float8" in refusal
     level = logging.WARNING if refusal and slow else logging.INFO
     logger.log(level, "attention backend: %s (%s)", backend, _reason(backend, refusal))
     return backend

@@ -33,16 +33,20 @@ class KeyPool:
 
     Attributes:
         k_cache, v_cache: `[num_pages, page_size, num_kv_heads, head_dim]`; any strides with a
-            contiguous last axis.
+            contiguous last axis. In the dtype of queries, or in float8_e4m3fn or float8_e5m2.
         places: `[pages of the layout]` int32: which of these pages each page of the layout and of
             the index is, where some of them were staged; None where they are the same.
         lists: where these pages are tiles of `TILE_SIZE` keys: those that a step reads.
+        k_scale, v_scale: of pages in fp8: a key is k_scale times what its page holds, a value
+            v_scale times that. 1 for other pages.
     """
 
     k_cache: Tensor
     v_cache: Tensor
     places: Tensor | None = None
     lists: TileLists | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     @property
     def page_size(self) -> int:
@@ -122,7 +126,8 @@ class TileArena:
 class KeyIndex:
     """What a search reads of one layer's keys, in the same pages as the keys.
 
-    An index describes keys and does not own them: a search never touches a `KeyPool`.
+    An index describes keys and does not own them: a search never touches a `KeyPool`. Of keys in
+    fp8 it describes what pages hold, without `k_scale`: a positive factor changes no order.
 
     Attributes:
         codes: `[num_pages, page_size, num_kv_heads, head_dim]`: a code of every key, which orders
@@ -131,7 +136,8 @@ class KeyIndex:
             (`hipserve.ops.codes`).
         summaries: `[num_pages, runs_per_page, num_kv_heads, 2, head_dim]`: center and radius
             of each run of keys (`bound_offsets` gives the places of the levels), or None
-            for a search that reads none. In the dtype of the keys; int8 codes beside short codes.
+            for a search that reads none. In the dtype of the keys, bfloat16 of those in fp8; int8
+            codes beside short codes.
         run_size: keys of the finest run.
         code_bits: bits of a channel of a key: 4, 8 or 16.
         code_scales: `[num_pages, page_size, num_kv_heads]` bfloat16, beside short codes.

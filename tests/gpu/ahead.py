@@ -107,11 +107,12 @@ def attend(
     batch: int = 1,
     tiled: bool = False,
     streams: bool = False,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     for name in ("attention", "merge", "hopper"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
-    pages = torch.empty(64, 16 if tiled else 256, 8, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(64, 16 if tiled else 256, 8, head_dim, dtype=page_dtype)
     blocks = batch * -(-query_len // 64)
     attention.block_sparse_attention(
         q,
@@ -125,6 +126,7 @@ def attend(
         key_block_size=16,
         sliding_window=0,
         sm_scale=0.1,
+        v_scale=1.0,
         softcap=0.0,
         query_block_size=64,
         lists=torch.zeros(blocks, 8, 104, dtype=torch.int32) if tiled else None,
@@ -140,12 +142,13 @@ def select(
     query_len: int,
     config: HiPConfig,
     head_dim: int = 128,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     for name in ("baseline", "search"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(query_len, 32, head_dim, dtype=torch.bfloat16)
-    pages = torch.empty(16, 256, 8, head_dim, dtype=torch.bfloat16)
-    index = IndexLayout.of_pages(256, head_dim, q.dtype, config.index_form).empty_like(pages)
+    pages = torch.empty(16, 256, 8, head_dim, dtype=page_dtype)
+    index = IndexLayout.of_pages(256, head_dim, page_dtype, config.index_form).empty_like(pages)
     blocks = -(-query_len // 64)
     chosen = torch.zeros(blocks, 8, config.max_selected, dtype=torch.int32)
     inputs = search_inputs(
@@ -162,17 +165,35 @@ def select(
     selection.refresh_blocks(inputs, search_spec(config, config.streams), due, kept)
 
 
-def write(recorders: dict[str, Recorder], head_dim: int) -> None:
+def write(
+    recorders: dict[str, Recorder], head_dim: int, page_dtype: torch.dtype = torch.bfloat16
+) -> None:
     k = torch.empty(64, 8, head_dim, dtype=torch.bfloat16)
-    pages = torch.empty(4, 256, 8, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(4, 256, 8, head_dim, dtype=page_dtype)
     slots = torch.zeros(64, dtype=torch.int64)
     for code_bits in (16, 4):
         for recorder in recorders.values():
-            recorder.case = f"codes of {code_bits} bits"
+            recorder.case = f"codes of {code_bits} bits, {page_dtype}"
         index = writing.build_index(pages, 16, code_bits)
         writing.write_kv(k, k, KeyPool(pages, pages), index, slots)
         for apart in (True, False):
             writing.write_whole_runs(k, k, KeyPool(pages, pages), index, slots, apart)
+
+
+def read_fp8(recorders: dict[str, Recorder], page_dtype: torch.dtype, capability: int) -> None:
+    """Pages in fp8: prefill and decode."""
+    sizes: dict[str, Any] = {"page_dtype": page_dtype}
+    for what, query_len in (("prefill, fp8", 4096), ("decode, fp8", 1)):
+        attend(recorders, what, query_len, True, 128, **sizes)
+        select(recorders, what, query_len, HiPConfig(), **sizes)
+    write(recorders, 128, page_dtype)
+    if capability < 90:
+        return
+    for head_dim in (64, 256):
+        attend(recorders, f"prefill, fp8, head_dim {head_dim}", 4096, True, head_dim, **sizes)
+        attend(recorders, f"decode, fp8, head_dim {head_dim}", 1, True, head_dim, **sizes)
+    attend(recorders, "decode, dense, fp8", 1, False, 128, **sizes)
+    attend(recorders, "prefill, stream, fp8", 4096, True, 128, streams=True, **sizes)
 
 
 def load(
@@ -228,6 +249,8 @@ def main() -> None:
     select(recorders, "decode", 1, HiPConfig())
     attend(recorders, "prefill, stream", 4096, True, 128, streams=True)
     select(recorders, "prefill, stream", 4096, STREAM)
+    fp8 = torch.float8_e5m2 if capability < 89 else torch.float8_e4m3fn
+    read_fp8(recorders, fp8, capability)
     if capability == 89:  # the least shared memory
         attend(recorders, "prefill, head_dim 512", 4096, True, 512)
         attend(recorders, "decode, head_dim 512", 1, True, 512)

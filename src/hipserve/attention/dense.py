@@ -103,8 +103,8 @@ def attend_chosen(
         out like q, and lse `[num_tokens, num_q_heads]`, as there.
     """
     config = config or DEFAULT
-    resident = pool.places is None and pool.lists is None
-    if resident and not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
+    readable = pool.places is None and pool.lists is None and pool.k_cache.dtype == q.dtype
+    if readable and not sliding_window and _cpu_takes(q, pool.num_kv_heads, softcap, backend):
         shares = _divide(layout, selection, config)
         if shares.spans:
             options: dict[str, Any] = {"config": config, "sm_scale": sm_scale, "rope": rope}

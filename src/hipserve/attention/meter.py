@@ -47,6 +47,7 @@ class Attended:
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """`[..., rows, keys]` float32; q `[..., rows, head_dim]`, k `[..., keys, head_dim]`."""
         scale = q.shape[-1] ** -0.5 if self.sm_scale is None else self.sm_scale
+        scale *= self.pool.k_scale
         scores = q.float() @ k.float().transpose(-1, -2) * scale
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 

@@ -13,9 +13,11 @@ from hipserve.config import CODE_BITS, HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.plan import BatchLayout, bound_levels, bound_offsets, runs_of_pages
 from hipserve.plan.runs import WRITTEN_LEVELS
+from hipserve.platform import FP8_DTYPES
 from hipserve.types import KeyIndex, KeyPool
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PAGE_DTYPES = (*DTYPES, *FP8_DTYPES)
 
 
 def require(condition: bool, argument: str, expected: str, got: object, hint: str = "") -> None:
@@ -42,21 +44,32 @@ def check_tensor(argument: str, x: object, dims: str, *, contiguous: bool = True
         raise ArgumentError(argument, "a contiguous last axis", got, hint)
 
 
-def check_floats(argument: str, x: object, dims: str) -> None:
+def check_floats(
+    argument: str, x: object, dims: str, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
     check_tensor(argument, x, dims)
     assert isinstance(x, Tensor)
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(map(name, DTYPES))
+    if x.dtype not in dtypes:
+        allowed = ", ".join(map(name, dtypes))
         raise ArgumentError(argument, f"dtype {allowed}", name(x.dtype))
 
 
-def check_same(argument: str, x: Tensor, q: Tensor) -> None:
-    """`x` `[...]` has the dtype and the device of `q` `[..., head_dim]`."""
-    if x.dtype != q.dtype:
-        expected = f"dtype {name(q.dtype)} as q"
+def check_same(argument: str, x: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> None:
+    """`x` `[...]` has the dtype, unless another is given, and the device of `q`
+    `[..., head_dim]`."""
+    if x.dtype != (dtype or q.dtype):
+        expected = f"dtype {name(dtype)}" if dtype else f"dtype {name(q.dtype)} as q"
         raise ArgumentError(argument, expected, name(x.dtype))
     if x.device != q.device:
         raise ArgumentError(argument, f"device {q.device} as q", str(x.device))
+
+
+def check_rows(argument: str, x: object, q: Tensor) -> None:
+    """Pages `x` `[num_pages, page_size, num_kv_heads, head_dim]` of keys or values can be read by
+    `q` `[..., head_dim]`: in its dtype, or in fp8."""
+    check_floats(argument, x, "[num_pages, page_size, num_kv_heads, head_dim]", PAGE_DTYPES)
+    assert isinstance(x, Tensor)
+    check_same(argument, x, q, x.dtype if x.dtype in FP8_DTYPES else None)
 
 
 def check_ints(argument: str, x: object, dims: str, device: torch.device) -> None:
@@ -121,14 +134,22 @@ def check_pool(q: Tensor, pool: object) -> None:
     """Pages agree with each other and with `q` `[num_tokens, num_q_heads, head_dim]`."""
     if not isinstance(pool, KeyPool):
         raise ArgumentError("pool", "a KeyPool", type(pool).__name__, "pass KeyPool(k, v)")
-    dims = "[num_pages, page_size, num_kv_heads, head_dim]"
-    for argument, x in (("k_cache", pool.k_cache), ("v_cache", pool.v_cache)):
-        check_floats(argument, x, dims)
-        check_same(argument, x, q)
+    check_rows("k_cache", pool.k_cache, q)
+    check_rows("v_cache", pool.v_cache, q)
+    check_same("v_cache", pool.v_cache, pool.k_cache, pool.k_cache.dtype)
+    check_page_scales(pool)
     shape = list(pool.k_cache.shape)
     same = list(pool.v_cache.shape) == shape
     require(same, "v_cache", f"shape {shape} as k_cache", list(pool.v_cache.shape))
     check_heads(q, pool.num_kv_heads, pool.head_dim, "k_cache")
+
+
+def check_page_scales(pool: KeyPool) -> None:
+    fp8 = pool.k_cache.dtype in FP8_DTYPES
+    for argument, scale in (("k_scale", pool.k_scale), ("v_scale", pool.v_scale)):
+        good = _is_number(scale) and scale > 0 and (fp8 or scale == 1)
+        expected = "a positive finite number" if fp8 else "1, as pages are not in fp8"
+        require(good, argument, expected, scale)
 
 
 def check_code_bits(bits: object, head_dim: int) -> None:
@@ -152,8 +173,7 @@ def check_index(q: Tensor, index: object, run_size: int | None, code_bits: int) 
     )
     check_code_bits(code_bits, q.shape[-1])
     if code_bits == 16:
-        check_floats("codes", index.codes, "[num_pages, page_size, num_kv_heads, head_dim]")
-        check_same("codes", index.codes, q)
+        check_rows("codes", index.codes, q)
     else:
         dims = "[num_pages, page_size, num_kv_heads, head_dim * code_bits / 8]"
         check_short("codes", index.codes, dims, torch.int8, q)
@@ -195,7 +215,8 @@ def check_summaries(q: Tensor, index: KeyIndex, run_size: int) -> None:
     assert index.summaries is not None
     if index.code_scales is None:
         check_floats("summaries", index.summaries, dims)
-        check_same("summaries", index.summaries, q)
+        fp8 = index.codes.dtype in FP8_DTYPES
+        check_same("summaries", index.summaries, q, torch.bfloat16 if fp8 else None)
     else:
         check_short("summaries", index.summaries, dims, torch.int8, q)
         dims, shape = "[num_pages, runs_per_page, num_kv_heads, 2]", index.summaries.shape[:4]

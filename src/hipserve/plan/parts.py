@@ -23,7 +23,7 @@ class Part:
     Attributes:
         count: rows of a page and head: its slots, or its runs.
         shape: of a row.
-        dtype: of its numbers; `keys` is that of the keys.
+        dtype: of its numbers; `keys` is that of the keys, bfloat16 of those in fp8.
     """
 
     count: int
@@ -32,7 +32,8 @@ class Part:
 
     def nbytes(self, key_bytes: int) -> int:
         """Bytes of one head of a page, with keys of `key_bytes` a number."""
-        return self.count * math.prod(self.shape) * WIDTHS.get(self.dtype, key_bytes)
+        width = WIDTHS.get(self.dtype, max(key_bytes, 2))
+        return self.count * math.prod(self.shape) * width
 
 
 def code_parts(page_size: int, head_dim: int, form: IndexForm) -> tuple[Part, ...]:

@@ -14,6 +14,7 @@ from hipserve.attention import Account, AttentionLayer, HeldKeys, SelectionReuse
 from hipserve.attention.crossover import rule_of
 from hipserve.config import DEFAULT, HiPConfig, IndexForm, SelectorName
 from hipserve.ops import join_runs, write_kv
+from hipserve.ops.fp8 import to_pages
 from hipserve.ops.rope import pack_rope
 from hipserve.ops.write_kv.layout import IndexLayout
 from hipserve.plan import BatchLayout
@@ -50,6 +51,9 @@ class Shape:
     kind: str = "normal"
     softcap: float = 0.0
     seed: int = 0
+    page_dtype: torch.dtype | None = None  # fp8, or that of q
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Pages:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
         """The same with every tensor, `[num_pages, page_size, ...]` each, changed."""
-        pool = KeyPool(change(self.pool.k_cache), change(self.pool.v_cache))
+        k_cache, v_cache = change(self.pool.k_cache), change(self.pool.v_cache)
+        pool = replace(self.pool, k_cache=k_cache, v_cache=v_cache)
         changed = {id(x): change(x) for x in self.index.tensors()}
         index = self.index
         return Pages(
@@ -83,7 +88,8 @@ class Pages:
 
 @dataclass
 class Case:
-    """A batch: packed q, pages (poisoned outside the sequences) and the plain k, v behind them."""
+    """A batch: packed q, pages (poisoned outside the sequences) and the plain k, v behind them, in
+    float64 where pages are in fp8."""
 
     shape: Shape
     q: Tensor
@@ -153,7 +159,15 @@ def make_case(
         wide[:, 2:-1] = q
         q = wide[:, 2:-1]
     kv, layout = in_pages(ks, vs, shape, form, backend)
+    if shape.page_dtype is not None:
+        ks = [held_in(shape.page_dtype, k, shape.k_scale) for k in ks]
+        vs = [held_in(shape.page_dtype, v, shape.v_scale) for v in vs]
     return Case(shape, q, ks, vs, kv, layout)
+
+
+def held_in(dtype: torch.dtype, x: Tensor, scale: float) -> Tensor:
+    """x as pages in fp8 hold it, times their scale, in float64."""
+    return to_pages(x, dtype, scale).double() * scale
 
 
 def in_pages(
@@ -194,11 +208,12 @@ def empty_pages(pool: int, shape: Shape, form: IndexForm = DEFAULT.index_form) -
         x = torch.empty((pool, count, heads, *row), dtype=dtype)
         return x.fill_(torch.nan if dtype.is_floating_point else 127)
 
-    k, v = (poisoned(shape.page_size, (dim,), shape.dtype) for _ in range(2))
+    dtype = shape.page_dtype or shape.dtype
+    k, v = (poisoned(shape.page_size, (dim,), dtype) for _ in range(2))
     keys = pool * shape.page_size
-    layout = IndexLayout.of_pages(shape.page_size, dim, shape.dtype, form, keys)
+    layout = IndexLayout.of_pages(shape.page_size, dim, dtype, form, keys)
     index = layout.index(k, lambda rows: poisoned(rows.count, rows.shape, rows.dtype))
-    return Pages(KeyPool(k, v), index)
+    return Pages(KeyPool(k, v, k_scale=shape.k_scale, v_scale=shape.v_scale), index)
 
 
 def random_shape(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Shape:

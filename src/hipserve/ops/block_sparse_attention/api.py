@@ -61,6 +61,7 @@ def block_sparse_attention(
         _check_window(sliding_window, selection)
         checks.check_rope(q, rope, config)
     block_table, lists = layout.block_table, pool.lists
+    scale: float = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if pool.places is not None:
         block_table = pool.places[block_table]
     return operator.attention(out)(
@@ -74,7 +75,8 @@ def block_sparse_attention(
         num_sink_tokens=config.num_sink_tokens,
         key_block_size=config.key_block_size,
         sliding_window=sliding_window,
-        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        sm_scale=scale * pool.k_scale,
+        v_scale=pool.v_scale,
         softcap=softcap,
         query_block_size=config.query_block_size,
         lists=lists.slots if lists else None,

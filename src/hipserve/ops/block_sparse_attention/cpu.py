@@ -21,6 +21,7 @@ def block_sparse_attention(
     key_block_size: int,
     sliding_window: int,
     sm_scale: float,
+    v_scale: float,  # noqa: ARG001 - of pages in fp8, which it does not read
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
     lists: Tensor | None = None,

@@ -13,8 +13,9 @@ from hipserve.ops.block_sparse_attention import cpu, reference
 from hipserve.platform import resolve_backend
 
 
-def _backend(name: str, q: Tensor) -> Any:
-    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
+def _backend(name: str, q: Tensor, k_cache: Tensor) -> Any:
+    """What reads pages for rows q, `[..., head_dim]` both."""
+    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1], k_cache.dtype)
     if chosen == "triton":
         from hipserve.ops.block_sparse_attention import triton
 
@@ -34,6 +35,7 @@ def _run(
     key_block_size: int,
     sliding_window: int,
     sm_scale: float,
+    v_scale: float,
     softcap: float,
     query_block_size: int,
     lists: Tensor | None,
@@ -43,7 +45,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator's schema is this signature."""
-    return _backend(backend, q).block_sparse_attention(
+    return _backend(backend, q, k_cache).block_sparse_attention(
         q,
         k_cache,
         v_cache,
@@ -55,6 +57,7 @@ def _run(
         key_block_size=key_block_size,
         sliding_window=sliding_window,
         sm_scale=sm_scale,
+        v_scale=v_scale,
         softcap=softcap,
         query_block_size=query_block_size,
         lists=lists,
@@ -77,7 +80,7 @@ def _run_into(
     out: Tensor, q: Tensor, *inputs: Tensor, backend: str, **options: object
 ) -> tuple[Tensor, Tensor]:
     """As `_run`; kernels for GPUs write to `out` `[num_tokens, num_q_heads, head_dim]`."""
-    module = _backend(backend, q)
+    module = _backend(backend, q, inputs[0])
     taken = module not in (cpu, reference) and out.is_contiguous() and out.dtype == q.dtype
     room = {"out": out} if taken else {}
     return module.block_sparse_attention(q, *inputs, **options, **room)

@@ -23,6 +23,7 @@ def block_sparse_attention(
     key_block_size: int,
     sliding_window: int,
     sm_scale: float,
+    v_scale: float,
     softcap: float,
     query_block_size: int,  # noqa: ARG001 - sizes tiles on a GPU
     lists: Tensor | None = None,
@@ -36,7 +37,7 @@ def block_sparse_attention(
         out: `[num_tokens, num_q_heads, head_dim]`, as `q`.
         lse: `[num_tokens, num_q_heads]` float32, or float64 for float64.
     """
-    kv = KeyPool(k_cache, v_cache)
+    kv = KeyPool(k_cache, v_cache, v_scale=v_scale)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     for i, (seq, row, num_rows, position) in enumerate(query_blocks.tolist()):
@@ -123,7 +124,8 @@ def attend(
     q_heads = torch.arange(num_q_heads, device=rows.device)
     keys, page, slot = (x[q_heads * len(x) // num_q_heads] for x in (keys, *in_pages))
     kv_heads = (q_heads * kv.num_kv_heads // num_q_heads)[:, None]
-    k, v = kv.k_cache[page, slot, kv_heads], kv.v_cache[page, slot, kv_heads].to(dtype)
+    k = kv.k_cache[page, slot, kv_heads].to(rows.dtype)
+    v = kv.v_cache[page, slot, kv_heads].to(dtype) * kv.v_scale
     if shifts is not None and rope is not None:
         k = turn(k, shifts[q_heads * len(shifts) // num_q_heads], rope)
 

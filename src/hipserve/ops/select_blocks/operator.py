@@ -18,12 +18,13 @@ from hipserve.types import BlockSelection, KeyIndex
 
 def select(inputs: SearchInputs, spec: SearchSpec, backend: str) -> Tensor:
     """`indices` `[num_query_blocks, heads, max_selected]`, by the backend."""
-    return _backend(backend, inputs.q, spec.selector.name).select_blocks(inputs, spec)
+    return _backend(backend, inputs, spec.selector.name).select_blocks(inputs, spec)
 
 
-def _backend(name: str, q: Tensor, selector: str) -> ModuleType:
+def _backend(name: str, inputs: SearchInputs, selector: str) -> ModuleType:
     """The backend that runs: as for every operation, if it has the selector."""
-    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1])
+    q = inputs.q
+    chosen = resolve_backend(name, q.device, q.dtype, q.shape[-1], inputs.codes.dtype)
     module = _module(chosen)
     if selector in module.SEARCHES:
         return module
@@ -109,7 +110,7 @@ def refresh(
     due: `[num_query_blocks]` int32.
     """
     spec = search_spec(config, inputs.rope is not None)
-    module = _backend(backend, inputs.q, spec.selector.name)
+    module = _backend(backend, inputs, spec.selector.name)
     if module not in (cpu, reference):
         return module.refresh_blocks(inputs, spec, due, selection)
     made = run(inputs, config, backend)

@@ -12,12 +12,13 @@ from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
 from hipserve.ops.write_kv.join_runs import join
 from hipserve.ops.write_kv.layout import IndexLayout
-from hipserve.platform import resolve_backend
+from hipserve.platform import FP8_DTYPES, resolve_backend
 from hipserve.types import KeyIndex, KeyPool
 
 
-def _backend(name: str, k: Tensor) -> Any:
-    chosen = resolve_backend(name, k.device, k.dtype, k.shape[-1])
+def _backend(name: str, k: Tensor, pages: Tensor) -> Any:
+    """What writes rows k `[..., head_dim]` to `pages` `[..., head_dim]`."""
+    chosen = resolve_backend(name, k.device, k.dtype, k.shape[-1], pages.dtype)
     if chosen == "triton":
         from hipserve.ops.write_kv import triton
 
@@ -52,7 +53,8 @@ def write_kv(
     >>> write_kv(*torch.randn(2, 3, 2, 64), pool, index, torch.tensor([256, 257, 258]))
 
     Args:
-        k, v: `[num_tokens, num_kv_heads, head_dim]`, dtype of the pages.
+        k, v: `[num_tokens, num_kv_heads, head_dim]`, dtype of the pages; any for pages in fp8,
+            which hold k / `pool.k_scale` and v / `pool.v_scale`, cut off at the largest number.
         pool: the pages. With `places`, slots are those of the index.
         index: of the same pages; None, or one without summaries, where no search reads any.
         slot_mapping: `[num_tokens]` int64, page * page_size + offset; -1 skips a token.
@@ -74,10 +76,12 @@ def write_kv(
             *index.parts,
             run_size=index.run_size,
             code_bits=index.code_bits,
+            k_scale=pool.k_scale,
+            v_scale=pool.v_scale,
             backend=backend,
         )
     else:
-        module = _backend(backend, k)
+        module = _backend(backend, k, pool.k_cache)
         late = (whole_runs or apart) and index.summaries is not None
         if late and module not in (cpu, reference):  # these keep every summary up to date
             module.write_whole_runs(k, v, pool, index, slot_mapping, apart)
@@ -96,7 +100,7 @@ def build_index(
 
     Args:
         k: `[num_pages, page_size, num_kv_heads, head_dim]`; with codes of 16 bits the index refers
-            to these keys.
+            to these keys. In fp8 it takes them as they are, without a scale.
         run_size: keys of the finest run, as `HiPConfig.run_size`; None makes no summaries.
         code_bits: bits of a channel of a key's code: 4, 8 or 16, as `HiPConfig.code_bits`.
         backend: `auto`, `cpu`, `triton` or `reference`.
@@ -105,7 +109,8 @@ def build_index(
         ArgumentError: k is no tensor of keys, or the sizes are out of range.
         BackendError: the backend asked for cannot run.
     """
-    checks.check_floats("k", k, "[num_pages, page_size, num_kv_heads, head_dim]")
+    dims = "[num_pages, page_size, num_kv_heads, head_dim]"
+    checks.check_floats("k", k, dims, checks.PAGE_DTYPES)
     checks.check_code_bits(code_bits, k.shape[-1])
     if run_size is not None:
         checks.check_size("run_size", run_size)
@@ -120,7 +125,8 @@ def build_index(
 def _build(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> KeyIndex:
     """`build_index` without checks; each page of k `[num_pages, page_size, num_kv_heads, head_dim]`
     is all that its long runs are joined from."""
-    index = _backend(backend, k).build_index(k, run_size, code_bits)
+    rows = k if k.dtype not in FP8_DTYPES else k.new_empty((0, k.shape[-1]), dtype=torch.bfloat16)
+    index = _backend(backend, rows, k).build_index(k, run_size, code_bits)
     table = torch.arange(k.shape[0], device=k.device)[:, None]
     join(index, table, [k.shape[1]] * k.shape[0], [0] * k.shape[0])
     return index
@@ -177,11 +183,14 @@ def _write_operator(
     summary_scales: Tensor | None,
     run_size: int,
     code_bits: int,
+    k_scale: float,
+    v_scale: float,
     backend: str,
 ) -> None:
     short = (code_bits, code_scales, summary_scales)
     index = KeyIndex(k_cache if codes is None else codes, summaries, run_size, *short)
-    _backend(backend, k).write_kv(k, v, KeyPool(k_cache, v_cache), index, slot_mapping)
+    pool = KeyPool(k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
+    _backend(backend, k, k_cache).write_kv(k, v, pool, index, slot_mapping)
 
 
 @_write_operator.register_fake

@@ -11,7 +11,13 @@ from torch import Tensor
 from hipserve.config import IndexForm
 from hipserve.plan import bound_offsets
 from hipserve.plan.parts import Part, code_parts, num_runs_of, summary_parts
+from hipserve.platform import FP8_DTYPES
 from hipserve.types import KeyIndex
+
+
+def summary_dtype(keys: torch.dtype) -> torch.dtype:
+    """The dtype of summaries of keys, beside codes of 16 bits."""
+    return torch.bfloat16 if keys in FP8_DTYPES else keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class IndexLayout:
         return self._typed(summary_parts(self.num_runs, self.head_dim, self.form))
 
     def _typed(self, parts: tuple[Part, ...]) -> tuple[Rows, ...]:
-        kinds = {"keys": self.dtype, "int8": torch.int8, "bfloat16": torch.bfloat16}
+        kinds = {"keys": summary_dtype(self.dtype), "int8": torch.int8, "bfloat16": torch.bfloat16}
         return tuple(Rows(part.count, part.shape, kinds[part.dtype]) for part in parts)
 
     @property

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from hipserve.ops.codes import SUMMARY_BITS, encode, pack, rotate
+from hipserve.ops.fp8 import to_pages
+from hipserve.ops.write_kv.layout import summary_dtype
 from hipserve.plan.runs import BOX_RADIUS, WRITTEN_LEVELS, bound_levels, bound_offsets
 from hipserve.types import KeyIndex, KeyPool
 
@@ -17,12 +19,12 @@ def write_kv(k: Tensor, v: Tensor, pool: KeyPool, index: KeyIndex, slot_mapping:
     slots = slot_mapping[written].long()
     page, slot = slots // pool.page_size, slots % pool.page_size
     place = page if pool.places is None else pool.places[page].long()
-    pool.k_cache[place, slot] = k[written]
-    pool.v_cache[place, slot] = v[written]
+    keys = to_pages(k[written], pool.k_cache.dtype, pool.k_scale)
+    pool.k_cache[place, slot] = keys
+    pool.v_cache[place, slot] = to_pages(v[written], pool.v_cache.dtype, pool.v_scale)
     if index.code_scales is not None:
-        index.codes[page, slot], index.code_scales[page, slot] = key_codes(
-            k[written], index.code_bits
-        )
+        codes, scales = key_codes(keys, index.code_bits)
+        index.codes[page, slot], index.code_scales[page, slot] = codes, scales
     if index.summaries is None:
         return
     sizes = (pool.page_size, index.run_size, index.num_runs)
@@ -53,7 +55,7 @@ def build_index(k: Tensor, run_size: int | None, code_bits: int) -> KeyIndex:
     unknown = written[0].new_zeros(k.shape[0], longer, *written[0].shape[2:])
     runs = torch.cat([*written, unknown], dim=1)  # [pages, runs, heads, 2, head_dim]
     if code_scales is None:
-        return KeyIndex(codes, runs.to(k.dtype), run_size)
+        return KeyIndex(codes, runs.to(summary_dtype(k.dtype)), run_size)
     numbers, scales = encode(runs, SUMMARY_BITS)
     summaries = (numbers.to(torch.int8), scales.bfloat16())
     return KeyIndex(codes, summaries[0], run_size, code_bits, code_scales, summaries[1])
@@ -98,6 +100,6 @@ def moments(keys: Tensor, dim: int) -> Tensor:
 def box(keys: Tensor, dim: int) -> Tensor:
     """`[..., heads, 2, head_dim]`: middle of minimum and maximum, and `BOX_RADIUS` of half their
     distance."""
-    x = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    x = keys.double() if keys.dtype == torch.float64 else keys.float()
     low, high = x.amin(dim), x.amax(dim)
     return torch.stack([(low + high) / 2, (high - low) / 2 * BOX_RADIUS], dim=-2).double()

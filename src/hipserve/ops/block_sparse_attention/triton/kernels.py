@@ -37,12 +37,13 @@ def attention_kernel(
     page_size,
     sliding_window,
     sm_scale,
+    v_scale,
     softcap,
     trained,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """out = softmax(sm_scale * q k^T) v over the keys that a query block reads, and their lse.
+    """out = softmax(sm_scale * q k^T) v * v_scale over the keys that a query block reads, and lse.
 
     A program takes a tile of the stacked rows of one query block and group of heads, and one split
     of their key list; with more than one split, `out` and `lse` are the parts that `merge_kernel`
@@ -113,7 +114,7 @@ def attention_kernel(
     d = tl.arange(0, DIM)
     out_rows = out + token * out_strides.token + q_head * out_strides.head
     keep = valid[:, None] & (d < GEOMETRY.head_dim)[None, :]
-    result = (state.acc / divisor[:, None]).to(out.dtype.element_ty)
+    result = (state.acc / divisor[:, None] * v_scale).to(out.dtype.element_ty)
     tl.store(out_rows[:, None] + d[None, :], result, mask=keep)  # [ROWS, DIM]
 
 

@@ -27,6 +27,7 @@ def block_sparse_attention(
     key_block_size: int,
     sliding_window: int,
     sm_scale: float,
+    v_scale: float,
     softcap: float,
     query_block_size: int,
     lists: Tensor | None,
@@ -62,6 +63,7 @@ def block_sparse_attention(
         same_strides=k_strides == v_strides,
         tiled=lists is not None,
         streams=rope is not None and indices is not None,
+        converted=k_cache.dtype != q.dtype,
         element_size=q.element_size(),
         device=q.device,
     )
@@ -79,7 +81,7 @@ def block_sparse_attention(
         query_blocks if indices is None else indices,
         query_blocks if window_start is None else window_start,
         *(lists, 0 if lists is None else lists.shape[2]),
-        *(k_cache.shape[1], sliding_window, sm_scale, softcap),
+        *(k_cache.shape[1], sliding_window, sm_scale, v_scale, softcap),
         (query_blocks if rope is None else rope, trained_length),
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](

@@ -118,6 +118,7 @@ def attend_tile(
         v_rows = reading.v_pages.start + key_offsets(reading.v_pages, positions, there, MASKED)
     k_tile = load_tile(k_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
     v_tile = load_tile(v_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
+    k_tile, v_tile = k_tile.to(reading.q_tile.dtype), v_tile.to(reading.q_tile.dtype)
     if GEOMETRY.streams:
         k_tile = turn_keys(k_tile, k_rows, there, start, reading, GEOMETRY, TILING)
     s = score_tile(reading, k_tile, GEOMETRY.capped)  # [ROWS, KEYS]

@@ -14,6 +14,8 @@ from hipserve.ops._triton.tiles import power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
 
 MAX_ROWS = 256
+CONVERTED_ROWS = 128
+"""More rows beside keys in fp8 would spill the registers that these are converted in."""
 WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
 PROGRAMS = 384
@@ -46,6 +48,8 @@ class Call(NamedTuple):
     same_strides: bool
     tiled: bool
     streams: bool
+    converted: bool
+    """Pages are in fp8, and keys and values become numbers like those of queries in registers."""
     element_size: int
     device: torch.device
 
@@ -155,6 +159,7 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
         wide = gpu_shared_memory(call.device) >= WIDE_BYTES
         most, keys = min(most, 128 if wide else 32), min(keys, 32 if wide else 16)
     rows = max(min(most, power_of_2(stacked)), 16)
+    rows = min(rows, CONVERTED_ROWS) if call.converted else rows
     if most == MAX_ROWS and rows == 128:
         keys = 128
     splits, small = 1, False

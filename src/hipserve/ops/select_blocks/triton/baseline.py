@@ -40,11 +40,13 @@ def best_read(
             shifts = shifts_of(queries.far, positions, there, GEOMETRY)
             for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
                 seeing, _ = load_rows(queries, tile, shift, GEOMETRY, TILING)
-                s = tl.dot(seeing, tl.trans(k_tile.codes), input_precision="ieee")
+                codes = k_tile.codes.to(seeing.dtype)  # [KEYS, DIM]
+                s = tl.dot(seeing, tl.trans(codes), input_precision="ieee")
                 s = tl.where((shifts.each == shift)[None, :], s, -float("inf"))  # [ROWS, KEYS]
                 best = tl.maximum(best, tl.max(s, axis=1))
         else:
-            s = tl.dot(q, tl.trans(k_tile.codes), input_precision="ieee")  # [ROWS, KEYS]
+            codes = k_tile.codes.to(q.dtype)  # [KEYS, DIM]
+            s = tl.dot(q, tl.trans(codes), input_precision="ieee")  # [ROWS, KEYS]
             best = tl.maximum(best, tl.max(tl.where(there[None, :], s, -float("inf")), axis=1))
     return best
 

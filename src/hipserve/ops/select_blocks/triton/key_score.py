@@ -61,7 +61,7 @@ def products(k_tile, q, GEOMETRY: tl.constexpr):
     if GEOMETRY.spec.code_bits < 16:
         return key_code_scores(k_tile.codes, k_tile.scales, q, GEOMETRY)
     else:
-        return tl.dot(k_tile.codes, tl.trans(q.rows), input_precision="ieee")
+        return tl.dot(k_tile.codes.to(q.rows.dtype), tl.trans(q.rows), input_precision="ieee")
 
 
 @triton.jit

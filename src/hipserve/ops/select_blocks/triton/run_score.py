@@ -87,8 +87,9 @@ def products(summaries, q, GEOMETRY: tl.constexpr):
     if GEOMETRY.spec.code_bits < 16:
         return run_code_scores(summaries, q)
     else:
-        s = tl.dot(summaries.center, tl.trans(q.rows), input_precision="ieee")
-        return tl.dot(summaries.radius, tl.trans(q.reached), s, input_precision="ieee")
+        center, radius = summaries.center.to(q.rows.dtype), summaries.radius.to(q.rows.dtype)
+        s = tl.dot(center, tl.trans(q.rows), input_precision="ieee")
+        return tl.dot(radius, tl.trans(q.reached), s, input_precision="ieee")
 
 
 @triton.jit

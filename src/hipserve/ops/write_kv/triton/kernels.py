@@ -14,6 +14,7 @@ import triton.language as tl
 
 from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.codes import encode, pack_nibbles, rotate
+from hipserve.ops._triton.fp8 import to_pages
 from hipserve.ops.write_kv.triton.summaries import SummaryRows, store_summary, summarize_run
 
 
@@ -70,6 +71,8 @@ def write_kernel(
     last_slots,
     places,
     page_size,
+    k_scale,
+    v_scale,
     num_heads,
     codes,
     codes_strides,
@@ -82,7 +85,7 @@ def write_kernel(
     OFFSETS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Copies the rows of one token, all heads, to its slot, and writes the codes of its keys.
+    """Copies the rows of one token, all heads, to its slot, and writes the codes of what is there.
 
     A negative slot is padding. With `last_slots`, notes for the runs around the slot:
     last_slots[run] = max(., slot + 1). With `places`, page i of the index is page places[i] here.
@@ -97,7 +100,7 @@ def write_kernel(
     head, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, DIM)[None, :]
     inside = (head < num_heads) & (d < HEAD_DIM)
     at = k + token * k_strides.token + head * k_strides.head + d
-    row = tl.load(at, mask=inside)  # [HEADS, DIM]
+    row = to_pages(tl.load(at, mask=inside), k_scale, k_cache.dtype.element_ty)  # [HEADS, DIM]
     place = pages.place_of(page, places)
     to = k_cache + place * k_to.page + offset * k_to.slot
     tl.store(to + head * k_to.head + d, row, mask=inside)
@@ -107,7 +110,7 @@ def write_kernel(
         rows_to = CodeRows(codes, strides, scales, scale_strides, num_heads)
         store_codes(row, inside, rows_to, page, offset, HEAD_DIM, DIM, BITS)
     at = v + token * v_strides.token + head * v_strides.head + d
-    row = tl.load(at, mask=inside)  # [HEADS, DIM]
+    row = to_pages(tl.load(at, mask=inside), v_scale, v_cache.dtype.element_ty)  # [HEADS, DIM]
     to = v_cache + place * v_to.page + offset * v_to.slot
     tl.store(to + head * v_to.head + d, row, mask=inside)
     if last_slots is not None:

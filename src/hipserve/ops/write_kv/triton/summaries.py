@@ -50,7 +50,8 @@ def moments_of_run(
     for start in tl.range(first, end, ROWS, loop_unroll_factor=16 // ROWS):
         slot = start + tl.arange(0, ROWS)
         at = keys + slot.to(tl.int64) * stride
-        tile = load_tile(at, slot < end, HEAD_DIM, DIM).to(tl.float64)  # [ROWS, DIM], else zeros
+        tile = load_tile(at, slot < end, HEAD_DIM, DIM)  # [ROWS, DIM], else zeros
+        tile = tile.to(tl.float32).to(tl.float64)  # no cast leads from fp8 to float64
         totals += tile
         squares += tile * tile
     total = tl.sum(totals, axis=0)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton import pages, rows
+from hipserve.ops._triton.fp8 import to_pages
 from hipserve.ops.write_kv.triton.kernels import CodeRows, store_codes
 from hipserve.ops.write_kv.triton.summaries import SummaryRows, store_summary, summarize_run
 
@@ -23,6 +24,8 @@ def append_kernel(
     slot_mapping,
     places,
     page_size,
+    k_scale,
+    v_scale,
     codes,
     codes_strides,
     scales,
@@ -55,6 +58,7 @@ def append_kernel(
     inside = d < HEAD_DIM
     keys = k_cache + place * k_to.page + head * k_to.head
     row = tl.load(k + token * k_strides.token + head * k_strides.head + d, mask=inside)  # [1, DIM]
+    row = to_pages(row, k_scale, k_cache.dtype.element_ty)
     tl.store(keys + offset.to(tl.int64) * k_to.slot + d, row, mask=inside)
     if BITS < 16:
         code_strides = pages.CacheStrides(*codes_strides)
@@ -63,6 +67,7 @@ def append_kernel(
         coded = CodeRows(code, code_strides, scale, scale_strides, 1)
         store_codes(row, inside, coded, page, offset.to(tl.int64), HEAD_DIM, DIM, BITS)
     row = tl.load(v + token * v_strides.token + head * v_strides.head + d, mask=inside)  # [1, DIM]
+    row = to_pages(row, v_scale, v_cache.dtype.element_ty)
     values = v_cache + place * v_to.page + head * v_to.head
     tl.store(values + offset.to(tl.int64) * v_to.slot + d, row, mask=inside)
     end = offset + 1
