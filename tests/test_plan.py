@@ -230,6 +230,12 @@ def test_names_resolve_on_this_machine_only(
         (["--gpu", "h101"], "hint: did you mean"),
         (["--gpu", "h100", "--kv-offload", "--code-bits", "16"], "--code-bits: expected 4 or 8"),
         (["--gpu", "h100", "--code-bits", "5"], "--code-bits: expected 4, 8 or 16, got 5"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: expected auto on a CPU machine, got fp8"),
+        (["--gpu", "h100", "--kv-cache-dtype", "fp9"], "hint: did you mean fp8?"),
+        (
+            ["--gpu", "h100", "--kv-cache-dtype", "fp8", "--kv-offload"],
+            "--kv-offload: expected keys and values as the model computes them, got fp8",
+        ),
         (["--dtype", "int8"], "--dtype: expected one of auto, bfloat16"),
         (["../nowhere/at/all"], "../nowhere/at/all, which does not exist"),
         (["no|name"], "which is neither"),
@@ -246,6 +252,15 @@ def test_wrong_words_are_named(
     sentence: str,
 ) -> None:
     assert sentence in refused(monkeypatch, capsys, *words)
+
+
+def test_keys_in_fp8_take_half_the_bytes() -> None:
+    card = ("--gpu", "h100-80g")
+    plain, fp8 = planned(*card), planned(*card, "--kv-cache-dtype", "fp8")
+    assert fp8["kv_token_bytes"] == plain["kv_token_bytes"] / 2
+    assert fp8["index_token_bytes"] == plain["index_token_bytes"]
+    assert fp8["longest_context"] > 1.5 * plain["longest_context"]
+    assert fp8["command"][-2:] == ["--kv-cache-dtype", "fp8"]
 
 
 def test_the_command_keeps_the_type_of_weights() -> None:

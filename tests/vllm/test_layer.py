@@ -284,12 +284,13 @@ def layers(count: int, config: HiPConfig) -> dict[str, Any]:
 
 
 def build(config: HiPConfig, spec: Any, made: dict[str, Any]) -> builder.HiPBuilder:
+    model: Any = {"max_model_len": 4096, "dtype": torch.float32}
     options: Any = SimpleNamespace(
         additional_config={"hip": config.to_dict()},
         speculative_config=None,
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         compilation_config=SimpleNamespace(static_forward_context=made),
-        model_config=SimpleNamespace(max_model_len=4096, get_num_attention_heads=lambda _: 2),
+        model_config=SimpleNamespace(**model, get_num_attention_heads=lambda _: 2),
         cache_config=SimpleNamespace(num_gpu_blocks=8),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         instance_id="test",
@@ -383,15 +384,16 @@ def test_what_measuring_graphs_takes_fits_beside_the_weights(
     assert block_size.largest(token, 0, memory) == 256
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("keys", [0, 2**20])
 @pytest.mark.parametrize("code_bits", [16, 8, 4])
 @pytest.mark.parametrize("size", [64, 256])
 def test_the_index_of_blocks_is_counted_with_codes_too(
-    size: int, code_bits: int, keys: int
+    size: int, code_bits: int, keys: int, dtype: torch.dtype
 ) -> None:
-    heads = 256
-    token = 2 * heads * 128 * 2
+    heads, fp8 = 256, dtype.itemsize == 1
+    token = 2 * heads * 128 * dtype.itemsize
     form = IndexForm(16, code_bits)
-    layout = kv_block.BlockLayout(size, heads, 128, torch.bfloat16, form, keys)
-    taken = block_size.measuring_bytes(token, 8, size, code_bits)
-    assert layout.padded_bytes * 8 <= taken <= 1.03 * layout.padded_bytes * 8
+    layout = kv_block.BlockLayout(size, heads, 128, dtype, form, keys)
+    taken = block_size.measuring_bytes(token, 8, size, code_bits, fp8=fp8)
+    assert layout.padded_bytes * 8 <= taken <= 1.05 * layout.padded_bytes * 8

@@ -186,6 +186,8 @@ class Plan:
         config = self.service.config
         if config is None or self.service.cards > 1:  # offload has one worker
             return None
+        if self.service.model.cache_dtype.startswith("fp8"):  # and no keys in fp8
+            return None
         offload = not self.service.offload
         coded = config.replace(code_bits=OFFLOAD_CODE_BITS if offload else 16)
         return replace(self, service=replace(self.service, offload=offload, config=coded))

@@ -105,7 +105,7 @@ class Service:
             BLOCK,
             model.num_kv_heads,
             model.head_dim,
-            key_bytes=model.itemsize,
+            key_bytes=model.key_bytes,
             form=self.config.index_form,
             keys=self.context,
         )
@@ -127,7 +127,7 @@ class Service:
     def arena_floor(self) -> int:
         """Bytes of the tiles that one step of all sequences reads."""
         model = self.model
-        slot = slot_bytes(model.num_kv_heads, model.head_dim, model.itemsize)
+        slot = slot_bytes(model.num_kv_heads, model.head_dim, model.key_bytes)
         shared = self.config is None or self.config.share_group
         tiles = self.step_tiles * (1 if shared else model.num_heads // model.num_kv_heads)
         return self.sequences * tiles * model.full_layers * slot

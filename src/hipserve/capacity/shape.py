@@ -72,7 +72,8 @@ class ModelShape:
         windows: one entry a layer: keys of its sliding window, or None where it reads everything.
         vocabulary: tokens.
         positions: that the model was made for.
-        dtype: of keys, values and activations.
+        dtype: of activations.
+        cache_dtype: of keys and values, as vLLM calls it; `auto` for that of activations.
         weights: parameters and their bytes.
         notes: what was assumed.
     """
@@ -89,11 +90,17 @@ class ModelShape:
     dtype: str
     weights: Weights
     notes: tuple[str, ...] = ()
+    cache_dtype: str = "auto"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of a key."""
+        """Bytes of a number of an activation."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a number of a key."""
+        return 1 if self.cache_dtype.startswith("fp8") else self.itemsize
 
     @property
     def full_layers(self) -> int:
@@ -103,7 +110,7 @@ class ModelShape:
     @property
     def row_bytes(self) -> int:
         """Keys and values of a token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return 2 * self.num_kv_heads * self.head_dim * self.key_bytes
 
     def part(self, cards: int) -> ModelShape:
         """What one of so many cards has under tensor parallelism: its heads, and its channels of

@@ -68,7 +68,7 @@ def keys_read(service: Service, config: HiPConfig) -> int:
 def _search_bytes(model: ModelShape, config: HiPConfig, context: int) -> float:
     """What the search of one layer reads of its index, for one row."""
     code = _row_bytes(code_parts(BLOCK, model.head_dim, config.index_form), model)
-    key = code or model.head_dim * model.itemsize
+    key = code or model.head_dim * model.key_bytes
     if config.run_size is None:
         stages = max(math.ceil(math.log2(context / config.budget)), 0)
         return model.num_kv_heads * 2 * config.budget * stages * key
@@ -86,7 +86,7 @@ def _search_bytes(model: ModelShape, config: HiPConfig, context: int) -> float:
 
 def _row_bytes(parts: tuple[Part, ...], model: ModelShape) -> int:
     """One row of every part."""
-    return sum(replace(part, count=1).nbytes(model.itemsize) for part in parts)
+    return sum(replace(part, count=1).nbytes(model.key_bytes) for part in parts)
 
 
 def tokens_per_second(service: Service, bandwidth: float) -> float:

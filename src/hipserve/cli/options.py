@@ -114,6 +114,9 @@ ExtendFactor = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help=f"Type of weights: {', '.join(DTYPES)}.")]
+KvCacheDtype = Annotated[
+    str, typer.Option(help="Type of keys and values: auto as the model computes, fp8 on a GPU.")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON output.")]
 Model = Annotated[
     str | None,

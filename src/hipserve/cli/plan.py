@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,9 @@ from hipserve.cli.numbers import at_least, parse_size
 from hipserve.cli.offloading import offloaded
 from hipserve.cli.output import result, result_json
 from hipserve.cli.plan_text import as_table, describe_model, lines, served_name
-from hipserve.errors import ArgumentError
+from hipserve.errors import ArgumentError, did_you_mean
 from hipserve.host import HostMemory, installed_gpu
+from hipserve.integrations.vllm.limits import FP8_CACHES
 from hipserve.models.bundled import BUNDLED
 from hipserve.models.config_file import read_config
 
@@ -84,6 +86,7 @@ def plan(
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
     dtype: options.DType = "auto",
+    kv_cache_dtype: options.KvCacheDtype = "auto",
     json: options.Json = False,
 ) -> None:
     """Says what a model takes on a card, from its config.json alone; exit code 1 if it does not
@@ -94,6 +97,7 @@ def plan(
     whole, cards = ModelShape.of(read_config(name), dtype), tensor_parallel_size
     machine = find_machine(gpu, device_memory)
     check_cards(cards, machine, kv_offload)
+    whole = with_cache(whole, kv_cache_dtype, machine, kv_offload)
     settings = options.make_config(config, preset, budget, selector, code_bits)
     if kv_offload:
         settings = offloaded(settings, code_bits, config, preset if machine.on_gpu else None)
@@ -124,6 +128,24 @@ def check_cards(cards: int, machine: Machine, kv_offload: bool) -> None:
     if cards > 1 and (kv_offload or not machine.on_gpu):
         expected = "a GPU and resident keys and values with it"
         raise ArgumentError("--tensor-parallel-size", expected, got)
+
+
+def with_cache(shape: ModelShape, cache: str, machine: Machine, kv_offload: bool) -> ModelShape:
+    """The model with keys and values of the type `cache`.
+
+    Raises:
+        ArgumentError: HiP attention does not read such ones there.
+    """
+    known = ("auto", shape.dtype, *FP8_CACHES)
+    if cache not in known:
+        expected = f"one of {', '.join(known)}"
+        raise ArgumentError("--kv-cache-dtype", expected, cache, did_you_mean(cache, known))
+    if cache in FP8_CACHES and not machine.on_gpu:
+        hint = "leave it out, or name a card: --gpu h100-80g"
+        raise ArgumentError("--kv-cache-dtype", "auto on a CPU machine", cache, hint)
+    if kv_offload and cache in FP8_CACHES:
+        raise ArgumentError("--kv-offload", "keys and values as the model computes them", cache)
+    return replace(shape, cache_dtype=cache)
 
 
 def find_machine(gpu: str | None, device_memory: int | None) -> Machine:
@@ -164,6 +186,8 @@ def _flags(made: Plan, chunk: int | None) -> list[str]:
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
     flags += ["--tensor-parallel-size", str(service.cards)] if service.cards > 1 else []
+    cache = service.model.cache_dtype
+    flags += ["--kv-cache-dtype", cache] if cache != "auto" else []
     parts = made.parts
     if service.offload and made.machine.on_gpu:
         flags += ["--kv-offload", "--host-kv-memory", str(parts.pool)]

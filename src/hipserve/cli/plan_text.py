@@ -87,6 +87,7 @@ def describe_model(name: str, shape: ModelShape) -> str:
     windowed = len(shape.windows) - shape.full_layers
     layers = f"{len(shape.windows)} layers" + (f" ({windowed} with a window)" if windowed else "")
     how = f", weights in {shape.weights.quantised}" if shape.weights.quantised else ""
+    how += f", keys and values in {shape.cache_dtype}" if shape.cache_dtype != "auto" else ""
     return (
         f"{name}: {shape.family}, {_parameters(shape)} parameters, {layers}, "
         f"{shape.num_kv_heads} KV heads of {shape.head_dim}, {shape.dtype}{how}"

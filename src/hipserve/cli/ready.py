@@ -61,6 +61,7 @@ class Teller:
 
 def card(server: Server, facts: Facts, seconds: float, shape: ModelShape | None = None) -> str:
     """What a user wants to know about a server that is ready."""
+    cache = server.option("--kv-cache-dtype")
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if server.api_key else ""
     body = json.dumps({"model": facts.name, "messages": [QUESTION], "max_tokens": 32})
     curl = f"curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
@@ -69,7 +70,7 @@ def card(server: Server, facts: Facts, seconds: float, shape: ModelShape | None 
         "address": f"{server.url}/v1, model {facts.name}",
         "context": f"{facts.max_context:,} tokens, prompt and answer together",
         "attention": describe(server.config, facts.max_context),
-        "KV cache": f"{facts.kv_tokens:,} tokens",
+        "KV cache": f"{facts.kv_tokens:,} tokens{f' in {cache}' if cache else ''}",
         "index": describe_index(server.config, facts, shape),
         "metrics": f"{server.url}/metrics",
         "try": f"{curl} -d '{body}'",

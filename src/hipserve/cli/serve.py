@@ -226,7 +226,8 @@ def shape_of(server: Server) -> ModelShape | None:
     dtype = server.option("--dtype") or "auto"
     if dtype == "auto":  # what vLLM makes of checkpoints in float32
         dtype = "bfloat16" if own.dtype == "float32" else own.dtype
-    return ModelShape.of(table or {}, {"float": "float32", "half": "float16"}.get(dtype, dtype))
+    shape = ModelShape.of(table or {}, {"float": "float32", "half": "float16"}.get(dtype, dtype))
+    return replace(shape, cache_dtype=server.option("--kv-cache-dtype") or "auto")
 
 
 def check(model: str, flags: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from hipserve.integrations.vllm import settings
 from hipserve.integrations.vllm.builder import HiPBuilder
 from hipserve.integrations.vllm.kv_block import BlockLayout
 from hipserve.integrations.vllm.layer import HiPImpl
-from hipserve.integrations.vllm.limits import BLOCK_SIZE
+from hipserve.integrations.vllm.limits import BLOCK_SIZE, FP8_CACHES
 from hipserve.integrations.vllm.offload import index_only
 from hipserve.platform import head_dim_refusal
 
@@ -31,7 +31,10 @@ class HiPBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        *("auto", "float16", "bfloat16", "float32"),
+        *FP8_CACHES,
+    ]
 
     @staticmethod
     def get_name() -> str:

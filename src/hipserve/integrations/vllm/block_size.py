@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hipserve.integrations.vllm.limits import BLOCK_SIZE
+from hipserve.integrations.vllm.limits import BLOCK_SIZE, FP8_CACHES
 from hipserve.integrations.vllm.settings import hip_config
 
 if TYPE_CHECKING:
@@ -21,23 +21,27 @@ PROFILE_SHARE = 8
 """The cache that graphs are measured with takes up to one part in so many of the card."""
 
 INDEX_BYTES = {16: 1.095, 8: 1.31, 4: 1.19}
-"""Maximum ratio of the bytes of a block with its index and without, by bits of a code: with 64
-tokens, and sequences of up to 8M of them."""
+"""Maximum ratio of the bytes of a block with its index and without, by bits of a code, where keys
+have 16 bits: with 64 tokens, and sequences of up to 8M of them."""
 
 
 def of_engine(vllm_config: VllmConfig, memory: int) -> int:
     """The block size for a card of `memory` bytes."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
-    token = 2 * heads * dim * model.dtype.itemsize * model.get_num_layers(parallel)
+    fp8 = vllm_config.cache_config.cache_dtype in FP8_CACHES
+    itemsize = 1 if fp8 else model.dtype.itemsize
+    token = 2 * heads * dim * itemsize * model.get_num_layers(parallel)
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     if vllm_config.cache_config.kv_cache_memory_bytes:  # then vLLM measures nothing
         captured = 0
     captured = min(vllm_config.scheduler_config.max_num_seqs, captured)
-    return largest(token, captured, memory, hip_config(vllm_config).code_bits)
+    return largest(token, captured, memory, hip_config(vllm_config).code_bits, fp8=fp8)
 
 
-def largest(token_bytes: int, captured: int, memory: int, code_bits: int = 16) -> int:
+def largest(
+    token_bytes: int, captured: int, memory: int, code_bits: int = 16, *, fp8: bool = False
+) -> int:
     """The largest block size whose measuring cache fits.
 
     Args:
@@ -45,15 +49,17 @@ def largest(token_bytes: int, captured: int, memory: int, code_bits: int = 16) -
         captured: sequences of the largest graph.
         memory: bytes of the card.
         code_bits: as in `HiPConfig`.
+        fp8: keys and values are in fp8, beside which an index is as large as beside 16 bits.
     """
-    fits = (
-        size
-        for size in SIZES
-        if measuring_bytes(token_bytes, captured, size, code_bits) <= memory / PROFILE_SHARE
-    )
+    asked = {"code_bits": code_bits, "fp8": fp8}
+    most = memory / PROFILE_SHARE
+    fits = (x for x in SIZES if measuring_bytes(token_bytes, captured, x, **asked) <= most)
     return next(fits, SIZES[-1])
 
 
-def measuring_bytes(token_bytes: int, captured: int, block_size: int, code_bits: int = 16) -> float:
+def measuring_bytes(
+    token_bytes: int, captured: int, block_size: int, code_bits: int = 16, *, fp8: bool = False
+) -> float:
     """Bytes of the cache that vLLM measures graphs with."""
-    return token_bytes * captured * block_size * INDEX_BYTES[code_bits]
+    index = (INDEX_BYTES[code_bits] - 1) * (2 if fp8 else 1)
+    return token_bytes * captured * block_size * (1 + index)

@@ -109,7 +109,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
     def _rule(vllm_config: VllmConfig, spec: AttentionSpec, device: torch.device) -> PruningRule:
         """The pruning rule of all layers, with the crossovers of this machine."""
         group = heads_of(vllm_config) // spec.num_kv_heads
-        kind = (device, spec.dtype, spec.head_size, max(group, 1))
+        kind = (device, vllm_config.model_config.dtype, spec.head_size, max(group, 1))
         return rule_for(settings.hip_config(vllm_config), *kind)
 
     @classmethod

@@ -29,6 +29,23 @@ if TYPE_CHECKING:
     from hipserve.config import HiPConfig
 
 
+PAGE_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What vLLM's bytes are, by its name for them; other blocks say it themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """Keys and values of a layer's blocks, where these are in fp8; scales as in `KeyPool`."""
+
+    dtype: torch.dtype
+    k_scale: float
+    v_scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """Sizes of one layer's part of a KV block: rows of keys and values, then the index of the keys.
@@ -48,7 +65,8 @@ class BlockLayout:
     def of(cls, spec: AttentionSpec, config: HiPConfig, keys: int = 0) -> BlockLayout:
         """The layout of a layer that may be pruned, for sequences of up to `keys` keys."""
         shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
-        return cls(*shape, spec.dtype, config.index_form, keys)
+        dtype = PAGE_DTYPES["fp8"] if spec.dtype == torch.uint8 else spec.dtype  # all as large
+        return cls(*shape, dtype, config.index_form, keys)
 
     @property
     def index(self) -> IndexLayout:
@@ -97,7 +115,9 @@ class BlockPages:
     index: KeyIndex
 
 
-def pages_of(kv_cache: Tensor, form: IndexForm, keys: int = 0) -> BlockPages:
+def pages_of(
+    kv_cache: Tensor, form: IndexForm, keys: int = 0, fp8: Fp8 | None = None
+) -> BlockPages:
     """`page_views` that are made once for kv_cache `[num_blocks, num_kv_heads, block_size,
     2 * head_dim]`.
 
@@ -105,28 +125,33 @@ def pages_of(kv_cache: Tensor, form: IndexForm, keys: int = 0) -> BlockPages:
     vLLM measures CUDA graphs, or an engine stops.
     """
     known: tuple[Any, BlockPages] | None = getattr(kv_cache, "hipserve_pages", None)
-    if known is None or known[0] != (form, keys):
-        known = ((form, keys), page_views(kv_cache, form, keys))
+    asked = (form, keys, fp8)
+    if known is None or known[0] != asked:
+        known = (asked, page_views(kv_cache, *asked))
         kv_cache.hipserve_pages = known  # type: ignore[attr-defined]
     return known[1]
 
 
-def page_views(kv_cache: Tensor, form: IndexForm, keys: int = 0) -> BlockPages:
+def page_views(
+    kv_cache: Tensor, form: IndexForm, keys: int = 0, fp8: Fp8 | None = None
+) -> BlockPages:
     """Keys, values and their index inside a layer's KV blocks, without copying.
 
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_dim]`, vLLM's.
         form: what the index holds.
         keys: of the longest sequence.
+        fp8: of kv_cache in bytes: what they are.
     """
     blocks, heads, size, content = kv_cache.shape
     dim, (stride, head, token, _) = content // 2, kv_cache.stride()
     rows = (blocks, size, heads, dim), (stride, token, head, 1)
     values = dim * kv_cache.element_size()
-    kinds = (kv_cache, kv_cache.dtype)
-    k_cache, v_cache = (_view(*kinds, start, *rows) for start in (0, values))
-    pool = KeyPool(k_cache, v_cache)
-    layout = BlockLayout(size, heads, dim, kv_cache.dtype, form, keys)
+    dtype = fp8.dtype if fp8 else kv_cache.dtype
+    k_cache, v_cache = (_view(kv_cache, dtype, start, *rows) for start in (0, values))
+    scales = {"k_scale": fp8.k_scale, "v_scale": fp8.v_scale} if fp8 else {}
+    pool = KeyPool(k_cache, v_cache, **scales)
+    layout = BlockLayout(size, heads, dim, dtype, form, keys)
     return BlockPages(pool, index_of(kv_cache, layout, layout.content_bytes, pool.k_cache))
 
 

@@ -23,13 +23,24 @@ from hipserve.errors import ArgumentError, BackendError
 from hipserve.integrations.factors import with_own_factors
 from hipserve.integrations.rope import read_rope
 from hipserve.integrations.vllm import compat, graphs, runners, settings
-from hipserve.integrations.vllm.kv_block import BlockPages, pages_of, rebuild_index
+from hipserve.integrations.vllm.kv_block import (
+    PAGE_DTYPES,
+    BlockPages,
+    Fp8,
+    pages_of,
+    rebuild_index,
+)
 from hipserve.integrations.vllm.metrics import Tally, tally
 from hipserve.integrations.vllm.offload import HostedLayer, LoadCounter
 from hipserve.integrations.vllm.step import HiPStep
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, PruningRule, RefreshSchedule
-from hipserve.platform import head_dim_refusal, triton_library, triton_refusal
+from hipserve.platform import (
+    head_dim_refusal,
+    key_refusal,
+    triton_library,
+    triton_refusal,
+)
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 
 layer_index = functools.cache(extract_layer_index)
@@ -63,6 +74,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
             graphs.limit_graphs()
         self.device = torch.device(current_platform.device_type)
         refuse_without_kernels(self.device, vllm_config.model_config.dtype, head_size)
+        refuse_without_fp8(self.device, kv_cache_dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window or 0
@@ -110,7 +122,10 @@ class HiPImpl(AttentionImpl[HiPStep]):
         keys and values are, if not there."""
         if self.hosted is not None:
             return self.hosted.blocks(kv_cache)
-        return pages_of(kv_cache, self.index_form(layer), self.longest)
+        form, dtype = self.index_form(layer), PAGE_DTYPES.get(self.kv_cache_dtype)
+        # vLLM sets the scales when it has loaded the model; a graph holds them.
+        fp8 = dtype and Fp8(dtype, layer._k_scale_float, layer._v_scale_float)
+        return pages_of(kv_cache, form, self.longest, fp8)
 
     def keeps_index(self, layer: Any) -> bool:
         """The layer writes pages whose index is read."""
@@ -304,6 +319,16 @@ def refuse_without_kernels(device: torch.device, dtype: torch.dtype, head_dim: i
         raise BackendError(
             f"HiP attention cannot serve on {device}: {refusal}",
             f"{install}leave out --attention-backend CUSTOM",
+        )
+
+
+def refuse_without_fp8(device: torch.device, kv_cache_dtype: str) -> None:
+    """Raises BackendError where a GPU cannot read keys in the dtype that vLLM calls so."""
+    refusal = key_refusal("triton", device, PAGE_DTYPES.get(kv_cache_dtype))
+    if refusal:
+        raise BackendError(
+            f"HiP attention cannot serve --kv-cache-dtype {kv_cache_dtype}: {refusal}",
+            "use --kv-cache-dtype fp8_e5m2, or leave it out",
         )
 
 

@@ -15,6 +15,10 @@ BLOCK_SIZE = 256
 """Tokens of a KV block unless the user says otherwise: it has summaries of all levels."""
 
 
+FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""What vLLM calls keys and values in fp8; the first means the second."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What HiP attention has to know of an engine; much of it is known before there is one.
@@ -47,7 +51,7 @@ def check_engine(config: HiPConfig, offload: Offload | None, engine: Engine) -> 
         ConfigError: naming the option.
     """
     check_block_size(engine.block_size, config)
-    check_cache_dtype(engine.cache_dtype, engine.dtype)
+    check_cache_dtype(engine.cache_dtype, engine.dtype, engine.device)
     if engine.model is not None:
         check_extend(engine.model, config)
         with_own_factors(config, engine.model)
@@ -68,10 +72,11 @@ def check_offload(offload: Offload, config: HiPConfig, engine: Engine) -> None:
         f"{engine.workers} worker processes": engine.workers > 1,
         "a KV connector, which would move the index only": engine.connects,
         "speculative decoding": engine.speculates,
+        f"keys and values in {engine.cache_dtype}": engine.cache_dtype in FP8_CACHES,
     }
     place = "host memory beside a GPU" if on_gpu else "a file beside a CPU"
     for reason in (reason for reason, found in reasons.items() if found):
-        expected = f"one worker, {place}, code_bits 4 or 8, and no connector"
+        expected = f"one worker, {place}, code_bits 4 or 8, the model's dtype, and no connector"
         raise ConfigError("offload", expected, reason)
 
 
@@ -109,14 +114,15 @@ def check_meter(config: HiPConfig, device: str, offload: Offload | None) -> None
         )
 
 
-def check_cache_dtype(cache: str, model: str) -> None:
-    """Raises ConfigError where keys would not be kept as the model computes them."""
-    if cache not in ("auto", model):
+def check_cache_dtype(cache: str, model: str, device: str = "cpu") -> None:
+    """Raises ConfigError where keys would be kept neither as the model computes them, nor in fp8 on
+    a GPU."""
+    fp8 = () if device == "cpu" else FP8_CACHES
+    if cache not in ("auto", model, *fp8):
         floats = cache in ("float16", "bfloat16", "float32")
         other = f"compute in it too (--dtype {cache})" if floats else "use --dense"
-        raise ConfigError(
-            "kv_cache_dtype", f"{model}, as the model computes", cache, f"leave it out, or {other}"
-        )
+        expected = f"{model}, as the model computes" + (", or fp8" if fp8 else "")
+        raise ConfigError("kv_cache_dtype", expected, cache, f"leave it out, or {other}")
 
 
 def check_block_size(block_size: int, config: HiPConfig) -> None:
