@@ -4,6 +4,7 @@
     python benchmarks/gpu.py tune             # tiles of the search, timed
     python benchmarks/gpu.py compile --first 0   # one row's kernels into Triton's cache
     python benchmarks/gpu.py speed --csv docs/data/attention-h200.csv
+    python benchmarks/gpu.py speed --kv-dtype fp8   # every row with pages in fp8 as well
 
 `speed` runs `check` first and times nothing if it fails. One layer, 32/8 heads, head_dim 128,
 bfloat16, the default configuration; selection is part of every HiP number. Dense is the fastest of
@@ -43,6 +44,11 @@ from hipserve.types import BlockSelection, KeyIndex, KeyPool
 from options import launch, need_gpu
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PAGE_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 Rows = list[dict[str, Any]]
 
 
@@ -86,29 +92,35 @@ def fastest(
     return min(times.items(), key=lambda item: item[1], default=("none", float("nan")))
 
 
-def prefill(length: int, config: HiPConfig) -> dict[str, Any]:
+def prefill(
+    length: int, config: HiPConfig, page_dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Milliseconds of a layer; with pages in fp8 `hip` is the sum of its parts."""
     q, k, v = inputs(length)
     runs = 3 if length > 65536 else 5
     layers = min(max(2**18 // length, 4), 32)
     name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs, layers)
-    pool, index, layout = paged(k, v, length, config)
+    pool, index, layout = paged(k, v, length, config, page_dtype)
     rows = q[0]
     chosen = select_blocks(rows, index, layout, config=config, check=False)
     parts = {
-        "index": lambda: build_index(k, **config.index_form._asdict()),
+        "index": lambda: build_index(pool.k_cache, **config.index_form._asdict()),
         "select": lambda: select_blocks(rows, index, layout, config=config, check=False),
         "attend": lambda: block_sparse_attention(
             rows, pool, layout, chosen, config=config, check=False
         ),
-        "hip": lambda: hip_attention(q, k, v, config=config),
     }
+    if page_dtype == torch.bfloat16:
+        parts["hip"] = lambda: hip_attention(q, k, v, config=config)
     times = {part: milliseconds(call, runs, layers) for part, call in parts.items()}
+    times.setdefault("hip", sum(times.values()))
     listed = (chosen.indices >= 0).sum().item() * config.key_block_size / KV_HEADS
     position = torch.arange(0, length, 64, device="cuda")
     window = (position + 64 - chosen.window_start).sum().item()
     flops = 4 * 64 * HEADS * DIM * (listed + window + config.num_sink_tokens * len(position))
     return {
         "what": "prefill",
+        "pages": name_of(page_dtype),
         "length": length,
         "batch": 1,
         "dense": name,
@@ -132,14 +144,19 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def decode(
-    length: int, batch: int, config: HiPConfig, layers: int, room: int = 0
+    length: int,
+    batch: int,
+    config: HiPConfig,
+    layers: int,
+    room: int = 0,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Microseconds of one layer's step; one graph serves refresh and reuse, a flag decides.
 
     The block table of an engine's graph has room for the longest sequence that it serves: `room`
     keys, or these only if 0. Where nothing in it can be pruned, nothing is searched.
     """
-    made = [decode_inputs(length, batch, config, seed) for seed in range(layers)]
+    made = [decode_inputs(length, batch, config, seed, page_dtype) for seed in range(layers)]
     q, pools, indexes, layouts = zip(*made, strict=True)
     layout = layouts[0]
     columns = layout.block_table.shape[1]
@@ -201,6 +218,7 @@ def decode(
     hip8 = (fresh + 7 * reused) / 8
     return {
         "what": "decode",
+        "pages": name_of(page_dtype),
         "length": length,
         "batch": batch,
         "room": layout.block_table.shape[1] * PAGE,
@@ -256,10 +274,13 @@ TILES = [(128, 64, 32, 2), (128, 64, 64, 1), (128, 32, 32, 2), (64, 64, 32, 2), 
 LONE_TILES = [(128, 64, 128, 1), (128, 32, 128, 1), (64, 64, 64, 1), (256, 64, 128, 1)]
 
 
-def jobs(config: HiPConfig, layers: int = 8) -> list[functools.partial[dict[str, Any]]]:
-    """The table of `speed`, the most wanted rows first."""
+def jobs(
+    config: HiPConfig, layers: int = 8, page_dtype: torch.dtype = torch.bfloat16
+) -> list[functools.partial[dict[str, Any]]]:
+    """The table of `speed`, the most wanted rows first: each with pages in bfloat16, and with those
+    of another type behind it."""
     few = min(layers, 4)
-    return [
+    rows = [
         functools.partial(prefill, 131072, config),
         functools.partial(decode, 131072, 1, config, layers),
         functools.partial(decode, 131072, 8, config, few),
@@ -276,15 +297,24 @@ def jobs(config: HiPConfig, layers: int = 8) -> list[functools.partial[dict[str,
         functools.partial(decode, 8192, 8, config, few),
         functools.partial(decode, 32768, 8, config, few),
     ]
+    if page_dtype == torch.bfloat16:
+        return rows
+    return [job for row in rows for job in (row, functools.partial(row, page_dtype=page_dtype))]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def speed(path: str | None, deadline: float, config: HiPConfig, only: str) -> None:
+def speed(
+    path: str | None, deadline: float, config: HiPConfig, only: str, page_dtype: torch.dtype
+) -> None:
     rows: Rows = []
-    for job in jobs(config):
+    for job in jobs(config, page_dtype=page_dtype):
         if only not in ("", job.func.__name__):
             continue
         if time.time() > deadline:
@@ -329,6 +359,9 @@ def main() -> None:
     parser.add_argument(
         "--config", type=json.loads, default="{}", help="changes of the default, as JSON"
     )
+    parser.add_argument(
+        "--kv-dtype", choices=PAGE_DTYPES, default="bfloat16", help="of pages: check and speed"
+    )
     options = parser.parse_args()
     need_gpu()
     began = time.time()
@@ -340,11 +373,13 @@ def main() -> None:
         jobs(HiPConfig(), layers=1)[options.first]()
     else:
         seeds = range(options.first, options.first + options.count)
-        if not check(seeds, options.processes, options.seconds):
+        fp8 = options.kv_dtype != "bfloat16"
+        if not check(seeds, options.processes, options.seconds, fp8=fp8):
             sys.exit(1)
         if options.what == "speed":
             config = HiPConfig().replace(**options.config)
-            speed(options.csv, began + options.seconds, config, options.only)
+            pages = PAGE_DTYPES[options.kv_dtype]
+            speed(options.csv, began + options.seconds, config, options.only, pages)
     say(f"{time.time() - began:.0f} s")
 
 

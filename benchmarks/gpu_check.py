@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 import random
@@ -16,6 +17,7 @@ from gpu_inputs import say
 from hipserve import HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
 from hipserve.plan import BatchLayout
+from hipserve.platform import FP8_DTYPES
 from hipserve.testing.cases import Shape, make_case, random_config, random_shape
 from hipserve.testing.oracle import assert_as_exact, readable
 from hipserve.types import BlockSelection
@@ -41,7 +43,14 @@ def later_windows(selection: BlockSelection, layout: BatchLayout, shift: int) ->
     )
 
 
-def check_one(seed: int) -> None:
+def in_fp8(seed: int, shape: Shape) -> Shape:
+    """The same with pages in fp8; scales that are powers of two leave the grid one."""
+    rng = random.Random(f"fp8 {seed}")
+    scaled = {"k_scale": rng.choice([1.0, 0.25]), "v_scale": rng.choice([1.0, 0.013, 7.0])}
+    return dataclasses.replace(shape, page_dtype=rng.choice(FP8_DTYPES), **scaled)
+
+
+def check_one(seed: int, fp8: bool = False) -> None:
     """Raises AssertionError where a random configuration differs from the definition."""
     rng = random.Random(seed)
     shape = random_shape(rng, (torch.bfloat16, torch.float16))
@@ -50,6 +59,7 @@ def check_one(seed: int) -> None:
         shape, config = in_tiles(rng, shape, config)
     if shape.kind == "normal":
         shape = dataclasses.replace(shape, kind="grid")
+    shape = in_fp8(seed, shape) if fp8 else shape
     case = make_case(shape, config.index_form)
     gpu = case.on("cuda")
     chosen = select_blocks(gpu.q, gpu.index, gpu.layout, config=config)
@@ -72,23 +82,27 @@ def check_one(seed: int) -> None:
         assert_as_exact(out.cpu(), lse.cpu(), case, readable(case, mask, config))
 
 
-def failure_of(seed: int) -> str:
+def failure_of(seed: int, fp8: bool = False) -> str:
     """What is wrong with a configuration, if anything: a check reports it and goes on."""
     try:
-        check_one(seed)
+        check_one(seed, fp8)
     except Exception as error:
         return f"check {seed} FAILED: {type(error).__name__}: {str(error)[:300]}"
     return ""
 
 
-def check(seeds: Iterable[int], processes: int = 1, seconds: float = math.inf) -> bool:
+def check(
+    seeds: Iterable[int], processes: int = 1, seconds: float = math.inf, *, fp8: bool = False
+) -> bool:
     """Checks configurations, each with kernels of its own, until the time is over.
 
     Compiling them takes most of the time, so that several processes get further.
+
+    fp8: they have pages in fp8.
     """
     began, done, failed = time.time(), 0, 0
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for complaint in pool.imap_unordered(failure_of, seeds):
+        for complaint in pool.imap_unordered(functools.partial(failure_of, fp8=fp8), seeds):
             done += 1
             failed += bool(complaint)
             if complaint:

@@ -37,8 +37,13 @@ def inputs(length: int, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor
 
 
 def paged(
-    k: Tensor, v: Tensor, query_len: int, config: HiPConfig
+    k: Tensor,
+    v: Tensor,
+    query_len: int,
+    config: HiPConfig,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[KeyPool, KeyIndex, BatchLayout]:
+    k, v = k.to(page_dtype), v.to(page_dtype)
     batch, length = k.shape[:2]
     index = build_index(k, **config.index_form._asdict())
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
@@ -51,7 +56,11 @@ def paged(
 
 
 def decode_inputs(
-    length: int, batch: int, config: HiPConfig, seed: int = 0
+    length: int,
+    batch: int,
+    config: HiPConfig,
+    seed: int = 0,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, KeyPool, KeyIndex, BatchLayout]:
     """One row for each of `batch` sequences in shuffled pages, the same pages for every seed.
 
@@ -67,9 +76,11 @@ def decode_inputs(
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     options["generator"] = g.manual_seed(seed)
     q = torch.randn(batch, HEADS, DIM, **options)
-    pool, index = empty_pages(batch * count, PAGE, config.index_form, q[:, :KV_HEADS])
+    like = q[:, :KV_HEADS].to(page_dtype)
+    pool, index = empty_pages(batch * count, PAGE, config.index_form, like)
     for x in (pool.k_cache, pool.v_cache):
-        x.normal_(generator=g)
+        for page in x:
+            page.copy_(torch.randn(page.shape, **options))
     made = build_index(pool.k_cache, **config.index_form._asdict())
     for held, rows in zip(index.tensors(), made.tensors(), strict=True):
         held[:, : rows.shape[1]] = rows
@@ -79,5 +90,5 @@ def decode_inputs(
 
 def contiguous(x: Tensor, block_table: Tensor) -> Tensor:
     """`[batch, length, num_kv_heads, head_dim]` out of the pages, a head's rows together."""
-    pages = x[block_table.long()].permute(0, 3, 1, 2, 4)
+    pages = x[block_table.long()].to(torch.bfloat16).permute(0, 3, 1, 2, 4)
     return pages.flatten(2, 3).contiguous().transpose(1, 2)

@@ -151,7 +151,7 @@ class ModelShape:
         dtype = _dtype(own) if dtype == "auto" else dtype
         heads = _number(own, "num_attention_heads")
         hidden = _number(own, "hidden_size")
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden": hidden,
             "num_heads": heads,
             "num_kv_heads": int(own.get("num_key_value_heads") or heads),
