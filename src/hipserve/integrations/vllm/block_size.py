@@ -51,9 +51,12 @@ def largest(
         code_bits: as in `HiPConfig`.
         fp8: keys and values are in fp8, beside which an index is as large as beside 16 bits.
     """
-    asked = {"code_bits": code_bits, "fp8": fp8}
-    most = memory / PROFILE_SHARE
-    fits = (x for x in SIZES if measuring_bytes(token_bytes, captured, x, **asked) <= most)
+    fits = (
+        size
+        for size in SIZES
+        if measuring_bytes(token_bytes, captured, size, code_bits, fp8=fp8)
+        <= memory / PROFILE_SHARE
+    )
     return next(fits, SIZES[-1])
 
 

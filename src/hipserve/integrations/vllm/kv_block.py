@@ -9,7 +9,7 @@ request did not write itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ PAGE_DTYPES = {
 """What vLLM's bytes are, by its name for them; other blocks say it themselves."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8:
+class Fp8(NamedTuple):
     """Keys and values of a layer's blocks, where these are in fp8; scales as in `KeyPool`."""
 
     dtype: torch.dtype
@@ -147,10 +146,9 @@ def page_views(
     dim, (stride, head, token, _) = content // 2, kv_cache.stride()
     rows = (blocks, size, heads, dim), (stride, token, head, 1)
     values = dim * kv_cache.element_size()
-    dtype = fp8.dtype if fp8 else kv_cache.dtype
+    dtype, k_scale, v_scale = (kv_cache.dtype, 1.0, 1.0) if fp8 is None else fp8
     k_cache, v_cache = (_view(kv_cache, dtype, start, *rows) for start in (0, values))
-    scales = {"k_scale": fp8.k_scale, "v_scale": fp8.v_scale} if fp8 else {}
-    pool = KeyPool(k_cache, v_cache, **scales)
+    pool = KeyPool(k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
     layout = BlockLayout(size, heads, dim, dtype, form, keys)
     return BlockPages(pool, index_of(kv_cache, layout, layout.content_bytes, pool.k_cache))
 
