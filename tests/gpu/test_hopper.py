@@ -37,6 +37,7 @@ CALL = Call(
     same_strides=True,
     tiled=False,
     streams=False,
+    converted=False,
     element_size=2,
     device=torch.device("cuda"),
 )
@@ -48,6 +49,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a model's own window": {"windowed": True},
     "softcap": {"capped": True},
     "turned rows": {"streams": True},
+    "pages in fp8": {"converted": True},
     "tiles of keys in host memory": {"tiled": True},
     "small key blocks": {"key_block_size": 8},
     "sinks that are no runs of 16": {"num_sink_tokens": 8},
@@ -116,6 +118,7 @@ def test_a_hopper_takes_it_and_others_do_not(monkeypatch: pytest.MonkeyPatch) ->
                 *(q, pages, pages, table, blocks, None, None),
                 **sizes,
                 sm_scale=sm_scale,
+                v_scale=1.0,
                 softcap=0.0,
                 query_block_size=64,
                 lists=None,

@@ -61,7 +61,7 @@ def make_shape(call: Call) -> Shape | None:
     heads = max(call.selected[1] if call.selected else 0, kv_heads)
     group_size = num_q_heads // heads
     large = FEW_ROWS < call.max_rows <= BLOCK_ROWS and group_size > 1
-    other = call.windowed or call.capped or call.tiled or call.streams
+    other = call.windowed or call.capped or call.tiled or call.streams or call.converted
     plain = call.element_size == 2 and head_dim in (64, 128) and not other
     in_runs = page_size % RUN == 0 and page_size & (page_size - 1) == 0
     if call.selected:
