@@ -166,7 +166,7 @@ def make_case(
 
 
 def held_in(dtype: torch.dtype, x: Tensor, scale: float) -> Tensor:
-    """x as pages in fp8 hold it, times their scale, in float64."""
+    """x `[..., head_dim]` as pages in fp8 hold it, times their scale, in float64."""
     return to_pages(x, dtype, scale).double() * scale
 
 

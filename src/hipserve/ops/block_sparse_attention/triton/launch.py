@@ -76,9 +76,8 @@ def block_sparse_attention(
     parts, part_lse = (out, lse) if tiling.splits == 1 else make_parts(q, tiling.splits)
     inputs = (  # in the kernel's order; by name they would cost half a microsecond each
         *(q, q.stride()[:2], k_cache, k_strides[:3], v_cache, v_strides[:3]),
-        *(parts, parts.stride()[:2], part_lse, tokens),
-        *(block_table, block_table.stride(0), query_blocks, blocks),
-        query_blocks if indices is None else indices,
+        *(parts, parts.stride()[:2], part_lse, tokens, block_table, block_table.stride(0)),
+        *(query_blocks, blocks, query_blocks if indices is None else indices),
         query_blocks if window_start is None else window_start,
         *(lists, 0 if lists is None else lists.shape[2]),
         *(k_cache.shape[1], sliding_window, sm_scale, v_scale, softcap),
