@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from hipserve.platform import interpreting
+
+
+class PageForm(NamedTuple):
+    """How pages hold rows."""
+
+    size: Any
+    """Slots of a page."""
+    k_scale: Any
+    v_scale: Any
+    """As `KeyPool` has them."""
 
 
 @triton.jit

@@ -36,14 +36,13 @@ def attention_kernel(
     list_stride,
     page_size,
     sliding_window,
-    sm_scale,
-    v_scale,
+    scales,
     softcap,
     trained,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """out = softmax(sm_scale * q k^T) v * v_scale over the keys that a query block reads, and lse.
+    """out = softmax(scale * q k^T) v * v_scale over the keys that a query block reads, and lse.
 
     A program takes a tile of the stacked rows of one query block and group of heads, and one split
     of their key list; with more than one split, `out` and `lse` are the parts that `merge_kernel`
@@ -53,7 +52,7 @@ def attention_kernel(
     dependent_launch_wait(TILING.chained)
     q_strides, out_strides = rows.RowStrides(*q_strides), rows.RowStrides(*out_strides)
     k_strides, v_strides = pages.CacheStrides(*k_strides), pages.CacheStrides(*v_strides)
-    trained = softmax.Trained(*trained)
+    trained, scales = softmax.Trained(*trained), softmax.Scales(*scales)
     split = tl.program_id(0) % TILING.splits
     row_tile = tl.program_id(0) // TILING.splits % TILING.row_tiles
     block = num_query_blocks - 1 - tl.program_id(0) // (TILING.splits * TILING.row_tiles)
@@ -93,7 +92,7 @@ def attention_kernel(
         end=part.end,
         last_seen=key_list.own + row,
         position=query_block.position + row,
-        sm_scale=sm_scale,
+        sm_scale=scales.scores,
         softcap=softcap,
         sliding_window=sliding_window,
         rope=trained.rope,
@@ -114,7 +113,7 @@ def attention_kernel(
     d = tl.arange(0, DIM)
     out_rows = out + token * out_strides.token + q_head * out_strides.head
     keep = valid[:, None] & (d < GEOMETRY.head_dim)[None, :]
-    result = (state.acc / divisor[:, None] * v_scale).to(out.dtype.element_ty)
+    result = (state.acc / divisor[:, None] * scales.values).to(out.dtype.element_ty)
     tl.store(out_rows[:, None] + d[None, :], result, mask=keep)  # [ROWS, DIM]
 
 

@@ -80,7 +80,7 @@ def block_sparse_attention(
         *(query_blocks, blocks, query_blocks if indices is None else indices),
         query_blocks if window_start is None else window_start,
         *(lists, 0 if lists is None else lists.shape[2]),
-        *(k_cache.shape[1], sliding_window, sm_scale, v_scale, softcap),
+        *(k_cache.shape[1], sliding_window, (sm_scale, v_scale), softcap),
         (query_blocks if rope is None else rope, trained_length),
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](

@@ -27,6 +27,14 @@ class Softmax(NamedTuple):
     """`[ROWS]` float32: sum of 2^(score - maximum)."""
 
 
+class Scales(NamedTuple):
+    """Factors of what pages hold."""
+
+    scores: Any
+    """Of q.k: sm_scale times that of keys."""
+    values: Any
+
+
 class Trained(NamedTuple):
     """What a block beyond the trained length needs to know of the model."""
 

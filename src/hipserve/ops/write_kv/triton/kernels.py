@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hipserve.ops._triton import pages, rows
 from hipserve.ops._triton.codes import encode, pack_nibbles, rotate
-from hipserve.ops._triton.fp8 import to_pages
+from hipserve.ops._triton.fp8 import PageForm, to_pages
 from hipserve.ops.write_kv.triton.summaries import SummaryRows, store_summary, summarize_run
 
 
@@ -70,9 +70,7 @@ def write_kernel(
     slot_mapping,
     last_slots,
     places,
-    page_size,
-    k_scale,
-    v_scale,
+    form,
     num_heads,
     codes,
     codes_strides,
@@ -92,15 +90,16 @@ def write_kernel(
     """
     k_strides, v_strides = rows.RowStrides(*k_strides), rows.RowStrides(*v_strides)
     k_to, v_to = pages.CacheStrides(*k_cache_strides), pages.CacheStrides(*v_cache_strides)
+    form = PageForm(*form)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
-    page, offset = slot // page_size, slot % page_size
+    page, offset = slot // form.size, slot % form.size
     head, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, DIM)[None, :]
     inside = (head < num_heads) & (d < HEAD_DIM)
     at = k + token * k_strides.token + head * k_strides.head + d
-    row = to_pages(tl.load(at, mask=inside), k_scale, k_cache.dtype.element_ty)  # [HEADS, DIM]
+    row = to_pages(tl.load(at, mask=inside), form.k_scale, k_cache.dtype.element_ty)  # [HEADS, DIM]
     place = pages.place_of(page, places)
     to = k_cache + place * k_to.page + offset * k_to.slot
     tl.store(to + head * k_to.head + d, row, mask=inside)
@@ -110,7 +109,7 @@ def write_kernel(
         rows_to = CodeRows(codes, strides, scales, scale_strides, num_heads)
         store_codes(row, inside, rows_to, page, offset, HEAD_DIM, DIM, BITS)
     at = v + token * v_strides.token + head * v_strides.head + d
-    row = to_pages(tl.load(at, mask=inside), v_scale, v_cache.dtype.element_ty)  # [HEADS, DIM]
+    row = to_pages(tl.load(at, mask=inside), form.v_scale, v_cache.dtype.element_ty)  # [HEADS, DIM]
     to = v_cache + place * v_to.page + offset * v_to.slot
     tl.store(to + head * v_to.head + d, row, mask=inside)
     if last_slots is not None:

@@ -84,8 +84,8 @@ def _write_rows(
     write_kernel[(tokens,)](
         *(k, k.stride()[:2], v, v.stride()[:2]),
         *(pool.k_cache, pool.k_cache.stride()[:3], pool.v_cache, pool.v_cache.stride()[:3]),
-        *(slot_mapping, last_slots, pool.places, pool.page_size),
-        *(pool.k_scale, pool.v_scale, heads),
+        *(slot_mapping, last_slots, pool.places),
+        *((pool.page_size, pool.k_scale, pool.v_scale), heads),
         *(index.codes, index.codes.stride()[:3]),
         *(index.code_scales, strides_of(index.code_scales, 3)),
         HEADS=power_of_2(heads),
@@ -115,7 +115,7 @@ def write_whole_runs(
         append_kernel[(tokens, heads)](
             *(k, k.stride()[:2], v, v.stride()[:2]),
             *(k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
-            *(slot_mapping, pool.places, page_size, pool.k_scale, pool.v_scale),
+            *(slot_mapping, pool.places, (page_size, pool.k_scale, pool.v_scale)),
             *(index.codes, index.codes.stride()[:3]),
             *(index.code_scales, strides_of(index.code_scales, 3), *kept),
             HEAD_DIM=head_dim,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton import pages, rows
-from hipserve.ops._triton.fp8 import to_pages
+from hipserve.ops._triton.fp8 import PageForm, to_pages
 from hipserve.ops.write_kv.triton.kernels import CodeRows, store_codes
 from hipserve.ops.write_kv.triton.summaries import SummaryRows, store_summary, summarize_run
 
@@ -23,9 +23,7 @@ def append_kernel(
     v_cache_strides,
     slot_mapping,
     places,
-    page_size,
-    k_scale,
-    v_scale,
+    form,
     codes,
     codes_strides,
     scales,
@@ -48,17 +46,18 @@ def append_kernel(
     """
     k_strides, v_strides = rows.RowStrides(*k_strides), rows.RowStrides(*v_strides)
     k_to, v_to = pages.CacheStrides(*k_cache_strides), pages.CacheStrides(*v_cache_strides)
+    form = PageForm(*form)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
-    page, offset = slot // page_size, (slot % page_size).to(tl.int32)
+    page, offset = slot // form.size, (slot % form.size).to(tl.int32)
     place = pages.place_of(page, places)
     d = tl.arange(0, DIM)[None, :]
     inside = d < HEAD_DIM
     keys = k_cache + place * k_to.page + head * k_to.head
     row = tl.load(k + token * k_strides.token + head * k_strides.head + d, mask=inside)  # [1, DIM]
-    row = to_pages(row, k_scale, k_cache.dtype.element_ty)
+    row = to_pages(row, form.k_scale, k_cache.dtype.element_ty)
     tl.store(keys + offset.to(tl.int64) * k_to.slot + d, row, mask=inside)
     if BITS < 16:
         code_strides = pages.CacheStrides(*codes_strides)
@@ -67,7 +66,7 @@ def append_kernel(
         coded = CodeRows(code, code_strides, scale, scale_strides, 1)
         store_codes(row, inside, coded, page, offset.to(tl.int64), HEAD_DIM, DIM, BITS)
     row = tl.load(v + token * v_strides.token + head * v_strides.head + d, mask=inside)  # [1, DIM]
-    row = to_pages(row, v_scale, v_cache.dtype.element_ty)
+    row = to_pages(row, form.v_scale, v_cache.dtype.element_ty)
     values = v_cache + place * v_to.page + head * v_to.head
     tl.store(values + offset.to(tl.int64) * v_to.slot + d, row, mask=inside)
     end = offset + 1
@@ -75,7 +74,7 @@ def append_kernel(
     side_strides = pages.SummaryStrides(*summary_scales_strides)
     to = SummaryRows(summaries, strides, summary_scales, side_strides)
     for level in tl.static_range(len(LENGTHS)):
-        if (end % LENGTHS[level] == 0) | (end == page_size):
+        if (end % LENGTHS[level] == 0) | (end == form.size):
             tl.debug_barrier()  # other threads of this program read what it has written
             run = offset // LENGTHS[level]
             first = run * LENGTHS[level]
