@@ -359,18 +359,16 @@ def main() -> None:
     parser.add_argument(
         "--config", type=json.loads, default="{}", help="changes of the default, as JSON"
     )
-    parser.add_argument(
-        "--kv-dtype", choices=PAGE_DTYPES, default="bfloat16", help="of pages: check and speed"
-    )
+    parser.add_argument("--kv-dtype", choices=PAGE_DTYPES, default="bfloat16", help="of pages")
     options = parser.parse_args()
     need_gpu()
-    began = time.time()
+    began, pages = time.time(), PAGE_DTYPES[options.kv_dtype]
     say(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     if options.what == "tune":
         tune(options.length)
     elif options.what == "compile":
         DENSE.clear()
-        jobs(HiPConfig(), layers=1)[options.first]()
+        jobs(HiPConfig(), layers=1, page_dtype=pages)[options.first]()
     else:
         seeds = range(options.first, options.first + options.count)
         fp8 = options.kv_dtype != "bfloat16"
@@ -378,7 +376,6 @@ def main() -> None:
             sys.exit(1)
         if options.what == "speed":
             config = HiPConfig().replace(**options.config)
-            pages = PAGE_DTYPES[options.kv_dtype]
             speed(options.csv, began + options.seconds, config, options.only, pages)
     say(f"{time.time() - began:.0f} s")
 

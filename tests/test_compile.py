@@ -87,7 +87,7 @@ def test_block_sparse_attention_is_a_lawful_operator(backend: str) -> None:
     chosen = select_blocks(c.q, c.index, c.layout, config=CONFIG, backend=backend)
     pages = (c.kv.pool.k_cache.nan_to_num(), c.kv.pool.v_cache.nan_to_num(), c.layout.block_table)
     sizes = (CONFIG.num_sink_tokens, CONFIG.key_block_size)
-    numbers = (*sizes, 0, 0.125, 30.0, CONFIG.query_block_size, None, pages[0].shape[1])
+    numbers = (*sizes, 0, 0.125, 1.0, 30.0, CONFIG.query_block_size, None, pages[0].shape[1])
     for read in ((chosen.indices, chosen.window_start), (None, None)):
         for positions in ((None, 0), (rope(c), 600)):
             inputs = (c.q, *pages, blocks, *read, *numbers, *positions, backend)
@@ -100,7 +100,7 @@ def test_write_kv_and_build_index_are_lawful_operators(backend: str) -> None:
     for code_bits in (16, 4):
         kv = case(CONFIG.replace(code_bits=code_bits)).kv.map(torch.nan_to_num)
         pages, index = (kv.pool.k_cache, kv.pool.v_cache), kv.index.parts
-        operands = (k, k, *pages, slots, *index, 16, code_bits, backend)
+        operands = (k, k, *pages, slots, *index, 16, code_bits, 1.0, 1.0, backend)
         torch.library.opcheck(writing._write_operator, operands)
         torch.library.opcheck(writing._build_operator, (pages[0], 16, code_bits, backend))
 

@@ -38,8 +38,9 @@ def conversations() -> list[list[dict[str, str]]]:
     return made
 
 
-@pytest.fixture(scope="module")
-def engine() -> Any:
+@pytest.fixture(scope="module", params=["auto", "fp8"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    """With keys and values as the model computes them, and in fp8."""
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -51,7 +52,8 @@ def engine() -> Any:
         attention_backend="CUSTOM",
         max_model_len=65536,
         max_num_seqs=16,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.3,
+        kv_cache_dtype=request.param,
         enable_prefix_caching=False,
     )
 
