@@ -113,7 +113,7 @@ def attention_kernel(
     d = tl.arange(0, DIM)
     out_rows = out + token * out_strides.token + q_head * out_strides.head
     keep = valid[:, None] & (d < GEOMETRY.head_dim)[None, :]
-    result = (state.acc / divisor[:, None] * scales.values).to(out.dtype.element_ty)
+    result = (state.acc / divisor[:, None] * scales.outputs).to(out.dtype.element_ty)
     tl.store(out_rows[:, None] + d[None, :], result, mask=keep)  # [ROWS, DIM]
 
 

@@ -32,7 +32,8 @@ class Scales(NamedTuple):
 
     scores: Any
     """Of q.k: sm_scale times that of keys."""
-    values: Any
+    outputs: Any
+    """Of sums of values: that of values."""
 
 
 class Trained(NamedTuple):
