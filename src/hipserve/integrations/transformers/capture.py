@@ -15,8 +15,8 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from hipserve.attention import RequestSelections
-from hipserve.attention.crossover import rule_for
-from hipserve.cache.store import grown, ordinary_tensors
+from hipserve.cache.store import ordinary_tensors
+from hipserve.cache.tiles import TiledPages
 from hipserve.cache.transfers import sent
 from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
@@ -24,6 +24,7 @@ from hipserve.integrations.transformers.cache import HiPCache
 from hipserve.integrations.transformers.keys import CapturedKeys
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.registration import Registered
+from hipserve.integrations.transformers.room import StepRoom, device_of, in_reach, memory_of
 from hipserve.integrations.transformers.settings import NAME, config_of
 from hipserve.plan import BatchLayout, CapturedPlan, DecodeBuffers, RefreshSchedule, SequenceStep
 from hipserve.types import BlockSelection
@@ -37,9 +38,6 @@ FIRST_STEPS = 8
 """Steps of a cache that run before one is recorded, which takes as long as several: a short answer
 does without."""
 
-ALIGNED = 16
-"""Columns of a block table are a multiple of it: for others Triton compiles other kernels."""
-
 OPTIONS = bool | int | str | None
 """What a recorded call may be passed besides the tensors of a step."""
 
@@ -50,10 +48,11 @@ def capture_decode(model: Any, record: Recorder | None = None) -> Any:
     Without it the host launches some hundred kernels a step, which takes longer than the GPU needs
     for one sequence. Nothing else changes: `model(...)` and `model.generate(...)` are called as
     before. A step is recorded where every sequence has one new token, every layer keeps its keys in
-    pages in the model's memory (no layer has a window of its own), `extend` is not "stream" and
-    gradients are off; it is recorded again when a cache gets more
-    memory, and for every new cache: exchange modules, such as adapters, between caches and not
-    within one. All other calls, such as prompts, run as before. `del model.forward` undoes it.
+    pages in the model's memory, or in host memory with room in `device_memory` for all that rows
+    may read (no layer has a window of its own), `extend` is not "stream" and gradients are off; it
+    is recorded again when a cache gets more memory, and for every new cache: exchange modules, such
+    as adapters, between caches and not within one. All other calls, such as prompts, run as before.
+    `del model.forward` undoes it.
 
     Args:
         model: a transformers model with `attn_implementation="hip"` on a GPU.
@@ -133,7 +132,7 @@ class _Capture:
         if position_ids is not None and position_ids.ndim != 2:  # positions of several axes
             return None
         cache = past_key_values
-        if not _records(cache, input_ids) or not _hides_nothing(cache, attention_mask, input_ids):
+        if not in_reach(cache, input_ids) or not _hides_nothing(cache, attention_mask, input_ids):
             return None
         config = config_of(self.config)
         if self.config._attn_implementation != NAME or config.streams:
@@ -142,29 +141,17 @@ class _Capture:
         key = (config, options)
         step = cache.recorded
         if not isinstance(step, DecodeStep) or not step.fits(self, cache, key):
+            room = StepRoom.of(cache, config, self.config.num_attention_heads)
+            if room is None:
+                return None
             cache.recorded = step = None  # frees the memory of the former graph first
-            cache.recorded = step = DecodeStep(self, cache, key)
+            cache.recorded = step = DecodeStep(self, cache, key, room)
         return step, cache, input_ids, position_ids
 
     def refuse(self, error: Exception) -> None:
         """No step of this model is recorded any more."""
         self.record = None
         logger.warning_once(f"decode steps of this model are not captured: {error}")
-
-
-def _records(cache: HiPCache, ids: Tensor) -> bool:
-    """All layers keep the sequences of `ids` `[batch, 1]` in the same pages beside the model."""
-    layers = cache.paged_layers
-    if len(layers) < len(cache.layers) or not layers[0].seen:
-        return False
-    first = layers[0].pages
-    return len(first.lengths) == len(ids) and all(
-        not layer.unfinished
-        and layer.seen == layers[0].seen
-        and not layer.pages.host_nbytes
-        and layer.pages.pool.k_cache.device == ids.device
-        for layer in layers
-    )
 
 
 def _hides_nothing(cache: HiPCache, mask: Any, ids: Tensor) -> bool:
@@ -235,32 +222,32 @@ class DecodeStep:
         capture: the model's call, and how it is recorded.
         cache: holds the sequences, with room for the step.
         key: configuration and options of the call.
+        room: how far the cache may grow.
     """
 
     @ordinary_tensors
-    def __init__(self, capture: _Capture, cache: HiPCache, key: tuple[Any, ...]) -> None:
+    def __init__(
+        self, capture: _Capture, cache: HiPCache, key: tuple[Any, ...], room: StepRoom
+    ) -> None:
         self.capture, self.key = capture, key
         self.config: HiPConfig = key[0]
         layers = cache.paged_layers
         first = layers[0].pages
         # Weak: memory that a cache gives up when it grows is free at once.
-        self.keys = [weakref.ref(layer.pages.pool.k_cache) for layer in layers]
-        keys, batch = first.pool.k_cache, len(first.lengths)
-        device = keys.device
-        columns = first.block_table.shape[1]
-        columns = -(-grown(columns, columns, first.page_size) // ALIGNED) * ALIGNED
+        self.memory = [weakref.ref(memory_of(layer.pages.store)) for layer in layers]
+        batch, device = len(first.lengths), device_of(first.store)
+        assert device is not None
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.slots = torch.zeros(batch, dtype=torch.int64, device=device)
         self.layout = BatchLayout(
-            torch.zeros(batch, columns, **ints),
+            torch.zeros(batch, room.columns, **ints),
             torch.zeros(batch, **ints),
             torch.arange(batch + 1, **ints),
         )
-        group_size = capture.config.num_attention_heads // keys.shape[2]
-        self.rule = rule_for(self.config, device, keys.dtype, keys.shape[3], group_size)
-        self.prunes = self.rule.prunes(columns * first.page_size - 1, 1)
+        self.rule, self.row_tiles = room.rule, room.row_tiles
+        self.prunes = self.rule.prunes(room.columns * first.page_size - 1, 1)
         self.buffers = DecodeBuffers(batch, device)
         self.schedule = RefreshSchedule(batch, self.config.refresh_interval)
         self.requests = [RequestSelections(batch) for _ in layers]
@@ -274,11 +261,12 @@ class DecodeStep:
     def fits(self, capture: _Capture, cache: HiPCache, key: tuple[Any, ...]) -> bool:
         """The recorded launches are those that this call needs, and its memory is there."""
         pages = [layer.pages for layer in cache.paged_layers]
+        stores = zip(pages, self.memory, strict=True)
         return (
             (capture, key) == (self.capture, self.key)
             and len(pages[0].lengths) == len(self.ids)
             and pages[0].block_table.shape[1] <= self.layout.block_table.shape[1]
-            and all(p.pool.k_cache is keys() for p, keys in zip(pages, self.keys, strict=True))
+            and all(memory_of(p.store) is held() for p, held in stores)
         )
 
     def run(self, cache: HiPCache, ids: Tensor, positions: Tensor | None) -> Any:
@@ -313,6 +301,9 @@ class DecodeStep:
 
     def _write(self, cache: HiPCache, ids: Tensor, positions: Tensor | None) -> None:
         """What the launches of the next step read."""
+        for layer in cache.paged_layers:
+            if isinstance(layer.pages.store, TiledPages):
+                layer.pages.store.settle()
         first = cache.paged_layers[0]
         table = first.pages.block_table
         if table is not self._table:
@@ -342,7 +333,15 @@ class DecodeStep:
         page = self.layout.block_table.gather(1, last // page_size)
         self.slots.copy_((page * page_size + last % page_size)[:, 0])
         keys = [
-            CapturedKeys(layer, self.slots, plan, self.prunes, requests, self.counter)
+            CapturedKeys(
+                layer,
+                self.slots,
+                plan,
+                prunes=self.prunes,
+                row_tiles=self.row_tiles,
+                requests=requests,
+                counter=self.counter,
+            )
             for layer, requests in zip(cache.paged_layers, self.requests, strict=True)
         ]
         with cache.captured(keys):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hipserve.attention import KeyCounter, RequestSelections
+from hipserve.cache.tiles import TiledPages
 from hipserve.config import HiPConfig
 from hipserve.ops import write_kv
 from hipserve.plan import BatchLayout, CapturedPlan, PruningRule
@@ -68,6 +69,7 @@ class CapturedKeys:
         slots: `[batch]` int64, where the new keys go.
         plan: the batch, at addresses that stay from step to step.
         prunes: some row may be pruned before the graph is recorded again.
+        row_tiles: maximum tiles of a list of a row, of keys and values in host memory.
         requests: selections that later steps use again.
         counter: counts the keys that are read.
     """
@@ -76,14 +78,24 @@ class CapturedKeys:
     slots: Tensor
     plan: CapturedPlan
     prunes: bool
+    row_tiles: int
     requests: RequestSelections
     counter: KeyCounter
     fresh: None = None
 
+    @property
+    def _tiled(self) -> TiledPages | None:
+        """The pages, if they are in host memory."""
+        store = self.layer.pages.store
+        return store if isinstance(store, TiledPages) else None
+
     def write(self, k: Tensor, v: Tensor) -> None:
         """Writes k and v `[batch, 1, num_kv_heads, head_dim]` and their index."""
         pages = self.layer.pages
-        write_kv(k[:, 0], v[:, 0], pages.pool, pages.index, self.slots, check=False)
+        if (tiled := self._tiled) is not None:
+            tiled.write_few(k[:, 0], v[:, 0], self.slots)
+        else:
+            write_kv(k[:, 0], v[:, 0], pages.pool, pages.index, self.slots, check=False)
 
     def append(self) -> None:
         self.layer.write(None)
@@ -96,5 +108,13 @@ class CapturedKeys:
     def index(self) -> KeyIndex:
         return self.layer.pages.index
 
-    def fetch(self, *_: object) -> KeyPool:
+    def fetch(
+        self,
+        selection: BlockSelection | None,
+        layout: BatchLayout,
+        config: HiPConfig,
+        rule: PruningRule | None,  # noqa: ARG002
+    ) -> KeyPool:
+        if (tiled := self._tiled) is not None:
+            return tiled.load(selection, layout, config, self.row_tiles)
         return self.layer.pages.pool
