@@ -83,7 +83,7 @@ static void score_few(const float* q, const void* const* keys, int count, int64_
   }
 }
 
-// Stretches of columns of the value rows that a unit of weights meets.
+// Columns of the value rows that a unit of weights meets, a vector for each of its values.
 template <class Unit, class V> struct ValueUnits {
   void of(const TileRows& values, int p, int64_t c, vf* units) const {
     units[0] = load_floats((const V*)values.row[p] + c);
@@ -104,9 +104,8 @@ template <> struct ValueUnits<Pair, bf16> {
 template <class Unit, class V, int kM>
 static void add_few(const float* weights, const TileRows& values, int count, int64_t dim,
                     float* out, const TileRows& next) {
-  constexpr int kStretch = kLanes * Unit::kValues;  // columns
-  constexpr int kN = (kM <= kLanes / 4 ? 4 : kM <= kLanes / 2 ? 2 : 1) / Unit::kValues;
-  constexpr int kVectors = maximum(kN, 1) * Unit::kValues;
+  constexpr int kVectors = kM <= kLanes / 4 ? 4 : kM <= kLanes / 2 ? 2 : 1;  // of columns
+  static_assert(kVectors % Unit::kValues == 0);
   const ValueUnits<Unit, V> units;
   for (int64_t c = 0; c < dim; c += kVectors * kLanes) {
     vf acc[kM][kVectors];
@@ -115,7 +114,7 @@ static void add_few(const float* weights, const TileRows& values, int count, int
     for (int p = 0; p < count; ++p) {
       vf column[kVectors];
       for (int n = 0; n < kVectors; n += Unit::kValues)
-        units.of(values, p, c + n / Unit::kValues * kStretch, column + n);
+        units.of(values, p, c + n * kLanes, column + n);
       if (c == 0)
         for (int j = p * Unit::kValues; j < (p + 1) * Unit::kValues; ++j)
           if (j < next.count) prefetch_row(next.row[j], dim * sizeof(V));
