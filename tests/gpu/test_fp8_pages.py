@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import CASES, DEVICE, DTYPES, GPU, SMALL, complete_rows, moved, pytestmark, small
+from test_kernels import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    GPU,
+    SMALL,
+    assert_selects_as_defined,
+    complete_rows,
+    moved,
+    pytestmark,
+    small,
+)
 
 from hipserve import HiPConfig
 from hipserve.config import IndexForm
@@ -44,13 +55,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_selection_equals_the_definition(seed: int) -> None:
-    shape, config = in_fp8(seed, 1.0, 0.25)
-    case = make_case(replace(shape, kind="grid"), config.index_form)
-    q, kv, layout = moved(case)
-    got = select_blocks(q, kv.index, layout, config=config, backend="triton")
-    expected = select_blocks(case.q, case.index, case.layout, config=config, backend="reference")
-    assert torch.equal(got.indices.cpu(), expected.indices)
-    assert torch.equal(got.window_start.cpu(), expected.window_start)
+    assert_selects_as_defined(*in_fp8(seed, 1.0, 0.25))
 
 
 @pytest.mark.parametrize("seed", range(CASES))
