@@ -226,6 +226,10 @@ class HiPConfig:
         most = self.rerank if any(self.budget_factors) else 1
         return most * self.budget // self.key_block_size
 
+    def lists_of(self, group_size: int) -> int:
+        """Lists of blocks of a query block that one KV head serves, of so many query heads."""
+        return 1 if self.share_group else group_size
+
     def of_layer(self, layer: int, heads: slice = slice(None)) -> HiPConfig:
         """What one layer does: the same, with the factors of its own KV heads, or of some of them.
 

@@ -14,7 +14,7 @@ from hipserve.config import HiPConfig, IndexForm
 from hipserve.errors import FitError
 from hipserve.offload import TILE_SIZE, format_bytes, page_bytes
 from hipserve.ops import write_kv
-from hipserve.plan import BatchLayout, PruningRule
+from hipserve.plan import BatchLayout
 from hipserve.types import BlockSelection, KeyPool
 
 
@@ -109,7 +109,7 @@ class MappedPages:
         selection: BlockSelection | None,
         layout: BatchLayout,
         config: HiPConfig,
-        rule: PruningRule | None,  # noqa: ARG002
+        *_: object,
     ) -> KeyPool:
         heads, planes, size, dim = self._pages.shape[1:]
         stretches = stretches_read(selection, layout, config, heads, size)

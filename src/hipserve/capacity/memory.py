@@ -128,8 +128,8 @@ class Service:
         """Bytes of the tiles that one step of all sequences reads."""
         model = self.model
         slot = slot_bytes(model.num_kv_heads, model.head_dim, model.key_bytes)
-        shared = self.config is None or self.config.share_group
-        tiles = self.step_tiles * (1 if shared else model.num_heads // model.num_kv_heads)
+        group = model.num_heads // model.num_kv_heads
+        tiles = self.step_tiles * (self.config.lists_of(group) if self.config else 1)
         return self.sequences * tiles * model.full_layers * slot
 
     def parts(self) -> Parts:

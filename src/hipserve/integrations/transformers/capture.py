@@ -24,7 +24,7 @@ from hipserve.integrations.transformers.cache import HiPCache
 from hipserve.integrations.transformers.keys import CapturedKeys
 from hipserve.integrations.transformers.masks import MaskDescription
 from hipserve.integrations.transformers.registration import Registered
-from hipserve.integrations.transformers.room import StepRoom, device_of, in_reach, memory_of
+from hipserve.integrations.transformers.room import StepRoom, in_reach, memory_of
 from hipserve.integrations.transformers.settings import NAME, config_of
 from hipserve.plan import BatchLayout, CapturedPlan, DecodeBuffers, RefreshSchedule, SequenceStep
 from hipserve.types import BlockSelection
@@ -235,8 +235,7 @@ class DecodeStep:
         first = layers[0].pages
         # Weak: memory that a cache gives up when it grows is free at once.
         self.memory = [weakref.ref(memory_of(layer.pages.store)) for layer in layers]
-        batch, device = len(first.lengths), device_of(first.store)
-        assert device is not None
+        batch, device = len(first.lengths), room.device
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.ids)

@@ -113,7 +113,7 @@ class CapturedKeys:
         selection: BlockSelection | None,
         layout: BatchLayout,
         config: HiPConfig,
-        rule: PruningRule | None,  # noqa: ARG002
+        *_: object,
     ) -> KeyPool:
         if (tiled := self._tiled) is not None:
             return tiled.load(selection, layout, config, self.row_tiles)

@@ -53,11 +53,13 @@ class StepRoom:
     """How far a step may go before it has to be recorded again.
 
     Attributes:
+        device: that reads the pages.
         columns: of its block table.
         rule: which rows are pruned.
         row_tiles: maximum tiles of a list of a row, of keys and values in host memory.
     """
 
+    device: torch.device
     columns: int
     rule: PruningRule
     row_tiles: int
@@ -75,7 +77,7 @@ class StepRoom:
         group = num_q_heads // keys.shape[2]
         rule = rule_for(config, device, keys.dtype, keys.shape[3], group)
         tiles = most_row_tiles(config, rule, columns * first.page_size)
-        lists = len(first.lengths) * (1 if config.share_group else group)
+        lists = len(first.lengths) * config.lists_of(group)
         arenas = [p.store.arena for p in pages if isinstance(p.store, TiledPages)]
         fits = all(lists * tiles <= arena.num_slots for arena in arenas)
-        return cls(columns, rule, tiles) if fits else None
+        return cls(device, columns, rule, tiles) if fits else None

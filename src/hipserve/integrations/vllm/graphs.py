@@ -44,7 +44,7 @@ def room_of(vllm_config: VllmConfig) -> Room | None:
     group = max(impl.num_heads // impl.num_kv_heads, 1)
     return Room(
         slots=offload.device_bytes // len(layers) // slot,
-        lists=1 if config.share_group else group,
+        lists=config.lists_of(group),
         config=config,
         rule=rule_for(config, device, model.dtype, impl.head_size, group),
         longest=model.max_model_len,

@@ -344,7 +344,9 @@ def _quantile(values: Tensor, share: float) -> float:
 def _floor(units: _Units, count: int) -> list[str]:
     """Says so where not all of the `count` documents have a noise floor."""
     own = len(units.domains)
-    return [f"{FLOOR}: of {own} of {count} documents, intervals over {units.name}"] * (own < count)
+    if own == count:
+        return []
+    return [f"{FLOOR}: of {own} of {count} documents, intervals over {units.name}"]
 
 
 def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> list[str]:

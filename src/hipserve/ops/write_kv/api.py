@@ -11,14 +11,14 @@ from hipserve.config import IndexForm
 from hipserve.ops import checks
 from hipserve.ops.write_kv import cpu, reference
 from hipserve.ops.write_kv.join_runs import join
-from hipserve.ops.write_kv.layout import IndexLayout
-from hipserve.platform import FP8_DTYPES, resolve_backend
+from hipserve.ops.write_kv.layout import IndexLayout, summary_dtype
+from hipserve.platform import resolve_backend
 from hipserve.types import KeyIndex, KeyPool
 
 
-def _backend(name: str, k: Tensor, pages: Tensor) -> Any:
-    """What writes rows k `[..., head_dim]` to `pages` `[..., head_dim]`."""
-    chosen = resolve_backend(name, k.device, k.dtype, k.shape[-1], pages.dtype)
+def _backend(name: str, device: torch.device, dtype: torch.dtype, pages: Tensor) -> Any:
+    """What writes rows of this dtype, on this device, to `pages` `[..., head_dim]`."""
+    chosen = resolve_backend(name, device, dtype, pages.shape[-1], pages.dtype)
     if chosen == "triton":
         from hipserve.ops.write_kv import triton
 
@@ -81,7 +81,7 @@ def write_kv(
             backend=backend,
         )
     else:
-        module = _backend(backend, k, pool.k_cache)
+        module = _backend(backend, k.device, k.dtype, pool.k_cache)
         late = (whole_runs or apart) and index.summaries is not None
         if late and module not in (cpu, reference):  # these keep every summary up to date
             module.write_whole_runs(k, v, pool, index, slot_mapping, apart)
@@ -125,8 +125,8 @@ def build_index(
 def _build(k: Tensor, run_size: int | None, code_bits: int, backend: str) -> KeyIndex:
     """`build_index` without checks; each page of k `[num_pages, page_size, num_kv_heads, head_dim]`
     is all that its long runs are joined from."""
-    rows = k if k.dtype not in FP8_DTYPES else k.new_empty((0, k.shape[-1]), dtype=torch.bfloat16)
-    index = _backend(backend, rows, k).build_index(k, run_size, code_bits)
+    module = _backend(backend, k.device, summary_dtype(k.dtype), k)
+    index = module.build_index(k, run_size, code_bits)
     table = torch.arange(k.shape[0], device=k.device)[:, None]
     join(index, table, [k.shape[1]] * k.shape[0], [0] * k.shape[0])
     return index
@@ -190,7 +190,8 @@ def _write_operator(
     short = (code_bits, code_scales, summary_scales)
     index = KeyIndex(k_cache if codes is None else codes, summaries, run_size, *short)
     pool = KeyPool(k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
-    _backend(backend, k, k_cache).write_kv(k, v, pool, index, slot_mapping)
+    module = _backend(backend, k.device, k.dtype, k_cache)
+    module.write_kv(k, v, pool, index, slot_mapping)
 
 
 @_write_operator.register_fake
