@@ -134,6 +134,18 @@ def test_every_head_is_measured(report: LocalityReport) -> None:
         assert found.interval[0] < found.value < found.interval[1]
 
 
+def test_a_few_heads_are_spread_over_all(loaded: LoadedModel, report: LocalityReport) -> None:
+    """First and last of six, and one between; the others are measured but not pruned."""
+    samples = cut_samples(loaded, domain_documents(6000)[:1], 640, 1)
+    few = measure_locality(loaded, SMALL, samples, rows=4, limit=3)
+    losses = {(p.layer, p.head): p.loss for p in report.points if p.loss is not None}
+    found = {(p.layer, p.head): p.loss for p in few.points if p.loss is not None}
+    assert found == {head: losses[head] for head in ((0, 0), (1, 0), (2, 1))}
+    assert len(few.points) == 6
+    assert few.predictions["unread attention"].pairs == 3
+    assert "3 KV heads, each pruned alone on 1 text" in grids(few)[1].caption
+
+
 def test_tables_and_charts_come_from_the_report(report: LocalityReport) -> None:
     domains, predictions, heads = grids(report)
     assert [row[0] for row in domains.rows] == ["code", "documentation"]

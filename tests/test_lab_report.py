@@ -68,9 +68,9 @@ def test_every_part_is_there(report: LabReport) -> None:
     assert values["results"]["drift"]["prompts"] == 4
     assert values["results"]["drift"]["rows"]["sinks + window"]["contexts"] == 12
     commands = [section.command for section in report.to_page().sections]
-    assert commands[-3] == "hipserve lab locality tiny --length 1600 --budget 64 --rows 16"
-    assert commands[-2] == "hipserve lab meter tiny --length 1600 --budget 64"
-    assert commands[-1] == "hipserve lab report tiny --length 1600 --budget 64"
+    size = "--length 1600 --budget 64"
+    assert commands[-3] == f"hipserve lab locality tiny {size} --rows 16 --heads 24"
+    assert commands[-2:] == [f"hipserve lab meter tiny {size}", f"hipserve lab report tiny {size}"]
     assert "hipserve calibrate --text" in report.to_page().facts["calibration"]
 
 

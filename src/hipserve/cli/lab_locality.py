@@ -36,6 +36,14 @@ def locality(
             help="Texts to read once for each head, pruned alone; 0 for none.",
         ),
     ] = 1,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            parser=at_least(2),
+            metavar="N",
+            help="KV heads to prune, spread evenly over all of them; all if left out.",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     budget: options.Budget = None,
     selector: options.Selector = None,
@@ -59,6 +67,6 @@ def locality(
     chosen = read_samples(loaded, text, length, samples, seed)
     with Steps("recording …") as shown:
         report = measure_locality(
-            loaded, base, chosen, rows=rows, losses=losses, progress=shown.update
+            loaded, base, chosen, rows=rows, losses=losses, limit=heads, progress=shown.update
         )
     show_report(report.to_dict(), grids(report), charts(report), svg=svg, json=json)

@@ -102,6 +102,7 @@ def measure_locality(
     *,
     rows: int = ROWS,
     losses: int = 1,
+    limit: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LocalityReport:
     """Reads each sample with dense attention; rows of its last quarter are judged.
@@ -109,6 +110,7 @@ def measure_locality(
     Args:
         config: what is pruned where a single head is, and the budget of `unread`.
         losses: how many of the samples to read again with each head pruned, one pass each.
+        limit: heads to prune, spread evenly over all of them; all if None.
         progress: receives what is measured before each pass.
 
     Raises:
@@ -123,15 +125,14 @@ def measure_locality(
         say = _named(progress, sample.name)
         say("dense")
         records = record_heads(loaded, sample.ids, positions)
-        heads = [(r.layer, head) for r in records for head in range(r.num_kv_heads)]
         own = [
             _point(sample, r, h, positions, pruned) for r in records for h in range(r.num_kv_heads)
         ]
         del records
         if i < losses:
-            heads = [(point.layer, point.head) for point in own]
+            heads = _spread([(point.layer, point.head) for point in own], limit)
             lost = head_losses(loaded, sample.ids, heads, pruned, say)
-            own = [replace(point, loss=lost[point.layer, point.head]) for point in own]
+            own = [replace(point, loss=lost.get((point.layer, point.head))) for point in own]
         points += own
     return LocalityReport(
         model=loaded.name,
@@ -142,6 +143,12 @@ def measure_locality(
         points=points,
         predictions=_predict(points) if losses else {},
     )
+
+
+def _spread(heads: list[Head], limit: int | None) -> list[Head]:
+    """At most `limit` of them, the first and the last included."""
+    count = min(limit or len(heads), len(heads))
+    return [heads[int(i)] for i in torch.linspace(0, len(heads) - 1, count)]
 
 
 def _named(progress: Callable[[str], None] | None, sample: str) -> Callable[[str], None]:

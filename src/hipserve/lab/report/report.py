@@ -41,8 +41,8 @@ DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::3]
 """Tokens of the contexts that prompts stand in, and one prompt in three."""
 HEADS_LENGTH = 8192
 """Tokens of the texts on which splits and the meter are judged: as those of longer texts."""
-LOSS_LENGTH, LOSS_BUDGET = 4096, 256
-"""Tokens of the text that is read once for every head, and what it may read of them."""
+LOSS_LENGTH, LOSS_BUDGET, LOSS_HEADS = 4096, 256, 24
+"""Tokens of the text that is read once for a head, what it may read of them, and how many heads."""
 
 DENSE_KERNELS: dict[Dense, str] = {
     "sdpa": "torch's SDPA; the noise floor is of the kernels that serve, on the first text",
@@ -161,7 +161,8 @@ def _section(result: Result) -> Section:
         case LocalityReport():
             return Section(
                 "Locality",
-                f"hipserve lab locality {result.model} {size} --rows {result.rows}",
+                f"hipserve lab locality {result.model} {size} --rows {result.rows}"
+                f" --heads {LOSS_HEADS}",
                 [],
                 locality_shown.grids(result),
                 locality_shown.charts(result),
@@ -303,7 +304,8 @@ def _representative(given: _Inputs, say: Say) -> RepresentativeReport:
 
 def _locality(given: _Inputs, say: Say) -> LocalityReport:
     config = given.config.replace(budget=min(LOSS_BUDGET, given.config.budget))
-    return measure_locality(given.loaded, config, given.samples(LOSS_LENGTH), progress=say)
+    samples = given.samples(LOSS_LENGTH)
+    return measure_locality(given.loaded, config, samples, limit=LOSS_HEADS, progress=say)
 
 
 def _meter(given: _Inputs, say: Say) -> MeterReport:
