@@ -17,6 +17,8 @@ from hipserve.lab import Document, FidelityReport, evaluate_fidelity
 from hipserve.lab.quality import fidelity, passes
 from hipserve.lab.quality.beside import read_beside, read_reference
 from hipserve.lab.quality.controls import everything
+from hipserve.lab.quality.costs import frontier
+from hipserve.lab.quality.shown import charts, costs_grid, pareto
 from hipserve.lab.text import language_reference
 from hipserve.models import LoadedModel, bundled_path, load
 
@@ -151,6 +153,45 @@ def test_intervals_rest_on_documents(report: FidelityReport) -> None:
     assert json.loads(json.dumps(report.to_dict()))["results"]["hip"]["verdicts"]["kl"]["margin"]
 
 
+def test_the_pareto_set_by_hand() -> None:
+    costs, losses = (
+        {"a": 1, "b": 2, "c": 2, "d": 3, "e": 3},
+        {"a": 9, "b": 5, "c": 6, "d": 5, "e": 1},
+    )
+    assert frontier(list(costs), costs.__getitem__, losses.__getitem__) == ["a", "b", "e"]
+    assert frontier(["b", "b2"], lambda _: 1, lambda _: 1) == ["b", "b2"], "equals stay"
+
+
+def test_costs_and_the_pareto_set_of_budgets(capped: LoadedModel) -> None:
+    """More budget reads more and loses less; a worse search for as many keys is not in the set."""
+    budgets = {f"{b}": SMALL.replace(budget=b) for b in (32, 64, 128)}
+    configs = {
+        "dense": None,
+        **budgets,
+        "worse": SMALL.replace(budget=128, bound_reach=0, rerank=0),
+    }
+    found = evaluate_fidelity(capped, configs, documents(2), length=600)
+    assert found.judged() == ["32", "64", "128", "worse"]
+    assert set(found.costs) == {"noise floor", "sinks + window", *found.judged()}
+    assert found.costs["noise floor"].share == 1
+    shares = [found.costs[name].share for name in found.judged()]
+    assert 0.1 < shares[0] < shares[1] < shares[2] < 1
+    assert shares[3] == pytest.approx(shares[2], rel=0.05)
+    assert all(cost.texts == 2 and cost.seconds > 0 for cost in found.costs.values())
+    best = pareto(found, "keys read, %")
+    assert best[:2] == ["32", "64"]
+    rows = costs_grid(found).rows
+    assert [row[2] for row in rows] == [
+        f"{100 * share:.1f}" + " *" * (name in best)
+        for name, share in zip(found.judged(), shares, strict=True)
+    ]
+    changes, by_keys, by_seconds = charts(found)
+    assert (by_keys.x, by_seconds.x) == ("keys read, %", "seconds a text")
+    joined, *dots = by_keys.lines
+    assert list(joined.x) == sorted(100 * found.costs[name].share for name in best)
+    assert [line.label for line in dots] == [line.label for line in changes.lines]
+
+
 def test_one_pass_of_every_attention(capped: LoadedModel) -> None:
     """However many are varied, dense attention reads a document once."""
     read: list[tuple[str, int]] = []
@@ -230,6 +271,11 @@ def test_the_command_prints_and_chooses(tmp_path: Path) -> None:
     assert "sinks + window: likelihood" in shown.stdout
     assert "kl same (margin 0.2)" in shown.stdout or "kl undecided (margin 0.2" in shown.stdout
     assert "nothing was pruned" in shown.stderr
+    assert "Pareto" not in shown.stdout, "a single attention has no other to be compared with"
+    picture = tmp_path / "curve.svg"
+    several = invoke(*words, "--vary", "budget=128,2k", "--svg", str(picture))
+    assert "* in the Pareto set" in " ".join(several.stdout.split())
+    assert "keys read, %" in picture.read_text("utf-8")
     result = json.loads(invoke(*words, "--dense", "hip", "--json").stdout)
     assert result["documents"] == ["part 1", "part 3"]
     assert result["configs"]["dense"]["dense_below"] > 1 << 20

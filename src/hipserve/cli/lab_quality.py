@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +25,7 @@ from hipserve.cli.comparison import (
     say_what_is_dense,
     say_what_was_left_out,
 )
-from hipserve.cli.lab_shared import show_grids
+from hipserve.cli.lab_shared import Svg, check_svg, show_grids, write_svg
 from hipserve.cli.numbers import counted
 from hipserve.cli.output import result, result_json, say
 from hipserve.cli.steps import Steps
@@ -76,6 +77,7 @@ def quality(
     extend_factor: options.ExtendFactor = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
+    svg: Svg = None,
     json: options.Json = False,
 ) -> None:
     """Likelihood, KL, likeliest tokens and answers compared with dense attention, with verdicts.
@@ -86,6 +88,7 @@ def quality(
         config, preset, budget, selector, code_bits, extend=extend, extend_factor=extend_factor
     )
     check_first(first, length)
+    check_svg(svg)
     configs = make_configs(base, also, vary, no_dense)
     kernels = comparison.parse_dense(dense)
     margins = _margins(margin)
@@ -126,14 +129,19 @@ def quality(
             controls=True,
             progress=lambda task, name, done: shown.update(f"{task}: {done}/{samples} ({name})"),
         )
-    say_what_was_left_out(report)
     say_what_is_dense(loaded, configs, length)
-    for warning in (*report.warnings, *answers.warnings):
+    _show(report, answers if names else None, svg, json)
+
+
+def _show(
+    report: FidelityReport, answers: RetrievalReport | None, svg: Path | None, json: bool
+) -> None:
+    from hipserve.lab.quality.shown import charts
+
+    say_what_was_left_out(report)
+    for warning in (*report.warnings, *(answers.warnings if answers else ())):
         say(warning, style="yellow")
-    _show(report, answers if names else None, json)
-
-
-def _show(report: FidelityReport, answers: RetrievalReport | None, json: bool) -> None:
+    write_svg(svg, charts(report))
     if json:
         result_json({**report.to_dict(), "tasks": answers.to_dict() if answers else None})
         return
@@ -143,9 +151,9 @@ def _show(report: FidelityReport, answers: RetrievalReport | None, json: bool) -
 
 
 def _show_text(report: FidelityReport) -> None:
-    from hipserve.lab.quality.shown import grid, sentences
+    from hipserve.lab.quality.shown import costs_grid, grid, sentences
 
-    show_grids([grid(report)])
+    show_grids([grid(report), *([costs_grid(report)] if len(report.judged()) > 1 else [])])
     for sentence in sentences(report):
         result(sentence)
 

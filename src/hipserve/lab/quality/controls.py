@@ -10,7 +10,7 @@ from hipserve.plan.rule import FURTHEST
 from hipserve.platform import native_library
 
 FLOOR, BLIND = "noise floor", "sinks + window"
-
+CONTROLS = (FLOOR, BLIND)
 
 Dense = Literal["sdpa", "hip"]
 

@@ -21,12 +21,14 @@ from hipserve.lab.intervals import (
     mean,
 )
 from hipserve.lab.quality.beside import Reference, Tokens, read_beside, read_reference
-from hipserve.lab.quality.controls import BLIND, FLOOR, not_caught, with_controls
+from hipserve.lab.quality.controls import BLIND, CONTROLS, FLOOR, not_caught, with_controls
+from hipserve.lab.quality.costs import Cost
 from hipserve.lab.quality.far import far_tokens
 from hipserve.lab.quality.passes import check_span, encode_documents
 from hipserve.lab.text import Document
 from hipserve.lab.verdicts import MARGINS, Decision, Verdict, check_margins, judge_all
 from hipserve.models import LoadedModel
+from hipserve.models.passes import make_cache
 
 PIECE = 1024
 """Tokens of a piece, the unit of intervals where there are too few documents: neighbouring tokens
@@ -85,6 +87,7 @@ class FidelityReport:
 
     Attributes:
         unit: what intervals rest on, `documents` or pieces of them.
+        costs: of every row but the reference, whose pass computes less.
         warnings: sentences on what the numbers cannot show.
     """
 
@@ -97,7 +100,12 @@ class FidelityReport:
     margins: dict[str, float]
     configs: dict[str, dict[str, Any]]
     results: dict[str, Fidelity]
+    costs: dict[str, Cost]
     warnings: list[str]
+
+    def judged(self) -> list[str]:
+        """The attentions that are neither the reference nor a control."""
+        return [name for name in self.results if name in self.costs and name not in CONTROLS]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,12 +151,13 @@ def evaluate_fidelity(
     reference = next(iter(configs))
     rows = with_controls(configs) if controls else configs
     columns: dict[str, list[Tokens]] = {name: [] for name in rows}
+    costs = {name: Cost() for name in rows if name != reference}
     masks: list[Tensor] = []
     for i, (doc, ids) in enumerate(kept.items()):
         say = functools.partial(progress or _say_nothing, doc.name)
         without = floor_documents is not None and i >= floor_documents
         chosen = {name: row for name, row in rows.items() if not (without and name == FLOOR)}
-        for name, tokens in _read(loaded, chosen, ids, first, say):
+        for name, tokens in _read(loaded, chosen, ids, first, costs, say):
             columns[name].append(tokens)
         if far:
             say("near context")
@@ -177,10 +186,8 @@ def evaluate_fidelity(
         margins=dict(margins),
         configs={name: config.to_dict() if config else {} for name, config in rows.items()},
         results=results,
-        warnings=[
-            *_warnings(results, reference, units),
-            *_floor(own.get(FLOOR, units), len(kept)),
-        ],
+        costs=costs,
+        warnings=_warnings(results, reference, units) + _floor(own.get(FLOOR, units), len(kept)),
     )
 
 
@@ -192,6 +199,7 @@ def _read(
     configs: dict[str, HiPConfig | None],
     ids: Tensor,
     first: int,
+    costs: dict[str, Cost],
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, Tokens]]:
     """The tokens of one document under every attention; the first is what others stand beside."""
@@ -204,8 +212,10 @@ def _read(
             nll = reference.nll
             yield name, Tokens(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool))
         else:
-            rows = FLOOR_ROWS if name == FLOOR else None
-            yield name, read_beside(loaded, ids, first, reference, rows)
+            rows, cache = FLOOR_ROWS if name == FLOOR else None, make_cache(loaded)
+            with costs[name].of_text(cache, loaded.device):
+                tokens = read_beside(loaded, ids, first, reference, rows, cache)
+            yield name, tokens
 
 
 class _Units(NamedTuple):
@@ -326,7 +336,7 @@ def _judge(
     Controls are judged each for itself: they say whether the others can be believed.
     """
     found: dict[str, dict[str, Verdict]] = {name: {} for name in measured}
-    controls = [name for name in (FLOOR, BLIND) if name in measured]
+    controls = [name for name in CONTROLS if name in measured]
     others = [name for name in measured if name not in (*controls, reference)]
     for measure, margin in margins.items():
         for family in (others, *([name] for name in controls)):
@@ -363,7 +373,7 @@ def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> li
                 f"{name}: likelier than {reference} by more than the margin, which is no fidelity; "
                 "look at KL, and for a fault of the measurement"
             )
-    judged = [name for name, row in results.items() if row.verdicts and name not in (FLOOR, BLIND)]
+    judged = [name for name, row in results.items() if row.verdicts and name not in CONTROLS]
     if units.name != "documents":
         found.append(
             f"intervals and verdicts hold for these texts only: {MIN_VALUES} documents or more "

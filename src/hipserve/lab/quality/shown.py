@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hipserve.lab.quality.controls import BLIND, FLOOR
+from collections.abc import Callable
+
+from hipserve.lab.quality.controls import CONTROLS
+from hipserve.lab.quality.costs import frontier
 from hipserve.lab.quality.fidelity import Fidelity, FidelityReport
 from hipserve.lab.quality.retrieval import RetrievalReport, TaskResult
 from hipserve.lab.shown import Chart, Grid, Line, counted, with_interval
@@ -35,6 +38,40 @@ def _cells(row: Fidelity) -> list[str]:
         "" if row.far is None else with_interval(row.far, row.far_interval, "+.3f"),
         row.decision or "",
     ]
+
+
+Measure = Callable[[FidelityReport, str], float]
+COSTS: dict[str, Measure] = {
+    "keys read, %": lambda report, name: 100 * report.costs[name].share,
+    "seconds a text": lambda report, name: report.costs[name].seconds_a_text,
+}
+
+
+def pareto(report: FidelityReport, cost: str) -> list[str]:
+    """The attentions than which no other costs less and has a smaller KL."""
+    return frontier(
+        report.judged(), lambda n: COSTS[cost](report, n), lambda n: report.results[n].kl
+    )
+
+
+def costs_grid(report: FidelityReport) -> Grid:
+    """What each attention costs, and whether another is better and cheaper."""
+    best = {cost: pareto(report, cost) for cost in COSTS}
+    rows = [
+        [
+            name,
+            f"{report.results[name].kl:.4f}",
+            *(f"{of(report, name):.1f}{' *' * (name in best[cost])}" for cost, of in COSTS.items()),
+        ]
+        for name in report.judged()
+    ]
+    caption = (
+        "* in the Pareto set: no other costs less and has a smaller KL; seconds are of processor "
+        "time on a CPU, of the whole model, with the logits of dense attention beside its own"
+    )
+    return Grid(
+        f"{report.model}: what is lost for a cost", ["attention", "KL", *COSTS], rows, caption
+    )
 
 
 def sentences(report: FidelityReport) -> list[str]:
@@ -107,6 +144,19 @@ def charts(report: FidelityReport) -> list[Chart]:
     lines = [
         Line(name, domains, [100 * (row.by_domain[d] / own - 1) for d, own in base.items()], "dots")
         for name, row in others
-        if name not in (FLOOR, BLIND)
+        if name not in CONTROLS
     ]
-    return [Chart("change of the negative log-likelihood", "domain", "%", lines)]
+    changes = Chart("change of the negative log-likelihood", "domain", "%", lines)
+    return [changes, *(_tradeoff(report, cost) for cost in COSTS if len(report.judged()) > 1)]
+
+
+def _tradeoff(report: FidelityReport, cost: str) -> Chart:
+    """KL against a cost: every attention by itself, the Pareto set joined."""
+
+    def points(names: list[str]) -> tuple[list[float], list[float]]:
+        chosen = sorted(names, key=lambda name: COSTS[cost](report, name))
+        return [COSTS[cost](report, n) for n in chosen], [report.results[n].kl for n in chosen]
+
+    dots = [Line(name, *points([name]), "dots") for name in report.judged()]
+    best = Line("Pareto set", *points(pareto(report, cost)))
+    return Chart("what is lost for a cost", cost, "KL in nats", [best, *dots])
