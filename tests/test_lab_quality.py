@@ -240,6 +240,27 @@ def test_likelier_than_dense_is_a_warning() -> None:
     assert results["hip"].verdicts["likelihood"].decision == "different"
 
 
+def test_blind_attention_is_caught_by_the_tokens_that_need_far_context() -> None:
+    """A loss that differs too much between documents for a verdict, on few tokens of each."""
+    units = fidelity._Units.of(documents(4, 1), 10)
+    base = fidelity.Tokens(torch.ones(10), torch.zeros(10), torch.ones(10).bool())
+    needs_far = torch.arange(10) < 2
+    lost = [
+        base._replace(nll=1 + needs_far * 4 + size, kl=torch.full((10,), size))
+        for size in (0.0, 0.0, 0.0, 3.0)
+    ]
+    found: dict[str, list[str]] = {}
+    for name, masks in (("far", [needs_far] * 4), ("no far", [])):
+        measured = fidelity._Measured.of([base] * 4, lost, units, masks)
+        margins = {"likelihood": 0.005, "kl": 0.05}
+        verdicts = fidelity._judge({"sinks + window": measured}, "dense", margins)
+        row = measured.summary(verdicts["sinks + window"])
+        assert row.verdicts["kl"].decision == "undecided"
+        found[name] = fidelity._warnings({"sinks + window": row}, "dense", units)
+    assert found["far"] == []
+    assert "was not caught" in found["no far"][0]
+
+
 def test_domains_count_alike() -> None:
     docs = [Document(str(i), "a" if i else "b", "") for i in range(5)]
     units = fidelity._Units.of(docs, 10)

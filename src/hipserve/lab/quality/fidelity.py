@@ -365,7 +365,8 @@ def _warnings(results: dict[str, Fidelity], reference: str, units: _Units) -> li
         decisions = {verdict.decision for verdict in row.verdicts.values()}
         if name == FLOOR and "different" in decisions:
             found.append(f"{name}: {reference} differs from itself; nothing below can be trusted")
-        if name == BLIND and "different" not in decisions:
+        blind_to_far = row.far_interval is not None and row.far_interval[0] > 0
+        if name == BLIND and "different" not in decisions and not blind_to_far:
             found.append(not_caught(name))
         likelihood = row.verdicts.get("likelihood")
         if likelihood and likelihood.decision == "different" and row.change < 0:
