@@ -43,11 +43,18 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def report(loaded: LoadedModel) -> LabReport:
-    said, noted = list[str](), list[str]()
-    documents = domain_documents(16000)[:2]
+    said, noted, pages = list[str](), list[str](), list[list[str]]()
     made = make_report(
-        loaded, SMALL, documents, length=1600, progress=said.append, note=noted.append
+        loaded,
+        SMALL,
+        domain_documents(16000)[:2],
+        length=1600,
+        progress=said.append,
+        note=noted.append,
+        finished=lambda so_far: pages.append([s.title for s in so_far.to_page().sections]),
     )
+    assert [len(titles) for titles in pages] == [2, 3, 4, 5, 6, 7, 8], "a page after every part"
+    assert pages[0] == ["Compared with dense attention", "Time"]
     assert said[0] == "quality, 1 of 7: texts"
     assert "locality, 6 of 7: documentation (dense)" in said
     assert noted == [

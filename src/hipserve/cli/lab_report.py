@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from hipserve.cli.files import make_folder, write
 from hipserve.cli.lab_shared import Text
 from hipserve.cli.output import result, result_json, say
 from hipserve.cli.steps import Steps
+
+if TYPE_CHECKING:
+    from hipserve.lab.report.report import LabReport
 
 NAME = "hipserve-lab"
 
@@ -77,12 +80,17 @@ def report(
             progress=shown.update,
             note=shown.note,
             dense=kernels,
+            finished=lambda made: _write(made, out),
         )
     comparison.say_what_is_dense(loaded, {"hip": base}, length)
-    page = made.to_page()
-    for suffix, content in ((".html", page.to_html()), (".md", page.to_markdown())):
-        path = out / f"{NAME}{suffix}"
-        write("--out", path, content)
-        (say if json else result)(f"written: {path}")
+    for suffix in (".html", ".md"):
+        (say if json else result)(f"written: {out / f'{NAME}{suffix}'}")
     if json:
         result_json(made.to_dict())
+
+
+def _write(made: LabReport, out: Path) -> None:
+    """The page so far: after every part, so an interruption loses one part only."""
+    page = made.to_page()
+    for suffix, content in ((".html", page.to_html()), (".md", page.to_markdown())):
+        write("--out", out / f"{NAME}{suffix}", content)

@@ -187,6 +187,7 @@ def make_report(
     progress: Say | None = None,
     note: Say | None = None,
     dense: Dense | None = None,
+    finished: Callable[[LabReport], None] | None = None,
 ) -> LabReport:
     """Measures every part, or those that are named.
 
@@ -196,6 +197,7 @@ def make_report(
         progress: receives part and step when a step begins.
         note: receives what each part took, when it ends.
         dense: kernels of dense attention; the faster ones of this machine if None.
+        finished: receives what is measured so far, when a part ends.
 
     Raises:
         ArgumentError: there is no such part.
@@ -210,21 +212,22 @@ def make_report(
     own = everything(config) if dense == "hip" else None
     references: dict[str, Reference] | None = {} if "meter" in chosen else None
     given = _Inputs(loaded, config, documents, length, own, references)
-    results: dict[str, Result] = {}
-    seconds: dict[str, Seconds] = {}
-    for i, part in enumerate(chosen, start=1):
-        name = f"{part}, {i} of {len(chosen)}"
-        say = _named(progress, name)
-        say("texts")
-        with measured() as seconds[part]:
-            results[part] = PARTS[part](given, say)
-        _named(note, name)(f"took {seconds[part]}")
     facts = {
         **provenance("wall").to_dict(),
         "configuration": _described(config),
         "dense attention": DENSE_KERNELS[dense],
     }
-    return LabReport(loaded.name, length, config.to_dict(), facts, results, seconds)
+    made = LabReport(loaded.name, length, config.to_dict(), facts, {}, {})
+    for i, part in enumerate(chosen, start=1):
+        name = f"{part}, {i} of {len(chosen)}"
+        say = _named(progress, name)
+        say("texts")
+        with measured() as made.seconds[part]:
+            made.results[part] = PARTS[part](given, say)
+        _named(note, name)(f"took {made.seconds[part]}")
+        if finished:
+            finished(made)
+    return made
 
 
 def _described(config: HiPConfig) -> str:
