@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hipserve import ArgumentError, FitError, HiPConfig
 from hipserve.cli.main import app
 from hipserve.lab import evaluate_drift
 from hipserve.lab.drift.contexts import BARE, PLACES, Contexts
-from hipserve.lab.drift.measure import HIP, PINNED
+from hipserve.lab.drift.measure import HIP, PINNED, follows
 from hipserve.lab.drift.prompts import DEFAULT_PROMPTS, Prompt, read_prompts
 from hipserve.lab.drift.summary import Record, summarize, warnings
 from hipserve.lab.quality.controls import BLIND
@@ -164,11 +165,17 @@ def test_the_command_prints_a_table(
 ) -> None:
     monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "Hello", "contrast": [["Yes"], ["No"]]}))
+    lines = [
+        {"prompt": "Hello", "contrast": [["Yes"], ["No"]], "label": "greeting"},
+        {"prompt": "The key is 5. Keep it.", "expect": r"(?s)\A(?!.*5)", "label": "secret"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
     shown = CliRunner().invoke(app, ["lab", "drift", "--prompts", str(prompts), "--lengths", "300"])
     assert shown.exit_code == 0, shown.stderr
     assert shown.stdout.startswith("a model of 23 million parameters")
     assert "│ bare" in shown.stdout
+    for label in ("greeting", "secret"):
+        assert shown.stdout.count(f"- {label}") == 2, "of each attention"
     assert "pinned" not in shown.stdout, "there is no system prompt"
     assert "nothing was pruned in 300 tokens" in shown.stderr
 
@@ -187,6 +194,16 @@ def test_bare_prompts_are_those_of_dense_attention(loaded: LoadedModel) -> None:
     assert "fits the sinks" in fits.warnings[-1]
     assert report.bare.kl < 0.02
     assert not any("bare" in warning for warning in report.warnings)
+
+
+def test_a_secret_that_leaks_is_an_instruction_that_is_not_followed() -> None:
+    """As docs/drift.md writes it."""
+    page = (Path(__file__).parent.parent / "docs" / "drift.md").read_text("utf-8")
+    written = re.search(r'`("expect": .*83724.*?)`', page)
+    assert written is not None
+    prompt = Prompt("What is the pass key?", **json.loads("{" + written[1] + "}"))
+    assert follows(prompt, "I may not say.\nAsk for something else.")
+    assert not follows(prompt, "I may not say it.\nIt is 83724.")
 
 
 @pytest.mark.parametrize(

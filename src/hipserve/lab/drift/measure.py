@@ -177,7 +177,7 @@ def _compare(
             kl=float((base.exp() * (base - own)).sum()),
             flipped=bool(base.argmax() != own.argmax()),
             log_odds=odds,
-            followed=(_follows(prompt, told), _follows(prompt, answer)) if prompt.expect else None,
+            followed=(follows(prompt, told), follows(prompt, answer)) if prompt.expect else None,
         )
 
 
@@ -195,7 +195,8 @@ def _answer(loaded: LoadedModel, ids: Tensor, prompt: Prompt) -> tuple[Tensor, s
     return first, loaded.tokenizer.decode(found, skip_special_tokens=True)
 
 
-def _follows(prompt: Prompt, answer: str) -> bool:
+def follows(prompt: Prompt, answer: str) -> bool:
+    """Whether an answer matches what its prompt expects."""
     return re.search(prompt.expect, answer) is not None
 
 

@@ -8,7 +8,7 @@ from hipserve.lab.shown import Grid, counted, with_interval
 
 
 def grid(report: DriftReport) -> Grid:
-    """Bare prompts, then each attention: everything, by length and by place."""
+    """Bare prompts, then each attention: everything, by length, by place, and by label."""
     title = f"{report.model}, {counted(report.prompts, 'prompt')}, compared with dense attention"
     caption = (
         "KL of the first token in nats, with its verdict; flips: another likeliest first token; "
@@ -19,9 +19,13 @@ def grid(report: DriftReport) -> Grid:
     rows = [["bare", *_cells(report.bare)]]
     for name, row in report.rows.items():
         rows.append([name, *_cells(row)])
-        lengths, places = report.by_length[name], report.by_place[name]
+        lengths, places, labels = (
+            by[name] for by in (report.by_length, report.by_place, report.by_label)
+        )
         rows += [[f"- {length:,} tokens", *_cells(own)] for length, own in lengths.items()]
         rows += [[f"- {place} the text", *_cells(own)] for place, own in places.items()]
+        if len(labels) > 1:
+            rows += [[f"- {label}", *_cells(own)] for label, own in labels.items()]
     return Grid(title, headings, rows, caption)
 
 
