@@ -70,6 +70,7 @@ def test_every_part_is_there(report: LabReport) -> None:
     assert values["results"]["quality"]["results"]["hip"]["kl"] > 0
     assert len(values["results"]["cache"]["points"]) == 2 * 2 * 4 * 4 * 2
     assert "budget = 64, " in values["facts"]["configuration"]
+    assert values["facts"]["texts"] == "code, documentation"
     answers = {row["task"]: row for row in values["results"]["answers"]["results"]}
     assert {task: row["samples"] for task, row in answers.items()} == {"niah": 16, "kv": 16}
     assert values["results"]["drift"]["prompts"] == 4

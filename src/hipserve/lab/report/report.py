@@ -44,6 +44,9 @@ HEADS_LENGTH = 8192
 LOSS_LENGTH, LOSS_BUDGET, LOSS_HEADS = 4096, 256, 24
 """Tokens of the text that is read once for a head, what it may read of them, and how many heads."""
 
+MANY = 6
+"""Texts that the page names."""
+
 DENSE_KERNELS: dict[Dense, str] = {
     "sdpa": "torch's SDPA; the noise floor is of the kernels that serve, on the first text",
     "hip": "the kernels that serve, reading every key; the noise floor is SDPA, on the first text",
@@ -215,6 +218,7 @@ def make_report(
     facts = {
         **provenance("wall").to_dict(),
         "configuration": _described(config),
+        "texts": _names(documents),
         "dense attention": DENSE_KERNELS[dense],
     }
     made = LabReport(loaded.name, length, config.to_dict(), facts, {}, {})
@@ -228,6 +232,13 @@ def make_report(
         if finished:
             finished(made)
     return made
+
+
+def _names(documents: Sequence[Document]) -> str:
+    """The names of the texts, of many the first ones."""
+    names = [document.name for document in documents]
+    more = [f"{len(names) - MANY} more"] if len(names) > MANY else []
+    return ", ".join(names[:MANY] + more)
 
 
 def _described(config: HiPConfig) -> str:
