@@ -286,6 +286,9 @@ def main() -> None:
         attend(recorders, "prefill", 4096, True, 128)
         attend(recorders, "prefill, dense", 4096, False, 128)
         attend(recorders, "prefill, head_dim 64", 4096, True, 64)
+        for rows in (4000, 3137):
+            attend(recorders, "prefill, other counts", rows, True, 128)
+            select(recorders, "prefill, other counts", rows, HiPConfig())
     sys.stdout.write(json.dumps(found))
 
 

@@ -35,6 +35,7 @@ from hipserve.integrations.vllm.step import (
     host_seq_lens,
     sequences,
 )
+from hipserve.integrations.vllm.warm_up import Limits, compile_kernels
 from hipserve.plan import (
     BatchLayout,
     CapturedPlan,
@@ -102,6 +103,7 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
         # Only GPUs replay graphs; elsewhere a step selects only for the rows that need it.
         replays = device.type == "cuda" and self.replayed_requests > 0
         self.buffers = DecodeBuffers(slots, device) if replays else None
+        self._compile(vllm_config, kv_cache_spec)
         blocks = (vllm_config.cache_config.num_gpu_blocks or 0) * (len(layer_names) - len(local))
         self.tally.add("hipserve_page_bound_bytes", self.layout.index_bytes * blocks)
 
@@ -179,6 +181,18 @@ class HiPBuilder(AttentionMetadataBuilder[HiPStep]):
             impls[0].loads = LoadCounter(arenas, self.tally) if arenas else None
         self.loads = impls[0].loads  # like the schedule, of one layer
         self.tiled = [impl.hosted.tiled for impl in impls if impl.hosted.tiled is not None]
+
+    def _compile(self, vllm_config: VllmConfig, spec: AttentionSpec) -> None:
+        """Compiles what requests will launch, once for the layers of a group."""
+        first = next(iter(self.layers.values())).impl
+        if self.device.type != "cuda" or self.offload is not None or first.compiled:
+            return
+        first.compiled = True
+        scheduler = vllm_config.scheduler_config
+        tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        limits = Limits(tokens, requests, self.longest)
+        dtype = vllm_config.model_config.dtype
+        compile_kernels(self.layers, spec, self.rule, dtype, limits)
 
     def build(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,7 @@ class HiPImpl(AttentionImpl[HiPStep]):
         self.meter: TallyMeter | None = None  # of a layer that knows its number
         self.hosted: HostedLayer | None = None
         self.loads: LoadCounter | None = None
+        self.compiled = False  # its kernels, before the first request
         self.rope: Tensor | None = None
         if self.config.streams and not self.sliding_window:
             self.rope = read_rope(model, head_size).to(self.device)
@@ -107,6 +109,11 @@ class HiPImpl(AttentionImpl[HiPStep]):
     def is_dense(self, layer: Any) -> bool:
         """The layer reads every key, or those that the model lets it."""
         return self.is_local(layer) or layer_index(layer.layer_name) in self.config.dense_layers
+
+    def kind(self, layer: Any) -> Hashable:
+        """What differs between layers that take other kernels."""
+        own = self.config.of_layer(layer_index(layer.layer_name), self.heads)
+        return own, self.is_dense(layer), self.sliding_window, self.writes
 
     @property
     def writes(self) -> bool:

@@ -14,7 +14,7 @@ from hipserve.ops.block_sparse_attention.triton.key_list import list_keys, tile_
 from hipserve.ops.block_sparse_attention.triton.softmax import attend_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_stride", "num_query_blocks", "list_stride"])
 def attention_kernel(
     q,
     q_strides,
@@ -117,7 +117,7 @@ def attention_kernel(
     tl.store(out_rows[:, None] + d[None, :], result, mask=keep)  # [ROWS, DIM]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def merge_kernel(
     parts,
     part_lse,

@@ -23,7 +23,7 @@ from hipserve.ops.select_blocks.triton.scratch import query_codes_of, scratch_of
 from hipserve.ops.select_blocks.triton.tree import search_tree
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def baseline_kernel(
     q,
     q_strides,
@@ -80,7 +80,7 @@ def baseline_kernel(
         store_baselines(queries, rows_of_keys, begin, end, position + 1, GEOMETRY, TILING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def search_kernel(
     q,
     q_strides,

@@ -80,15 +80,14 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     """Tiles of a call, and the programs that share its query blocks."""
     spec = geometry.spec
     max_rows = min(spec.query_block_size, call.q_shape[0] - call.blocks + 1)
-    stacked = ((max_rows - 1) // spec.query_stride + 1) * geometry.group_size
+    stacked = stacked_rows(geometry, max_rows)
     rows = max(min(most_rows(geometry.dim, call.element_size), power_of_2(stacked)), 16)
     row_tiles = -(-stacked // rows)
     tile = tile_keys(geometry.dim, rows, row_tiles)
     if geometry.streams and rows > 16:  # query rows are turned in float32, beside their summaries
         tile = TileSizes(keys=min(tile.keys, 64), runs=16, read_keys=32, stages=1)
     tile = tile._replace(keys=max(tile.keys, spec.key_block_size))
-    few = max(PROGRAMS // max(call.blocks * call.heads, 1), 1)
-    few = min(few, most_sharers(call.device))
+    few = sharers_of(call, max_rows)
     sharing = geometry.share(call, tile, most=few, few_rows=rows == 16)
     wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1 or geometry.streams)
     return Tiling(
@@ -104,6 +103,26 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
         num_warps=8 if wide else 4,
         chained=chains_launches(call.device),
     )
+
+
+def sharers_of(call: Call, max_rows: int) -> int:
+    """Programs that share a query block and head, at most: of more than single rows 1, 4 or 16, so
+    that the same kernels serve chunks of any length."""
+    few = max(PROGRAMS // max(call.blocks * call.heads, 1), 1)
+    if max_rows > 1:
+        few = next((n for n in (1, 4) if n >= few), 16)
+    return min(few, most_sharers(call.device))
+
+
+def stacked_rows(geometry: Geometry, max_rows: int) -> int:
+    """Sampled rows of all heads of a group, stacked: those of a whole query block, whose kernels
+    serve chunks of any length, unless a tile of 16 holds them."""
+    spec, group = geometry.spec, geometry.group_size
+
+    def stacked(rows: int) -> int:
+        return ((rows - 1) // spec.query_stride + 1) * group
+
+    return stacked(max_rows if stacked(max_rows) <= 16 else spec.query_block_size)
 
 
 def most_rows(dim: int, element_size: int) -> int:

@@ -84,7 +84,7 @@ def append_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def completed_kernel(
     k_cache,
     k_cache_strides,

@@ -12,7 +12,7 @@ from hipserve.ops.block_sparse_attention.triton.hopper.producer import produce
 from hipserve.ops.block_sparse_attention.triton.hopper.work import Inputs
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_blocks", "last_block", "items", "programs"])
 def hopper_kernel(
     q_desc,
     k_desc,
@@ -20,6 +20,10 @@ def hopper_kernel(
     out,
     lse,
     inputs,
+    num_blocks,
+    last_block,
+    items,
+    programs,
     scale,
     SHAPE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -27,12 +31,12 @@ def hopper_kernel(
 ):
     """What `attention_kernel` computes, for calls that `make_shape` takes.
 
-    scale: sm_scale * log2(e). `inputs` has the fields of `Inputs`.
+    scale: sm_scale * log2(e). `inputs` and the counts behind it are the fields of `Inputs`.
     """
     memory = allocate(q_desc, k_desc, v_desc, SHAPE)
     fence_async_shared()
     mbarrier.arrive(memory.turns.index(0), count=1)
-    inputs = Inputs(*inputs)
+    inputs = Inputs(*inputs, num_blocks, last_block, items, programs)
     gl.warp_specialize(
         [
             (consume, (memory, inputs, out, lse, scale, 0, SHAPE)),

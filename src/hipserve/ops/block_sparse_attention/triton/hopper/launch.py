@@ -47,13 +47,12 @@ def attend(
         *(block_table, block_table.stride(0), query_blocks),
         query_blocks if indices is None else indices,
         query_blocks if window_start is None else window_start,
-        *(blocks, blocks - 1, items, programs),
     )
     hopper_kernel[(programs,)](
         describe(q, [shape.rows, 1, HALF]),
         describe(k_cache, [1, RUN, 1, HALF]),
         describe(v_cache, [1, RUN, 1, HALF]),
-        *(out, lse, inputs, sm_scale * math.log2(math.e)),
+        *(out, lse, inputs, blocks, blocks - 1, items, programs, sm_scale * math.log2(math.e)),
         SHAPE=shape,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
