@@ -43,13 +43,17 @@ def read(path: Path) -> tuple[str, dict[str, Series]]:
 
 
 def read_gpu(rows: list[dict[str, str]]) -> dict[str, Series]:
-    """The same from `benchmarks/gpu.py speed`: batch 1, every decode step selecting.
+    """The same from `benchmarks/gpu.py speed`: batch 1, 16 bits, every decode step selecting.
 
     Graphs for longer sequences than the one in them are left out.
     """
     phases: dict[str, Series] = {}
     alone = [
-        row for row in rows if row["batch"] == "1" and row.get("room") in (None, "", row["length"])
+        row
+        for row in rows
+        if row["batch"] == "1"
+        and row.get("room") in (None, "", row["length"])
+        and row.get("pages", "bfloat16") == "bfloat16"
     ]
     for row in sorted(alone, key=lambda row: int(row["length"])):
         prefill = row["what"] == "prefill"
