@@ -288,6 +288,12 @@ def test_contexts_beyond_the_positions_of_a_model_say_so() -> None:
         invoke(SHAPE, "--gpu", "h100").stdout
     )
     assert "beyond" not in invoke(SHAPE, "--gpu", "l4").stdout
+    beyond = planned(SHAPE, "--gpu", "h200", "--max-model-len", "256k")["command"]
+    assert beyond[beyond.index("--extend") + 1] == "stream"
+    words = ("--kv-offload", "--max-model-len", "448k", "--host-kv-memory", "64GiB")
+    moved = planned(SHAPE, "--gpu", "h100-80g", *words)["command"]
+    assert moved[moved.index("--extend") + 1] == "yarn"
+    assert "--extend" not in planned(SHAPE, "--gpu", "h200")["command"]
 
 
 def test_numbers_are_written_as_people_read_them() -> None:

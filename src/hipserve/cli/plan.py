@@ -181,11 +181,14 @@ def _command(made: Plan, name: str, flags: list[str]) -> list[str]:
 
 
 def _flags(made: Plan, chunk: int | None) -> list[str]:
-    """The flags of vLLM."""
+    """The flags of vLLM, and what lets it read on."""
     service = made.service
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
     flags += ["--tensor-parallel-size", str(service.cards)] if service.cards > 1 else []
+    if service.config.extend == "none" and 0 < service.model.positions < service.context:
+        # Codes of few bits, which offloaded keys have on a GPU, are not streamed there.
+        flags += ["--extend", "yarn" if service.offload and made.machine.on_gpu else "stream"]
     cache = service.model.cache_dtype
     flags += ["--kv-cache-dtype", cache] if cache != "auto" else []
     parts = made.parts
