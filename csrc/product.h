@@ -48,6 +48,23 @@ template <> struct UnitOf<bf16, bf16> {
 };
 #endif
 
+// The i-th value of each unit.
+template <class Unit> static inline vf value_of(vf units, uint32_t i) {
+  if constexpr (Unit::kValues == 1) return units;
+  else return (vf)((vu)units << 16 * (1 - i) & 0xffff0000);
+}
+// Units of which value(i) gives the i-th values; they become numbers that are stored as Q.
+template <class Unit, class Q, class Value> static inline vf units_of(const Value& value) {
+  if constexpr (Unit::kValues == 1) return rounded<Q>(value(0));
+#if defined(__AVX512BF16__)
+  else {  // values of one kind, then those of the other, become neighbours
+    const vi low = lanes(), both = low | (low + kLanes) << 16;
+    const __m512bh apart = _mm512_cvtne2ps_pbh((__m512)value(1), (__m512)value(0));
+    return (vf)_mm512_permutexvar_epi16((__m512i)both, (__m512i)apart);
+  }
+#endif
+}
+
 // Whether products of these units are on tile registers (amx.h), unless query rows are few.
 #if defined(__AMX_BF16__)
 template <class Unit> constexpr bool kTiled = Unit::kValues == 2;

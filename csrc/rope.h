@@ -48,8 +48,38 @@ class Turn {
     for (int64_t c = 0; c < dim_; c += kLanes)
       store_floats(load(x + c) * load(cos_ + c) + partners(x, c) * load(sin_ + c), out + c);
   }
+  // The same for `lanes` rows of queries as columns, units[channel][row], `stride` of them apart.
+  template <class Unit, class Q>
+  void apply_to_columns(const float* units, int64_t lanes, int64_t stride, float* out) const {
+    constexpr int kValues = Unit::kValues;
+    for (int64_t k = 0; k < dim_ / kValues; ++k) {
+      Factors by[kValues];
+      const float *x = units + k * stride, *y[kValues];
+      uint32_t in_unit[kValues];
+      for (int i = 0; i < kValues; ++i) {
+        const uint32_t partner = rope_.partner[k * kValues + i];
+        by[i] = factors(k * kValues + i);
+        y[i] = units + partner / kValues * stride;
+        in_unit[i] = partner % kValues;
+      }
+      for (int64_t lane = 0; lane < lanes; lane += kLanes)
+        store(out + k * stride + lane, units_of<Unit, Q>([&](int i) {
+                return value_of<Unit>(load(x + lane), i) * by[i].cos +
+                       value_of<Unit>(load(y[i] + lane), in_unit[i]) * by[i].sin;
+              }));
+    }
+  }
 
  private:
+  struct Factors {
+    float cos, sin;  // of a channel and of its partner
+  };
+  Factors factors(int64_t c) const {
+    if (!half_ || c < half_) return {cos_[c], sin_[c]};
+    if (c < 2 * half_) return {cos_[c - half_], -sin_[c - half_]};
+    return {1.f, 0.f};
+  }
+
   // Whether channels c and half_ + c are pairs, as most models have them, in whole vectors, and
   // the channels behind never turn.
   bool in_halves() const {
@@ -61,13 +91,15 @@ class Turn {
     return true;
   }
   template <class T> void apply_in_halves(const T* row, T* out) const {
-    for (int64_t c = 0; c < half_; c += kLanes) {
-      const vf a = load_floats(row + c), b = load_floats(row + half_ + c);
-      const vf cos = load(cos_ + c), sin = load(sin_ + c);
+    const int64_t half = half_;  // in registers, whatever `out` may alias
+    const float *cosines = cos_, *sines = sin_;
+    for (int64_t c = 0; c < half; c += kLanes) {
+      const vf a = load_floats(row + c), b = load_floats(row + half + c);
+      const vf cos = load(cosines + c), sin = load(sines + c);
       store_floats(a * cos + b * sin, out + c);
-      store_floats(b * cos - a * sin, out + half_ + c);
+      store_floats(b * cos - a * sin, out + half + c);
     }
-    memcpy(out + 2 * half_, row + 2 * half_, (dim_ - 2 * half_) * sizeof(T));
+    if (2 * half < dim_) memcpy(out + 2 * half, row + 2 * half, (dim_ - 2 * half) * sizeof(T));
   }
 
   // x[partner] of channels c and behind: neighbours too, unless a model pairs even with odd ones.

@@ -75,6 +75,14 @@ static inline vf load_floats(const f16* x) {
 static inline vf load_floats(const float* x) { return load(x); }
 static inline void store_floats(vf y, float* x) { store(x, y); }
 
+// The nearest numbers that are stored as T.
+template <class T> static inline vf rounded(vf y) {
+  T stored[kLanes];
+  store_floats(y, stored);
+  return load_floats(stored);
+}
+template <> inline vf rounded<float>(vf y) { return y; }
+
 // An integer that orders as the number of which it has the bits; its own inverse.
 template <class Bits> static inline Bits ordered(Bits x) {
   return x ^ (x >> (8 * sizeof(Bits) - 1) & (Bits)(~0ull >> (65 - 8 * sizeof(Bits))));

@@ -90,7 +90,8 @@ template <int kBits> class CodedKeys {
     return {row.numbers + call_.index.codes.slot_stride,
             row.scales + call_.index.code_scales.slot_stride};
   }
-  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, const Queries&,
+                    Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
     queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];
@@ -119,7 +120,8 @@ class CodedSummaries {
     return {slot_row<const uint8_t>(call_.index.summaries, page, run, head),
             slot_row<const bf16>(call_.index.summary_scales, page, run, head)};
   }
-  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, const Queries&,
+                    Queries& queries) const {
     const int64_t n = call_.batch.head_dim;
     queries.fill(rows.count(), convert, [&](int64_t r, int8_t* numbers) {
       float x[kMaxDim];

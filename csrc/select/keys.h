@@ -28,10 +28,9 @@ template <class Q, class K> class StoredKeys {
   }
   // The row of the next slot.
   Row next(Row row) const { return row + call_.index.codes.slot_stride; }
-  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
-    const int64_t count = rows.count(), dim = call_.batch.head_dim;
-    queries.template fill<Q>(count, dim, few_rows(count, dim), convert,
-                             [&](int64_t r) { return rows.template row<Q>(r, shift); });
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, const Queries& unmoved,
+                    Queries& queries) const {
+    queries.template take<Q>(rows, shift, call_.batch.head_dim, convert, unmoved);
   }
 
  private:

@@ -69,11 +69,12 @@ static inline void multiply(const unit* const* keys, int count, float* chunk, in
   constexpr int kWide = kColumns * kLanes;
   int64_t c = 0;
   for (; c + kWide <= lanes; c += kWide)
-    for (int i = 0; i < count; i += kRows) {
-      vf acc[kRows][kColumns] = {};
-      product<Unit, kRows, kColumns>(keys + i, chunk + c, kChunk, depth, acc);
-      use(i, c, acc);
-    }
+    for (int i = 0; i < count; i += kRows)
+      with_rows<kRows>(count - i, [&]<int kM>() {
+        vf acc[kM][kColumns] = {};
+        product<Unit, kM, kColumns>(keys + i, chunk + c, kChunk, depth, acc);
+        use(i, c, acc);
+      });
   for (; c < lanes; c += kLanes)
     for (int i = 0; i < count; i += kTall) {
       vf acc[kTall][1] = {};
@@ -82,10 +83,10 @@ static inline void multiply(const unit* const* keys, int count, float* chunk, in
     }
 }
 
-// In how many rows multiply() takes steps.
+// Of how many rows multiply() takes a multiple.
 template <class Unit> static inline int tall_rows(const Columns<Unit>& columns) {
   const bool wide = columns.rows % (kColumns * kLanes) == 0;
-  return wide && !kTiled<Unit> ? kRows : kTall;
+  return wide && !kTiled<Unit> ? 1 : kTall;
 }
 
 // Rows that are multiplied together: as a source found them, and as units, unless they are few
@@ -119,32 +120,34 @@ static inline void in_batches(int64_t n, int64_t size, const Seen& seen, Source 
   RowBatch<Row> batch;
   const auto& any = seen.any();
   auto find = [&](int64_t first, Row* out) {
-    const int64_t group = first / size, limit = minimum(n, ceil_div(first + kBatch, size));
-    if (group >= n) return 0;
-    const int count = (int)minimum(seen.alike(group, limit) * size - first, (int64_t)kBatch);
+    const int count = (int)minimum(n * size - first, (int64_t)kBatch);
     for (int j = 0; j < count; ++j) {
       out[j] = source(first + j);
       if (!any.asks_ahead()) prefetch(out[j], any.width);
     }
     return count;
   };
-  int turn = 0, count = find(0, rows[0]);
-  for (int64_t i = 0; count; turn ^= 1) {
-    const int next = find(i + count, rows[turn ^ 1]);
-    const auto& columns = seen.columns(i / size);
-    to_units(rows[turn], count, columns, convert, batch.rows);
-    batch.found = rows[turn];
-    batch.next = rows[turn ^ 1];
-    batch.num_next = next;
-    batch.first = i;
-    batch.count = count;
-    batch.padded = round_up(count, tall_rows(columns));
-    for (int j = count; j < kBatch; ++j) batch.rows[j] = batch.rows[count - 1];
-    if (kTiled<typename Seen::Queries::Unit> && !columns.few)
-      even_rows(batch.rows, batch.padded, columns.width, convert + kKeys * columns.width / 2);
-    use(batch, columns);
-    i += count;
-    count = next;
+  int turn = 0, found = find(0, rows[0]);
+  for (int64_t first = 0; found > 0; turn ^= 1) {
+    const int next = find(first + found, rows[turn ^ 1]);
+    for (int i = 0; i < found; i += batch.count) {
+      const int64_t group = (first + i) / size, limit = ceil_div(first + found, size);
+      const auto& columns = seen.columns(group);
+      batch.first = first + i;
+      batch.count =
+          (int)minimum(seen.alike(group, limit) * size - batch.first, (int64_t)(found - i));
+      batch.padded = round_up(batch.count, tall_rows(columns));
+      batch.found = rows[turn] + i;
+      batch.next = rows[turn ^ 1] + i;
+      batch.num_next = next - i;
+      to_units(batch.found, batch.count, columns, convert, batch.rows);
+      for (int j = batch.count; j < kBatch; ++j) batch.rows[j] = batch.rows[batch.count - 1];
+      if (kTiled<typename Seen::Queries::Unit> && !columns.few)
+        even_rows(batch.rows, batch.padded, columns.width, convert + kKeys * columns.width / 2);
+      use(batch, columns);
+    }
+    first += found;
+    found = next;
   }
 }
 

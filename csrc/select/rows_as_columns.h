@@ -49,36 +49,30 @@ struct Shifts {
 // The sampled rows of one query block and head, turned back to see keys nearer.
 class SampledRows {
  public:
-  SampledRows(Arena& arena, const SelectCall& call, int64_t max_rows)
-      : call_(call), shifts_(call), max_rows_(max_rows), turn_(arena, call.batch) {
+  SampledRows(Arena& arena, const SelectCall& call)
+      : call_(call), shifts_(call), turn_(arena, call.batch) {
     if (!call.batch.rope.partner) return;
-    const int64_t bytes = call.batch.dtype == Dtype::f32 ? 4 : 2;
-    turned_ = arena.take<char>(shifts_.slots * max_rows * call.batch.head_dim * bytes);
-    shift_ = arena.take<int64_t>(shifts_.slots);
-    done_ = arena.take<int64_t>(shifts_.slots);
+    turned_ = arena.take<float>(kChunk * call.batch.head_dim);
   }
   void take(const QueryBlock& block, int64_t head) {
     block_ = &block;
     head_ = head;
-    if (turned_)
-      for (int64_t i = 0; i < shifts_.slots; ++i) done_[i] = 0;
   }
   const Shifts& shifts() const { return shifts_; }
   int64_t count() const { return num_sampled(call_, *block_); }
 
-  // The r-th of them, as it meets keys that are seen `shift` positions nearer. Those before it have
-  // been asked for, and last until another shift of its slot.
+  // The r-th of them, as it meets keys that are seen `shift` positions nearer; lasts for kChunk
+  // calls.
   template <class Q> const Q* row(int64_t r, int64_t shift) {
-    if (!turned_) return in_call<Q>(r);
-    const int64_t slot = shifts_.slot(shift), dim = call_.batch.head_dim;
-    Q* turned = (Q*)turned_ + (slot * max_rows_ + r) * dim;
-    if (r < done_[slot] && shift_[slot] == shift) return turned;
-    shift_[slot] = shift;
-    done_[slot] = r + 1;
-    if (!shift) return (Q*)memcpy(turned, in_call<Q>(r), dim * sizeof(Q));
-    turn_.set(-shift);
-    turn_.apply(row<Q>(r, 0), turned);
+    if (!shift) return in_call<Q>(r);
+    Q* turned = (Q*)turned_ + r % kChunk * call_.batch.head_dim;
+    turn_to(shift).apply(in_call<Q>(r), turned);
     return turned;
+  }
+  // The turn of queries that meet keys seen `shift` positions nearer.
+  const Turn& turn_to(int64_t shift) {
+    turn_.set(-shift);
+    return turn_;
   }
 
  private:
@@ -89,10 +83,8 @@ class SampledRows {
   }
   const SelectCall& call_;
   const Shifts shifts_;
-  const int64_t max_rows_;
   Turn turn_;
-  char* turned_ = nullptr;                      // [slots][max_rows][head_dim]
-  int64_t *shift_ = nullptr, *done_ = nullptr;  // of each slot; how many rows are turned by it
+  float* turned_ = nullptr;  // [kChunk][head_dim], of any dtype
   const QueryBlock* block_ = nullptr;
   int64_t head_ = 0;
 };
@@ -114,6 +106,25 @@ template <class Unit_> struct Columns {
 
   // Whether products ask for the rows of the next batch by themselves.
   bool asks_ahead() const { return false; }
+
+  // Takes sampled rows of n values stored as Q, as they meet keys that are seen `shift` positions
+  // nearer; `unmoved` took them for no shift.
+  template <class Q> void take(SampledRows& sampled, int64_t shift, int64_t n, float* convert,
+                               const Columns& unmoved) {
+    const int64_t count = sampled.count();
+    if (!shift || unmoved.few)
+      return fill<Q>(count, n, few_rows(count, n), convert,
+                     [&](int64_t r) { return sampled.template row<Q>(r, shift); });
+    rows = count;
+    few = false;
+    for (int64_t first = 0; first < count; first += kChunk) {
+      const int64_t lanes = minimum(count - first, (int64_t)kChunk);
+      float* to = units + first * depth;
+      sampled.turn_to(shift).template apply_to_columns<Unit, Q>(unmoved.units + first * depth,
+                                                                lanes, kChunk, to);
+      clear_tail(to);
+    }
+  }
 
   // Takes `count` rows of any number, of which row(r) gives the r-th, n values stored as Q; a
   // result of row(r) lasts for kChunk calls. `convert` holds kKeys * width floats.
@@ -138,8 +149,12 @@ template <class Unit_> struct Columns {
   template <class Q> void put_chunk(TileRows& chunk, int64_t n, float* to, float* convert) {
     chunk.fill_up();
     KeyTile<Unit, Q>::pack(chunk, (int)n, to, convert);
+    clear_tail(to);
+  }
+  // Units behind the last value of a row.
+  void clear_tail(float* chunk) {
     const int64_t used = width / Unit::kValues;
-    memset(to + used * kChunk, 0, (depth - used) * kChunk * 4);
+    memset(chunk + used * kChunk, 0, (depth - used) * kChunk * 4);
   }
 };
 

@@ -25,7 +25,7 @@ template <class Keys, class Find> class Search {
   Search(Arena& arena, const Call& call, const typename Find::Size& size, int64_t max_rows)
       : call_(call),
         scorer_(arena, max_rows, size.scores, call.batch.head_dim),
-        rows_(arena, call, max_rows),
+        rows_(arena, call),
         block_rank_(arena, call, max_rows, rows_, scorer_),
         find_(arena, call, size, max_rows, rows_, scorer_, block_rank_) {}
   Search(const Search&) = delete;  // its members refer to each other

@@ -50,7 +50,10 @@ template <class Stored> class SeenRows {
   // The rows as they meet keys that are seen `shift` positions nearer.
   const Queries& nearer(int64_t shift) {
     const int64_t slot = shifts_.slot(shift);
-    if (shift_[slot] != shift) stored_.take_queries(rows_, shift, convert_, columns_[slot]);
+    if (shift_[slot] != shift) {
+      const Queries& unmoved = shift ? nearer(0) : columns_[0];
+      stored_.take_queries(rows_, shift, convert_, unmoved, columns_[slot]);
+    }
     shift_[slot] = shift;
     return columns_[slot];
   }

@@ -11,15 +11,9 @@ namespace HIPSERVE_TIER {
 // A run scores q . center + reach |q| . radius: what a key would score that lies `reach` radii
 // from the center in every channel, towards q. Units of reach |q|, rounded to Q, for units of q.
 template <class Unit, class Q> static inline vf reach_out(vf q, float reach) {
-  auto reached = [&](vf x) {
-    Q stored[kLanes];
-    store_floats(reach * maximum(x, -x), stored);
-    return load_floats(stored);
-  };
-  if constexpr (Unit::kValues == 1) return reached(q);
-  const vu both = (vu)q;
-  const vu low = (vu)reached((vf)(both << 16)), high = (vu)reached((vf)(both >> 16 << 16));
-  return (vf)(low >> 16 | high);
+  const vf size = (vf)((vu)q & (Unit::kValues == 1 ? 0x7fffffff : 0x7fff7fff));
+  if (reach == 1.f) return size;
+  return units_of<Unit, Q>([&](int i) { return reach * value_of<Unit>(size, i); });
 }
 
 // Summaries stored as S, met by queries stored as Q.
@@ -35,10 +29,10 @@ template <class Q, class S> class StoredSummaries {
   Row at(int64_t page, int64_t run, int64_t head) const {
     return slot_row<const S>(call_.index.summaries, page, run, head);
   }
-  void take_queries(SampledRows& rows, int64_t shift, float* convert, Queries& queries) const {
+  void take_queries(SampledRows& rows, int64_t shift, float* convert, const Queries& unmoved,
+                    Queries& queries) const {
     const int64_t dim = call_.batch.head_dim, count = rows.count();
-    queries.template fill<Q>(count, dim, few_rows(count, dim), convert,
-                             [&](int64_t r) { return rows.template row<Q>(r, shift); });
+    queries.template take<Q>(rows, shift, dim, convert, unmoved);
     const int64_t lanes = queries.few ? 1 : kChunk;  // of a unit
     for (int64_t r = 0; r < count; r += lanes) {
       float *center = queries.units + r * queries.depth,

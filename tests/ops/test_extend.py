@@ -155,6 +155,21 @@ def test_searches_agree_on_what_lies_far(
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_half_precision_are_rounded_as_they_are_turned(
+    backend: str, dtype: torch.dtype
+) -> None:
+    config = STREAM.replace(query_stride=1, bound_reach=0.5)
+    shape = Shape((1400, 700), (130, 1), group_size=4, head_dim=96, page_size=256, dtype=dtype)
+    case = make_case(shape, config.index_form)
+    options: dict[str, Any] = {"config": config, "rope": rope_like("neighbours", 96)}
+    expected = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    with using(backend) as name:
+        got = select_blocks(case.q, case.index, case.layout, backend=name, **options)
+    assert torch.equal(got.indices, expected.indices)
+
+
+@every_backend
 @pytest.mark.parametrize("rows", [1, 40])
 def test_searches_agree_over_more_segments_than_a_kernel_keeps(backend: str, rows: int) -> None:
     config = STREAM.replace(trained_length=352, num_sink_tokens=16, code_bits=8)
