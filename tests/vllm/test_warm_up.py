@@ -189,6 +189,17 @@ def test_every_kind_of_layer_is_run_in_blocks_of_no_request() -> None:
     assert not any(step.selects for step in dense)
 
 
+@pytest.mark.parametrize("limits", [(8192, 4, 2048), (2048, 256, 1000), (64, 1, 40), (1, 1, 64)])
+def test_steps_are_those_of_an_engine(limits: tuple[int, int, int]) -> None:
+    tokens, requests, longest = limits
+    steps = list(chunk_steps(Limits(*limits), 64))
+    assert steps
+    for step in steps:
+        assert sum(rows for rows, _ in step) <= tokens
+        assert len(step) <= requests
+        assert all(0 < rows <= first + rows <= longest for rows, first in step)
+
+
 def test_a_kernel_that_does_not_compile_ends_the_start() -> None:
     layer = Layer("p")
     layer.head_size = 32  # not what its steps hold

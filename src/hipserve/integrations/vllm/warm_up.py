@@ -50,8 +50,9 @@ def chunk_steps(limits: Limits, query_block_size: int) -> Iterator[list[tuple[in
     Kernels differ by powers of two of rows and of query blocks.
     """
     end = limits.longest // query_block_size * query_block_size
-    chunks = [n for i in range(limits.tokens.bit_length()) if (n := (1 << i) + 1) <= limits.tokens]
-    for rows in [*chunks, limits.tokens]:
+    longest = min(limits.tokens, limits.longest)
+    chunks = [n for i in range(longest.bit_length()) if (n := (1 << i) + 1) < longest]
+    for rows in [*chunks, longest]:
         for first in (0, max(end - -(-rows // query_block_size) * query_block_size, 0)):
             most = min(limits.requests - 1, limits.tokens - rows)
             others = [(1 << i) - 1 for i in range(1, (most + 1).bit_length())]
