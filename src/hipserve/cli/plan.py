@@ -186,7 +186,8 @@ def _flags(made: Plan, chunk: int | None) -> list[str]:
     flags = ["--max-model-len", str(service.context), "--max-num-seqs", str(service.sequences)]
     flags += ["--max-num-batched-tokens", str(chunk)] if chunk else []
     flags += ["--tensor-parallel-size", str(service.cards)] if service.cards > 1 else []
-    if service.config.extend == "none" and 0 < service.model.positions < service.context:
+    beyond = 0 < service.model.positions < service.context
+    if beyond and service.config is not None and service.config.extend == "none":
         # Codes of few bits, which offloaded keys have on a GPU, are not streamed there.
         flags += ["--extend", "yarn" if service.offload and made.machine.on_gpu else "stream"]
     cache = service.model.cache_dtype
