@@ -198,7 +198,8 @@ def leaving_room(count: Callable[..., int]) -> Callable[..., int]:
             raise ValueError(
                 f"The prompt has {given['input_length']} tokens, which is all of the maximum "
                 f"context length of {given['max_model_len']}: no room for an answer. Shorten it by "
-                "as many tokens as the answer may have."
+                "as many tokens as the answer may have, or have the server started with a larger "
+                "--max-model-len (and --extend stream beyond what the model was trained for)."
             )
         return room
 
