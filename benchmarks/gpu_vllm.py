@@ -260,8 +260,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def difference(ours: list[list[Step]], theirs: list[list[Step]]) -> float:
     """The largest one of log-probabilities, as long as the tokens are the same.
 
-    Tokens may differ where both are as likely: the answers are not compared from there on. One that
-    is not listed is at most as likely as the last that is.
+    Tokens may differ where both are as likely: the answers are not compared from there on.
     """
     worst, compared, steps = 0.0, 0, 0
     for a, b in zip(ours, theirs, strict=False):
@@ -269,10 +268,9 @@ def difference(ours: list[list[Step]], theirs: list[list[Step]]) -> float:
         for mine, other in zip(a, b, strict=True):
             compared += 1
             first, second = next(iter(mine)), next(iter(other))
-            least = min(mine.values()), min(other.values())
-            tokens = {first, second} | (mine.keys() & other.keys())
-            apart = [abs(mine.get(t, least[0]) - other.get(t, least[1])) for t in tokens]
-            worst = max(worst, *apart)
+            shared = [abs(mine[t] - other[t]) for t in mine.keys() & other.keys()]
+            known = {first, second} <= mine.keys() & other.keys()
+            worst = max(worst, *shared) if known else float("inf")
             if first != second:
                 break
     return worst if compared * 2 > steps else float("inf")
