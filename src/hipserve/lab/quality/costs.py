@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from transformers import Cache
 
 from hipserve.integrations.transformers import HiPCache
+from hipserve.lab.seconds import measured
 
 
 @dataclass(slots=True)
@@ -41,10 +41,9 @@ class Cost:
     @contextmanager
     def of_text(self, cache: Cache, device: torch.device) -> Generator[None]:
         """Adds what is read inside, into an empty cache."""
-        clock = time.process_time if device.type == "cpu" else time.perf_counter
-        start = clock()
-        yield
-        self.seconds += clock() - start
+        with measured() as took:
+            yield
+        self.seconds += took.processor if device.type == "cpu" else took.wall
         self.texts += 1
         if isinstance(cache, HiPCache):
             read, visible = cache.count_keys()

@@ -9,6 +9,7 @@ from typing import Any
 from hipserve.config import DEFAULT, HiPConfig
 from hipserve.errors import ArgumentError, did_you_mean
 from hipserve.lab import meter as meter_shown
+from hipserve.lab import seconds as seconds_shown
 from hipserve.lab.cache import shown as cache_shown
 from hipserve.lab.cache.report import CacheReport, measure_cache
 from hipserve.lab.drift import shown as drift_shown
@@ -23,12 +24,11 @@ from hipserve.lab.quality.beside import Reference
 from hipserve.lab.quality.controls import BLIND, Dense, blind, everything, faster_dense
 from hipserve.lab.quality.fidelity import FidelityReport, evaluate_fidelity
 from hipserve.lab.quality.retrieval import RetrievalReport, evaluate_retrieval
-from hipserve.lab.report import seconds as seconds_shown
 from hipserve.lab.report.page import Page, Section
-from hipserve.lab.report.seconds import Seconds, measured
 from hipserve.lab.representative import shown as representative_shown
 from hipserve.lab.representative.report import RepresentativeReport, measure_representatives
 from hipserve.lab.samples import Sample, cut_samples
+from hipserve.lab.seconds import Seconds, measured
 from hipserve.lab.shown import counted
 from hipserve.lab.text import Document
 from hipserve.models import LoadedModel

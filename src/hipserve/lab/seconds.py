@@ -1,4 +1,4 @@
-"""How long each part of a report took, by the clock on the wall and by the processor's."""
+"""How long something took, by the clock on the wall and by the processor's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hipserve.lab.shown import Grid
 
 @dataclass(slots=True)
 class Seconds:
-    """What a part took.
+    """What a block took.
 
     Attributes:
         wall: seconds that passed.
