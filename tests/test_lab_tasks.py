@@ -88,6 +88,19 @@ def test_the_frequent_word_is_the_more_frequent_one() -> None:
     assert (found.count(more), len(found)) == (OFTEN, OFTEN + SELDOM)
 
 
+def test_the_first_of_two_values_stands_before_the_other() -> None:
+    sample = make("order", questions=4)
+    found = re.findall(r"numbers for (\w+) is: (\d+)", sample.document)
+    assert len(found) == len(set(found)) == 8
+    for question in sample.questions:
+        (key,) = re.findall(r"numbers for (\w+) comes first", question.question)
+        first, second = [value for name, value in found if name == key]
+        assert question.completion == f" {first}"
+        assert question.answer.endswith(f" {first}")
+        assert second not in question.answer
+    assert len({question.cue for question in sample.questions}) == 4
+
+
 @pytest.mark.parametrize("task", ["niah", "kv", "multikey", "passkey", "quote"])
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
 def test_a_depth_is_where_the_answer_stands(task: str, place: float) -> None:
@@ -100,6 +113,8 @@ def test_a_depth_is_where_the_answer_stands(task: str, place: float) -> None:
 def test_a_depth_needs_one_place() -> None:
     with pytest.raises(ArgumentError, match="in one place"):
         make("chains", depth=0.5)
+    with pytest.raises(ArgumentError, match="in one place"):
+        make("order", depth=0.5)
     with pytest.raises(ArgumentError, match="depth: expected a share"):
         make("niah", depth=1.5)
 

@@ -1,5 +1,6 @@
 """Tasks over several places of a text, after RULER (arXiv 2404.06654), in forms that a small model
-knows: many keys, several values, several questions at once, chains among chains, frequent words.
+knows: many keys, several values, several questions at once, chains among chains, order, frequent
+words.
 
 Each says what it catches that a single needle does not.
 """
@@ -119,3 +120,25 @@ def frequent(rng: random.Random) -> Puzzle:
         f" {more}",
     )
     return Puzzle(READ, [f"The word of the day is {word}." for word in words], [question])
+
+
+def order(rng: random.Random) -> Puzzle:
+    """Which of two values of a key comes first, for four keys: both have to be found, and where.
+
+    Half of the answers are right where one of the two is named by chance.
+    """
+    keys = rng.sample(WORDS, 4)
+    places = [key for key in keys for _ in range(2)]
+    rng.shuffle(places)
+    needles = [(key, digits(rng, 7)) for key in places]
+    questions = [_first_value(key, next(v for k, v in needles if k == key)) for key in keys]
+    return Puzzle(MEMORIZE, [magic_number(*needle) for needle in needles], questions)
+
+
+def _first_value(key: str, value: str) -> Question:
+    return Question(
+        f"Which of the special magic numbers for {key} comes first in the provided text?",
+        f"The first of the special magic numbers for {key} in the provided text is {value}",
+        f"In this order, the special magic numbers for {key} are:",
+        f" {value}",
+    )

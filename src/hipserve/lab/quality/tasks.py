@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hipserve.errors import ArgumentError, FitError, did_you_mean
-from hipserve.lab.quality.long_range import chains, frequent, multikey, multiquery, multivalue
+from hipserve.lab.quality.long_range import (
+    chains,
+    frequent,
+    multikey,
+    multiquery,
+    multivalue,
+    order,
+)
 from hipserve.lab.quality.puzzle import (
     MAGIC_QUESTION,
     MEMORIZE,
@@ -116,6 +123,7 @@ PUZZLES: dict[str, Callable[[random.Random], Puzzle]] = {
     "multivalue": multivalue,
     "multiquery": multiquery,
     "chains": chains,
+    "order": order,
     "frequent": frequent,
 }
 TASKS = (*PUZZLES, "quote")
