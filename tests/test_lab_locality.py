@@ -17,7 +17,7 @@ from hipserve.lab.locality.loss import head_losses
 from hipserve.lab.locality.ranks import rank_correlation
 from hipserve.lab.locality.report import PREDICTORS, LocalityReport, measure_locality
 from hipserve.lab.locality.shown import charts, grids
-from hipserve.lab.samples import cut_samples, domain_documents
+from hipserve.lab.samples import PIECE, cut_samples, domain_documents, locality_documents
 from hipserve.models import LoadedModel, bundled_path
 
 SMALL = HiPConfig(
@@ -154,6 +154,26 @@ def test_tables_and_charts_come_from_the_report(report: LocalityReport) -> None:
     assert len(predictions.rows) == len(PREDICTORS)
     assert len(heads.rows) == 6
     assert [chart.x for chart in charts(report)[1:]] == ["intraclass, 16 keys", "unread attention"]
+
+
+def test_a_mixture_has_pieces_of_every_domain() -> None:
+    *others, mixture = locality_documents(9 * PIECE)
+    assert [doc.name for doc in others][-2:] == ["prose", "mathematics"]
+    assert len(others) == 7
+    for i, doc in enumerate(others):
+        assert mixture.text[i * (PIECE + 2) :].startswith(doc.text[:PIECE])
+    assert mixture.text[7 * (PIECE + 2) :].startswith(others[0].text[PIECE : 2 * PIECE])
+
+
+def test_the_command_measures_every_domain(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
+    words = "lab locality --length 1200 --rows 1 --budget 64 --losses 0 --json"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.output
+    domains = list(json.loads(done.stdout)["samples"].values())
+    assert domains == [doc.domain for doc in locality_documents(1)]
 
 
 def test_too_short_texts_are_refused(loaded: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ def test_licenses_repeat_and_sources_are_python(monkeypatch: pytest.MonkeyPatch)
     assert len(set(lines)) < 0.9 * len(lines)
     assert "WARRANTIES" in text
     assert "import " in next(installed.sources())
+
+
+def test_prose_has_no_code_and_mathematics_has_formulas() -> None:
+    prose = list(itertools.islice(installed.prose(), 40))
+    assert all(len(text.split()) >= installed.WORDS for text in prose)
+    assert not any(mark in text for text in prose for mark in (">>>", "def ", "=", "_", "\n "))
+    formulas = list(itertools.islice(installed.mathematics(), 5))
+    assert len(formulas) == 5
+    assert all(".. math::" in text for text in formulas)
+
+
+def test_code_that_does_not_parse_has_no_docstring() -> None:
+    assert list(installed._docstrings(['"""One."""', "def (", "\0", '"""Two \\d."""'])) == [
+        "One.",
+        "Two \\d.",
+    ]
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

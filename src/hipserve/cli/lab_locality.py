@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,13 +12,23 @@ from hipserve.cli.lab_shared import (
     Length,
     Samples,
     Svg,
-    Text,
     check_svg,
     read_samples,
     show_report,
 )
 from hipserve.cli.numbers import at_least
 from hipserve.cli.steps import Steps
+
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        parser=options.parse_path,
+        metavar="FILE",
+        help="Text or .jsonl file, or @licenses or @sources; if left out, code, documentation, "
+        "licences, tables, identifiers, prose, mathematics and a mixture of them, of every "
+        "machine. Repeatable.",
+    ),
+]
 
 
 def locality(
@@ -62,9 +73,10 @@ def locality(
     check_svg(svg)
     from hipserve.lab.locality.report import measure_locality
     from hipserve.lab.locality.shown import charts, grids
+    from hipserve.lab.samples import locality_documents
 
     loaded = options.load_model(model, base, device, dtype)
-    chosen = read_samples(loaded, text, length, samples, seed)
+    chosen = read_samples(loaded, text, length, samples, seed, locality_documents)
     with Steps("recording …") as shown:
         report = measure_locality(
             loaded, base, chosen, rows=rows, losses=losses, limit=heads, progress=shown.update

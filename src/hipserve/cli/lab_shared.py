@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from hipserve.cli.output import result_json, say, show
 if TYPE_CHECKING:
     from hipserve.lab.samples import Sample
     from hipserve.lab.shown import Chart, Grid
+    from hipserve.lab.text import Document
     from hipserve.models import LoadedModel
 
 Length = Annotated[
@@ -55,14 +56,19 @@ def check_svg(svg: Path | None) -> None:
 
 
 def read_samples(
-    loaded: LoadedModel, text: list[Path] | None, length: int, samples: int, seed: int
+    loaded: LoadedModel,
+    text: list[Path] | None,
+    length: int,
+    samples: int,
+    seed: int,
+    domains: Callable[[int, int], list[Document]] | None = None,
 ) -> list[Sample]:
-    """Stretches of the texts, or of every domain."""
+    """Stretches of the texts, or of those that `domains` makes; of `domain_documents` if None."""
     from hipserve.lab.samples import CHARACTERS, cut_samples, domain_documents
     from hipserve.lab.text import read_documents
 
     size = CHARACTERS * length * samples
-    documents = read_documents(text) if text else domain_documents(size, seed)
+    documents = read_documents(text) if text else (domains or domain_documents)(size, seed)
     found = cut_samples(loaded, documents, length, samples)
     for doc in documents:
         if not any(sample.name.startswith(doc.name) for sample in found):

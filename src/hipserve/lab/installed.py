@@ -1,14 +1,18 @@
-"""Texts that every installation has: the licences of its packages and Python's own library.
+"""Texts that every installation has: licences of its packages, Python's own library, docstrings.
 
-Both repeat themselves word for word, where a search that is not good enough shows. They differ
-between installations: a number measured on them holds for the place it was measured in.
+Licences and the library repeat themselves word for word, where a search that is not good enough
+shows. All differ between installations: a number measured on them holds for the place it was
+measured in.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +20,10 @@ PART = 200_000
 """Characters of a document: more than 32k tokens, so that there are several of them."""
 MOST = 12
 LICENSE = re.compile(r"(licen[cs]e|copying|notice)[^/]*$", re.IGNORECASE)
+SENTENCES = re.compile(r"[A-Z][A-Za-z0-9 ,.;:'\"()-]+[.]")
+WORDS = 25
+"""Words of a paragraph of prose, at least."""
+FORMULA = ".. math::"
 NO_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages"}
 
 
@@ -26,9 +34,43 @@ def licenses() -> Iterator[str]:
 
 def sources() -> Iterator[str]:
     """Documents of Python's standard library, file by file."""
+    return _parts(_read(_library_files()))
+
+
+def prose() -> Iterator[str]:
+    """Paragraphs of whole sentences from the docstrings of Python's standard library."""
+    for docstring in _docstrings(_read(_library_files())):
+        for paragraph in re.split(r"\n\s*\n", docstring):
+            line = " ".join(paragraph.split())
+            if len(line.split()) >= WORDS and SENTENCES.fullmatch(line):
+                yield f"{line}\n\n"
+
+
+def mathematics() -> Iterator[str]:
+    """Docstrings with formulas of SymPy, which comes with torch; none where it is not installed."""
+    found = importlib.util.find_spec("sympy")
+    folders = (found and found.submodule_search_locations) or ()
+    files = (file for folder in folders for file in sorted(Path(folder).rglob("*.py")))
+    sources = (source for source in _read(files) if FORMULA in source)
+    return (f"{text}\n\n" for text in _docstrings(sources) if FORMULA in text)
+
+
+def _library_files() -> Iterator[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.rglob("*.py"))
-    return _parts(_read(f for f in files if not NO_LIBRARY & {*f.relative_to(root).parts}))
+    return (f for f in files if not NO_LIBRARY & {*f.relative_to(root).parts})
+
+
+def _docstrings(sources: Iterable[str]) -> Iterator[str]:
+    for source in sources:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of escapes in code of others
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
 
 
 def _license_files() -> Iterator[Path]:

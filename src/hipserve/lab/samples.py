@@ -18,6 +18,8 @@ from hipserve.models import LoadedModel
 
 CITIES = ("Lima", "Osaka", "Tunis", "Bergen", "Quito", "Perth", "Dakar", "Turin", "Hanoi", "Leeds")
 STATES = ("open", "closed", "waiting", "failed")
+PIECE = 1_000
+"""Characters of each text that a mixture takes at a time."""
 CHARACTERS = 8
 """Characters of a token, at most: longer texts than needed are cut."""
 
@@ -89,7 +91,7 @@ def _cut(loaded: LoadedModel, doc: Document, length: int, samples: int) -> Itera
 def domain_documents(size: int, seed: int = 0) -> list[Document]:
     """One text of `size` characters or more (where there are as many) of each domain.
 
-    Code is Python's own library, documentation its language reference, prose the licences of
+    Code is Python's own library, documentation its language reference; licences are those of
     installed packages; tables of random records and lists of random identifiers are generated.
     What is installed differs between machines.
     """
@@ -101,6 +103,26 @@ def domain_documents(size: int, seed: int = 0) -> list[Document]:
         "identifiers": _generated(_identifier, size, seed),
     }
     return [Document(name, name, text) for name, text in texts.items() if text]
+
+
+def locality_documents(size: int, seed: int = 0) -> list[Document]:
+    """Those of `domain_documents`, and prose, mathematics, and a mixture of all these in pieces.
+
+    Prose are docstrings of Python's own library without their code, mathematics docstrings with
+    formulas of SymPy.
+    """
+    others = {
+        "prose": _joined(installed.prose(), size),
+        "mathematics": _joined(installed.mathematics(), size),
+    }
+    documents = domain_documents(size, seed)
+    documents += [Document(name, name, text) for name, text in others.items() if text]
+    pieces = (
+        doc.text[start : start + PIECE] + "\n\n"
+        for start in range(0, size, PIECE)
+        for doc in documents
+    )
+    return [*documents, Document("mixture", "mixture", _joined(pieces, size))]
 
 
 def _joined(parts: Iterator[str], size: int) -> str:
