@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from hipserve import ArgumentError, FitError, HiPConfig
+from hipserve.attention.meter import Attended
 from hipserve.cli.main import app
 from hipserve.lab import evaluate_drift
 from hipserve.lab.drift.contexts import BARE, PLACES, Contexts
 from hipserve.lab.drift.measure import HIP, PINNED, follows
 from hipserve.lab.drift.prompts import DEFAULT_PROMPTS, Prompt, read_prompts
+from hipserve.lab.drift.reads import SystemReads
+from hipserve.lab.drift.shown import grids
 from hipserve.lab.drift.summary import Record, summarize, warnings
 from hipserve.lab.quality.controls import BLIND
 from hipserve.lab.text import read_documents
 from hipserve.models import Conversation, LoadedModel, load
+from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.types import BlockSelection
 
 SMALL = HiPConfig(
     budget=16,
@@ -94,7 +100,7 @@ def test_contexts_that_do_not_fit(loaded: LoadedModel) -> None:
 
 def record(prompt: int, kl: float, **values: Any) -> Record:
     fields = {"label": "a", "place": "behind", "length": 1, "attention": HIP, "flipped": False}
-    fields |= {"log_odds": None, "followed": None}
+    fields |= {"log_odds": None, "followed": None, "reads": {}}
     return Record(prompt=prompt, kl=kl, **{**fields, **values})
 
 
@@ -112,6 +118,72 @@ def test_rows_count_both_ways() -> None:
     assert row.followed == pytest.approx((2 / 3, 2 / 3))
     assert (row.lost, row.gained) == (1, 1)
     assert summarize([]).decision is None
+    assert row.reads == {}
+
+
+def test_the_share_of_the_system_prompt_by_hand() -> None:
+    """Of 40 tokens all heads read 16 sinks, one head a whole block, the other one that is cut."""
+    layout = BatchLayout.of(torch.zeros(1, 8, dtype=torch.int32), [2000], [64])
+    rule = pruning_rule(SMALL, "cpu")._replace(query_block_size=32)
+    nothing, pool = torch.zeros(1), cast("Any", None)
+
+    def measure(reads: SystemReads, window: int, blocks: list[list[int]]) -> float:
+        """The last of two query blocks; the one before it reads something else."""
+        indices = torch.tensor([[[1, 2], [1, 2]], blocks], dtype=torch.int32)
+        selection = BlockSelection(indices, torch.tensor([1900, window]))
+        reads.measure(Attended(nothing, nothing, pool, layout, selection, SMALL, rule))
+        return reads.share
+
+    assert measure(SystemReads(0, 40, 1999), 1900, [[1, 9], [2, -1]]) == pytest.approx(28 / 40)
+    assert measure(SystemReads(0, 40, 1999), 32, [[-1, -1], [1, -1]]) == pytest.approx(32 / 40)
+    assert measure(SystemReads(0, 40, 1999), 16, [[-1, -1], [-1, -1]]) == 1
+    later = SystemReads(0, 40, 2000)
+    assert measure(later, 1900, [[1, 9], [2, -1]]) == 1
+    assert later.shares == [], "no row that counts"
+
+
+def test_what_is_read_of_the_system_prompt(loaded: LoadedModel) -> None:
+    """All of it where sinks cover it, the sinks where attention is blind, more where it selects."""
+    prompts = [Prompt("What is it?", f"{SYSTEM} {SYSTEM}")]
+    options: dict[str, Any] = {"lengths": [400], "places": ["behind"]}
+    report = evaluate_drift(loaded, SMALL, prompts, read_documents(), **options)
+    tokens = loaded.system_tokens(prompts[0].system)
+    reads = {name: row.reads for name, row in report.rows.items()}
+    assert set(reads[HIP]) == set(range(12))
+    assert set(reads[PINNED].values()) == {1.0}
+    assert report.bare.reads == dict.fromkeys(range(12), 1.0)
+    for layer in range(12):
+        assert 16 / tokens <= reads[BLIND][layer] <= 32 / tokens
+    assert 16 / tokens < sum(reads[HIP].values()) / 12 < 1
+    main, by_layer = grids(report)
+    assert main.rows[-1][main.headings.index("system")].endswith("%")
+    assert by_layer.headings == ["layer", HIP, PINNED, BLIND]
+    assert len(by_layer.rows) == 12
+    assert by_layer.rows[3][2] == "100%"
+
+
+def test_instructions_are_listed_by_number_and_distance(loaded: LoadedModel) -> None:
+    one, four = DEFAULT_PROMPTS[4], DEFAULT_PROMPTS[8]
+    assert [p.system.count("magic number") for p in (one, four)] == [1, 4]
+    assert f"lantern is: {four.expect}" in four.system
+    assert len({p.expect for p in DEFAULT_PROMPTS[8:12]}) == 4
+    prompts = [Prompt("What is it?")]
+    report = evaluate_drift(
+        loaded, SMALL, prompts, read_documents(), lengths=[200], places=["behind"]
+    )
+    assert len(grids(report)) == 1, "nothing is checked, and there is no system prompt"
+    records = [
+        record(0, 0.0, label="one", length=200, followed=(True, True)),
+        record(1, 0.0, label="four", length=200, followed=(True, False)),
+        record(1, 0.0, label="four", length=400, followed=(True, True)),
+        record(2, 0.0, label="four", length=400, followed=(False, False)),
+    ]
+    _, table = grids(replace(report, records=records, lengths=[200, 400]))
+    assert table.headings == ["attention", "prompts", "200 tokens", "400 tokens"]
+    assert table.rows[:2] == [
+        [HIP, "one", "100%, 100%", ""],
+        [HIP, "four", "100%, 0%", "50%, 50%"],
+    ]
 
 
 def test_a_planted_drift_is_found_and_a_planted_gain_is_doubted() -> None:

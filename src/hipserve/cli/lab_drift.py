@@ -19,7 +19,7 @@ Prompts = Annotated[
     typer.Option(
         parser=options.parse_path,
         metavar="FILE",
-        help="JSON lines with prompt and, where known, system, label, expect and contrast; twelve "
+        help="JSON lines with prompt and, where known, system, label, expect and contrast; sixteen "
         "harmless ones if left out.",
     ),
 ]
@@ -48,7 +48,7 @@ def drift(
     counts = parse_counts(lengths)
     from hipserve.lab import evaluate_drift, read_documents
     from hipserve.lab.drift.prompts import DEFAULT_PROMPTS, read_prompts
-    from hipserve.lab.drift.shown import grid
+    from hipserve.lab.drift.shown import grids
 
     chosen = read_prompts(prompts) if prompts else DEFAULT_PROMPTS
     filler = read_documents(text or ())
@@ -69,4 +69,4 @@ def drift(
         result_json(report.to_dict())
         return
     result(report.scope)
-    show_grids([grid(report)])
+    show_grids(grids(report))

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hipserve.config import HiPConfig
 from hipserve.errors import ArgumentError
 from hipserve.lab.drift.contexts import BARE, PLACES, Contexts
 from hipserve.lab.drift.prompts import Prompt
+from hipserve.lab.drift.reads import watch
 from hipserve.lab.drift.summary import Record, Summary, summarize
 from hipserve.lab.drift.summary import warnings as _warnings
 from hipserve.lab.quality.controls import BLIND, blind
@@ -92,12 +93,13 @@ def evaluate_drift(
     contexts = Contexts(loaded, "\n\n".join(document.text for document in filler))
     records: list[Record] = []
     for i, prompt in enumerate(prompts):
-        attentions = _attentions(config, contexts.system_tokens(prompt))
+        system = contexts.system_tokens(prompt)
+        attentions = _attentions(config, system)
         for place, length, ids in _places(contexts, prompt, i, places, lengths):
             bare = place == BARE
             chosen = {DENSE: None, HIP: config} if bare else {DENSE: dense, **attentions}
             say = functools.partial(progress or _say_nothing, f"prompt {i + 1}")
-            records += _compare(loaded, chosen, prompt, ids, (i, place, length), say)
+            records += _compare(loaded, chosen, prompt, ids, _Key(i, place, length, system), say)
     pinned = any(record.attention == PINNED for record in records)
     names = [HIP, *([PINNED] if pinned else []), BLIND]
     bare = [record for record in records if record.place == BARE]
@@ -149,42 +151,55 @@ def _by(records: Sequence[Record], field: str) -> dict[Any, Summary]:
     return {v: summarize([r for r in records if getattr(r, field) == v]) for v in values}
 
 
+class _Key(NamedTuple):
+    """A context: its prompt's number, its place and length, and the tokens of the system prompt."""
+
+    prompt: int
+    place: str
+    length: int
+    system: int
+
+
 @torch.no_grad()
 def _compare(
     loaded: LoadedModel,
     configs: dict[str, HiPConfig | None],
     prompt: Prompt,
     ids: Tensor,
-    key: tuple[int, str, int],
+    key: _Key,
     say: Callable[[str], None],
 ) -> Iterator[Record]:
     """One context `[1, tokens]` under the first attention and every other one."""
     sides = [_first_tokens(loaded, words) for words in prompt.contrast]
-    found: list[tuple[str, Tensor, str]] = []
+    found: list[tuple[str, Tensor, str, dict[int, float]]] = []
     for name, config in configs.items():
         say(name)
         loaded.use(config)
-        found.append((name, *_answer(loaded, ids, prompt)))
-    (_, base, told), *others = found
-    for name, own, answer in others:
+        found.append((name, *_answer(loaded, ids, prompt, key.system)))
+    (_, base, told, _), *others = found
+    for name, own, answer, reads in others:
         odds = (_log_odds(base, sides), _log_odds(own, sides)) if all(sides) else None
         yield Record(
-            prompt=key[0],
+            prompt=key.prompt,
             label=prompt.label,
-            place=key[1],
-            length=key[2],
+            place=key.place,
+            length=key.length,
             attention=name,
             kl=float((base.exp() * (base - own)).sum()),
             flipped=bool(base.argmax() != own.argmax()),
             log_odds=odds,
             followed=(follows(prompt, told), follows(prompt, answer)) if prompt.expect else None,
+            reads=reads,
         )
 
 
-def _answer(loaded: LoadedModel, ids: Tensor, prompt: Prompt) -> tuple[Tensor, str]:
-    """Log-probabilities of the first token, `[words]` float32, and a greedy answer if one is
-    checked."""
+def _answer(
+    loaded: LoadedModel, ids: Tensor, prompt: Prompt, system: int
+) -> tuple[Tensor, str, dict[int, float]]:
+    """Log-probabilities of the first token, `[words]` float32, a greedy answer if one is checked,
+    and by layer the share of the `system` tokens at the beginning that its rows read."""
     cache = make_cache(loaded)
+    watched = watch(cache, system, ids.shape[1] - 1)
     logits = last_logits(loaded, ids, cache)[0, -1]
     first, found = logits.float().log_softmax(-1), list[int]()
     ends = loaded.model.generation_config.eos_token_id
@@ -192,7 +207,8 @@ def _answer(loaded: LoadedModel, ids: Tensor, prompt: Prompt) -> tuple[Tensor, s
     while prompt.expect and len(found) < ANSWER and (token := int(logits.argmax())) not in ends:
         found.append(token)
         logits = last_logits(loaded, ids.new_tensor([[token]]), cache)[0, -1]
-    return first, loaded.tokenizer.decode(found, skip_special_tokens=True)
+    reads = {one.layer: one.share for one in watched}
+    return first, loaded.tokenizer.decode(found, skip_special_tokens=True), reads
 
 
 def follows(prompt: Prompt, answer: str) -> bool:

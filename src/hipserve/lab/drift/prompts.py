@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,23 @@ PREFACE = (
 )
 """A system prompt is longer than the sinks; what counts stands at its end."""
 
+NUMBERS = ["7203318", "1948552", "5561093", "8820476"]
+
+
+def _numbers(label: str, names: Sequence[str]) -> Iterator[Prompt]:
+    """Four prompts that ask for the number of one of the names."""
+    asked = "lantern"
+    for i in range(len(NUMBERS)):
+        own = dict(zip(names, NUMBERS[i:] + NUMBERS[:i], strict=False))
+        told = (f"One of the special magic numbers for {name} is: {own[name]}." for name in names)
+        yield Prompt(
+            f"What is the special magic number for {asked} mentioned in the provided text?",
+            PREFACE + " ".join(told),
+            label,
+            own[asked],
+        )
+
+
 DEFAULT_PROMPTS = [
     *(
         Prompt(
@@ -51,15 +69,8 @@ DEFAULT_PROMPTS = [
         )
         for key in ("83724", "10593", "47161", "62208")
     ),
-    *(
-        Prompt(
-            "What is the special magic number for lantern mentioned in the provided text?",
-            f"{PREFACE}One of the special magic numbers for lantern is: {key}.",
-            "number in the system prompt",
-            key,
-        )
-        for key in ("7203318", "1948552", "5561093", "8820476")
-    ),
+    *_numbers("number in the system prompt", ["lantern"]),
+    *_numbers("one of four numbers in it", ["harbor", "lantern", "violin", "meadow"]),
     *(
         Prompt(
             f"Is it all right to {what}?",
@@ -76,7 +87,7 @@ DEFAULT_PROMPTS = [
         )
     ),
 ]
-"""Twelve, in three groups. Nothing in them is harmful; the last group looks so word by word."""
+"""Sixteen, in four groups. Nothing in them is harmful; the last group looks so word by word."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

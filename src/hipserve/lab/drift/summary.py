@@ -22,6 +22,8 @@ class Record:
         flipped: the likeliest first token is another.
         log_odds: of the prompt's contrast, dense and this.
         followed: whether the answer matches what is expected, dense and this.
+        reads: by layer, the share of the system prompt that pruned rows of the answer read; empty
+            without a system prompt.
     """
 
     prompt: int
@@ -33,6 +35,7 @@ class Record:
     flipped: bool
     log_odds: tuple[float, float] | None
     followed: tuple[bool, bool] | None
+    reads: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Summary:
         lost, gained: answers that only dense attention, and only this one, gets right.
         decision: of KL, by the margin of `lab quality`; None without contexts.
         instructions: of the change of `followed`.
+        reads: by layer, mean share of the system prompt that rows of the answer read.
     """
 
     contexts: int
@@ -63,6 +67,7 @@ class Summary:
     gained: int
     decision: Decision | None
     instructions: Decision | None
+    reads: dict[int, float]
 
 
 def summarize(records: Sequence[Record]) -> Summary:
@@ -93,7 +98,13 @@ def summarize(records: Sequence[Record]) -> Summary:
         gained=sum(b and not a for a, b in flat),
         decision=judge(kl, MARGINS["kl"]).decision if kl else None,
         instructions=_decide(estimate_flips(signs)) if signs else None,
+        reads=_mean_reads(records),
     )
+
+
+def _mean_reads(records: Sequence[Record]) -> dict[int, float]:
+    layers = sorted({layer for record in records for layer in record.reads})
+    return {n: mean([r.reads[n] for r in records if n in r.reads]) for n in layers}
 
 
 def _shares(pairs: Sequence[tuple[bool, bool]]) -> tuple[float, float] | None:

@@ -37,8 +37,8 @@ QUALITY_DOCUMENTS, FLOOR_DOCUMENTS = 4, 1
 """Documents read at the full length, as many as an interval over documents takes; and those of them
 that dense attention reads again, by its slower kernels, to show its noise."""
 TASKS, TASK_DOCUMENTS, TASK_QUESTIONS = ("niah", "kv"), 2, 8
-DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::3]
-"""Tokens of the contexts that prompts stand in, and one prompt in three."""
+DRIFT_LENGTH, DRIFT_PROMPTS = 12288, DEFAULT_PROMPTS[::4]
+"""Tokens of the contexts that prompts stand in, and one prompt of each group."""
 HEADS_LENGTH = 8192
 """Tokens of the texts on which splits and the meter are judged: as those of longer texts."""
 LOSS_LENGTH, LOSS_BUDGET, LOSS_HEADS = 4096, 256, 24
@@ -142,7 +142,7 @@ def _section(result: Result) -> Section:
                 "System prompts in long contexts",
                 f"hipserve lab drift {result.model} --lengths {length}{budget}",
                 [result.scope, *result.warnings],
-                [drift_shown.grid(result)],
+                drift_shown.grids(result),
                 [],
             )
         case CacheReport():
