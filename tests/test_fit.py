@@ -13,7 +13,7 @@ from hipserve import ArgumentError, FitError, HiPConfig, Offload
 from hipserve.capacity.memory import BLOCK, Service
 from hipserve.capacity.shape import ModelShape
 from hipserve.cli import serve
-from hipserve.cli.ready import describe_index
+from hipserve.cli.ready import describe_index, describe_pool
 from hipserve.cli.serve import make_offload, shape_of, with_offload, with_pool_for
 from hipserve.host import HostMemory, InstalledGpu
 from hipserve.models import bundled_path
@@ -21,7 +21,7 @@ from hipserve.models.config_file import read_config
 from hipserve.serving import command_line, environment
 from hipserve.serving.client import Facts
 from hipserve.serving.command_line import Server
-from hipserve.serving.fit import check_fit, host_blocks, number
+from hipserve.serving.fit import check_fit, host_blocks, largest_pool, number
 
 GIB = 2**30
 SHAPE = ModelShape.of(read_config("acorn"))
@@ -207,6 +207,26 @@ def test_a_card_has_to_hold_index_tiles_and_staging() -> None:
         check_fit(served(Offload(most, tiles)), SHAPE, host, card)
         with pytest.raises(FitError, match="does not fit a card"):
             check_fit(served(Offload(most + 32 * 2**20, tiles)), SHAPE, host, card)
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
+def test_workers_divide_pool_and_index_and_each_has_tiles(flag: str) -> None:
+    config, card = HiPConfig(code_bits=4), InstalledGpu("a card", 4 * GIB)
+    alone, shared = (
+        with_offload(server(*flags, config=config), Offload(4 * GIB, GIB), SHAPE)
+        for flags in ((), (flag, "2"))
+    )
+    assert alone.hosted
+    assert shared.hosted
+    assert shared.hosted.number == alone.hosted.number
+    assert shared.hosted.index_bytes == pytest.approx(alone.hosted.index_bytes / 2, rel=0.01)
+    pool = (largest_pool(x, SHAPE, card) for x in (alone, shared))
+    assert next(pool) < next(pool) / 1.9
+    assert "1.00 GiB of tiles on each of 2" in describe_pool(shared)
+    unsaid = replace(shared, offload=Offload(4 * GIB))
+    assert "256 MiB of tiles on each of 2" in describe_pool(unsaid)
+    with pytest.raises(FitError, match=r"--host-kv-memory is 4\.00 GiB"):
+        check_fit(shared, SHAPE, HostMemory(64 * GIB, 3 * GIB), card)
 
 
 @pytest.mark.parametrize(("bits", "codes"), [(16, ""), (4, " with codes of 4 bits")])

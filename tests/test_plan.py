@@ -347,11 +347,26 @@ def test_cards_that_share_a_model_have_its_parts() -> None:
     assert many["model"]["num_kv_heads"] == 1  # eight heads, two cards each
 
 
+def test_cards_divide_the_pool_and_have_their_own_tiles() -> None:
+    words = (SHAPE, "--gpu", "h100-80g", "--kv-offload", "--host-kv-memory", "64GiB")
+    whole, half = (planned(*words, "--tensor-parallel-size", cards) for cards in "12")
+    assert half["parts"]["pool"] == whole["parts"]["pool"]
+    assert 2 * half["parts"]["arena_floor"] == whole["parts"]["arena_floor"]
+    assert half["parts"]["arena"] <= half["parts"]["pool"] // 2
+    flags = half["command"]
+    assert flags[flags.index("--host-kv-memory") + 1] == str(half["parts"]["pool"])
+    assert flags[flags.index("--kv-device-memory") + 1] == str(half["parts"]["arena"])
+    shown = invoke(*words, "--tensor-parallel-size", "2").stdout
+    assert "of 64.00 GiB, of all cards together" in shown
+    assert "HiPCache" not in shown
+    shared = planned(*words, "--tensor-parallel-size", "16")  # two cards have the same head
+    assert shared["parts"]["pool"] == 2 * whole["parts"]["pool"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--gpu", "h100", "--tensor-parallel-size", "3"), "a number that divides 32 query and 8"),
-        (("--gpu", "h100", "--tensor-parallel-size", "2", "--kv-offload"), "got --kv-offload"),
         (("--tensor-parallel-size", "2"), "expected a GPU"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -48,9 +48,10 @@ class Offload:
     2147483648
 
     Attributes:
-        host_memory: for the keys and values of all layers: bytes, or a size such as "64GiB".
-        device_memory: for those that a GPU holds of them, all layers together; an eighth of
-            host_memory if None. Not for models on a CPU.
+        host_memory: for the keys and values of all layers: bytes, or a size such as "64GiB". GPUs
+            that share a model divide it.
+        device_memory: for those that a GPU holds of them, all its layers together; an eighth of its
+            share of host_memory if None. Not for models on a CPU.
         file: a file to make for them, or a directory; the name is free again at once, and the
             space when the cache is gone. For models on a CPU, whose memory is then a cache of it.
 
@@ -80,6 +81,11 @@ class Offload:
         if self.device_memory is None:
             return self.host_bytes // 8
         return parse_bytes("device_memory", self.device_memory)
+
+    def of_card(self, cards: int) -> Offload:
+        """The same for one of so many GPUs that share a model, with its device_memory said."""
+        given = self.device_memory
+        return replace(self, device_memory=self.device_bytes // cards if given is None else given)
 
     def to_dict(self) -> dict[str, str | int]:
         """Plain values, as JSON holds them."""

@@ -7,6 +7,8 @@ in the memory of this machine, poisoned, and the reference in place of kernels.
 from __future__ import annotations
 
 import functools
+import json
+import os
 from typing import Any
 
 import torch
@@ -105,6 +107,24 @@ def hosted(report: dict[str, Any]) -> None:
         end(llm)
 
 
+def shared(report: dict[str, Any]) -> None:
+    """The same prompts over several workers, TP or PP as the environment says, which divide the
+    pool: beside the model, and with the smallest arena on each card."""
+    as_on_a_gpu()
+    options = json.loads(os.environ["HIPSERVE_TEST_PARALLEL"])
+    options |= {"num_gpu_blocks_override": 48, "worker_cls": "hosted_worker.HostedWorker"}
+    ids = questions()
+    llm = engine("CUSTOM", CODED, **options)
+    report["resident"] = answers(llm, ids)
+    end(llm)
+    sizes = {"host_memory": 48 * BLOCK_BYTES, "device_memory": FLOOR // 2}
+    llm = engine("CUSTOM", {**CODED, "offload": sizes}, **options)
+    report["offloaded"] = answers(llm, ids)
+    report["offloaded, found"] = answers(llm, ids)
+    report["counts"] = counts(llm)
+    end(llm)
+
+
 def noting(llm: Any, replays: bool) -> list[Any]:
     """All steps from now on; with replays, those of few single rows as they are on a GPU."""
     made, seen = builder(llm), list[Any]()
@@ -134,4 +154,4 @@ def made_again(llm: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main({"hosted": hosted})
+    main({"hosted": hosted, "shared": shared})

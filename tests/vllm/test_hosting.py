@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engines import BLOCK_BYTES
 from processes import scenarios
+
+from hipserve import ConfigError, FitError
 
 pytest.importorskip("vllm")
 
@@ -65,6 +70,98 @@ def test_builders_of_the_same_layers_count_once(hosted: dict[str, Any], arena: s
     assert again["counter"]
     assert len(set(again["slots"])) == 1
     assert again["layers"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_workers_divide_the_pool(tmp_path: Path, kind: str) -> None:
+    """Two workers, each with half of the heads or of the layers: the answers of resident keys."""
+    environment = {
+        "HIPSERVE_TEST_PARALLEL": json.dumps({f"{kind}_parallel_size": 2}),
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_CPU_CI_ENV": "1",
+    }
+    ran = scenarios("shared", folder=tmp_path, script=SCRIPT, **environment)["shared"]
+    for ours in (ran["offloaded"], ran["offloaded, found"]):
+        assert tokens(ours) == tokens(ran["resident"])
+        assert likelihoods(ours) == pytest.approx(likelihoods(ran["resident"]), abs=2e-5)
+    assert ran["counts"]["hipserve_pool_bytes"] == 48 * BLOCK_BYTES
+    assert ran["counts"]["hipserve_tiles_loaded"] > 0
+
+
+@pytest.mark.parametrize(("tensor", "stages", "own"), [(1, 1, 12), (2, 1, 12), (1, 2, 6)])
+def test_blocks_are_those_of_the_host_memory_of_all_workers(
+    tensor: int, stages: int, own: int
+) -> None:
+    from hipserve.config import HiPConfig
+    from hipserve.integrations.vllm.kv_block import BlockLayout
+    from hipserve.integrations.vllm.offload import check_blocks
+    from hipserve.offload import Offload
+
+    layout = BlockLayout(256, 2 // tensor, 64, torch.float32, HiPConfig(code_bits=4).index_form)
+    parallel = SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+    for given in (48, 49):
+        engine: Any = SimpleNamespace(
+            parallel_config=parallel,
+            model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 12),
+            cache_config=SimpleNamespace(num_gpu_blocks_override=given),
+        )
+        asked = engine, Offload(48 * BLOCK_BYTES), layout, own
+        if given == 48:
+            assert check_blocks(*asked) == 48
+        else:
+            with pytest.raises(ConfigError, match="hold 48 blocks"):
+                check_blocks(*asked)
+
+
+def test_each_gpu_has_tiles_and_the_machine_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hipserve.host import HostMemory
+    from hipserve.integrations.vllm import settings
+
+    def engine(**offload: Any) -> Any:
+        parallel = SimpleNamespace(world_size=2, data_parallel_size=1, nnodes=1)
+        return SimpleNamespace(
+            additional_config={"hip": {"code_bits": 4, "offload": offload}},
+            parallel_config=parallel,
+            device_config=SimpleNamespace(device_type="cuda"),
+            model_config=SimpleNamespace(hf_text_config=None, dtype=torch.bfloat16),
+            cache_config=SimpleNamespace(cache_dtype="auto", block_size=256),
+            kv_transfer_config=None,
+            speculative_config=None,
+        )
+
+    given, unsaid = (
+        settings.offload_of(engine(host_memory=1 << 30, **tiles))
+        for tiles in ({"device_memory": 1 << 20}, {})
+    )
+    assert given
+    assert unsaid
+    assert (given.host_bytes, given.device_bytes) == (1 << 30, 1 << 20)
+    assert (unsaid.host_bytes, unsaid.device_bytes) == (1 << 30, 1 << 26)
+    memory = HostMemory(1 << 31, 3 << 29)
+    monkeypatch.setattr(HostMemory, "read", classmethod(lambda cls: memory))
+    settings.check(engine(host_memory=3 << 29))
+    with pytest.raises(FitError, match=r"host_memory asks for 2 GiB, and 1\.5 GiB are available"):
+        settings.check(engine(host_memory=1 << 31))  # each of both workers would fit
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"workers": 2, "copies": 2}, "got 2 copies of the model"),
+        ({"workers": 4, "machines": 2}, "got workers on 2 machines"),
+        ({"workers": 2, "device": "cpu"}, "got 2 worker processes"),
+    ],
+)
+def test_workers_that_cannot_share_a_pool_are_refused(parts: dict[str, Any], said: str) -> None:
+    from hipserve.config import HiPConfig
+    from hipserve.integrations.vllm.limits import Engine, check_offload
+    from hipserve.offload import Offload
+
+    file = "kv" if parts.get("device") == "cpu" else None
+    engine = Engine(**{"device": "cuda", "model": None, "dtype": "bfloat16", **parts})
+    with pytest.raises(ConfigError, match=said):
+        check_offload(Offload(1 << 30, file=file), HiPConfig(code_bits=4), engine)
 
 
 def test_tiles_are_counted(hosted: dict[str, Any]) -> None:

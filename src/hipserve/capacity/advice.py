@@ -96,10 +96,11 @@ class Plan:
 
     @property
     def arena(self) -> int:
-        """Bytes of tiles on the device: all that is left, and no more than there are keys."""
+        """Bytes of tiles on the device: all that is left, and no more than it has keys."""
         parts = self.parts
         left = self.room.device - parts.device + parts.arena
-        return max(min(left, parts.pool), parts.arena) if parts.arena else 0
+        own = parts.pool // self.service.cards
+        return max(min(left, own), parts.arena) if parts.arena else 0
 
     def speeds(self) -> dict[str, float]:
         """Tokens per second at most, by hit ratio with offload; empty where bandwidths are not
@@ -156,7 +157,7 @@ class Plan:
             return
         without, within = resident.longest_context, self.longest_context
         if within < WORTH * without:
-            pool = 2 * without * service.sequences * service.kv_token_bytes
+            pool = 2 * without * service.sequences * service.kv_token_bytes * service.cards
             yield (
                 f"offload buys little here: contexts of {within:,} tokens instead of {without:,}; "
                 f"{readable(pool)} on the host would be twice as many"
@@ -171,23 +172,22 @@ class Plan:
     def _enough_cards(self) -> int:
         """How many cards hold it, twice as many as now or more; 0 for none up to `MOST_CARDS`."""
         service, times = self.service, 2
-        while self.machine.on_gpu and not service.offload and service.cards * times <= MOST_CARDS:
+        while self.machine.on_gpu and service.cards * times <= MOST_CARDS:
             try:
                 part = service.model.part(times)
             except ArgumentError:
                 return 0
-            if self.room.holds(replace(service, model=part)):
-                return service.cards * times
+            cards = service.cards * times
+            if self.room.holds(replace(service, model=part, cards=cards)):
+                return cards
             times *= 2
         return 0
 
     def _elsewhere(self) -> Plan | None:
         """The same with keys and values on the other side of the link of a GPU."""
         config = self.service.config
-        if config is None or self.service.cards > 1:  # offload has one worker
-            return None
-        if self.service.model.cache_dtype.startswith("fp8"):  # and no keys in fp8
-            return None
+        if config is None or self.service.model.cache_dtype.startswith("fp8"):
+            return None  # offload has no keys in fp8
         offload = not self.service.offload
         coded = config.replace(code_bits=OFFLOAD_CODE_BITS if offload else 16)
         return replace(self, service=replace(self.service, offload=offload, config=coded))

@@ -36,7 +36,7 @@ class Parts:
         table: with offload: where each tile lies.
         staging: with offload: two layers of the context that is being read.
         arena: with offload: tiles on the device, at the least what one step reads.
-        pool: keys and values on the host, with offload.
+        pool: keys and values on the host, with offload: those of all cards that share the model.
     """
 
     weights: int
@@ -144,7 +144,7 @@ class Service:
         )
         if not self.offload:
             return parts
-        parts = replace(parts, keys_values=0, pool=kv)
+        parts = replace(parts, keys_values=0, pool=self.cards * kv)
         if not self.on_gpu:
             return parts
         pages = model.full_layers * self.tokens // BLOCK

@@ -132,6 +132,12 @@ class ModelShape:
             weights=self.weights.part(cards),
         )
 
+    def stage(self, stages: int) -> ModelShape:
+        """The largest of so many stages of a pipeline, with embeddings or head."""
+        layers = -(-len(self.windows) // stages)
+        weights = self.weights.stage(layers / len(self.windows))
+        return replace(self, windows=self.windows[:layers], weights=weights)
+
     @classmethod
     def of(cls, config: Mapping[str, Any], dtype: str = "auto") -> ModelShape:
         """The shape that a config.json describes; of a model that sees, its text model.

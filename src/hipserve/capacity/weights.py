@@ -49,6 +49,13 @@ class Weights:
         )
         return replace(self, nbytes=nbytes, fixed_bytes=fixed, expert_bytes=experts)
 
+    def stage(self, share: float) -> Weights:
+        """Of so many of the layers, and all embeddings."""
+        fixed, experts = (share * x for x in (self.fixed_bytes, self.expert_bytes))
+        embeddings = self.nbytes - self.fixed_bytes - self.expert_bytes
+        nbytes = fixed + experts + embeddings
+        return replace(self, nbytes=nbytes, fixed_bytes=fixed, expert_bytes=experts)
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:

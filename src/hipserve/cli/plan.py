@@ -96,7 +96,7 @@ def plan(
         raise ArgumentError("--host-kv-memory", "--kv-offload with it", "no --kv-offload")
     whole, cards = ModelShape.of(read_config(name), dtype), tensor_parallel_size
     machine = find_machine(gpu, device_memory)
-    check_cards(cards, machine, kv_offload)
+    check_cards(cards, machine)
     whole = with_cache(whole, kv_cache_dtype, machine, kv_offload)
     settings = options.make_config(config, preset, budget, selector, code_bits)
     if kv_offload:
@@ -122,12 +122,10 @@ def plan(
         raise typer.Exit(1)
 
 
-def check_cards(cards: int, machine: Machine, kv_offload: bool) -> None:
-    """Refuses several cards where there are none, and with offload, which has one worker."""
-    got = "--kv-offload" if kv_offload else machine.title
-    if cards > 1 and (kv_offload or not machine.on_gpu):
-        expected = "a GPU and resident keys and values with it"
-        raise ArgumentError("--tensor-parallel-size", expected, got)
+def check_cards(cards: int, machine: Machine) -> None:
+    """Refuses several cards where there are none."""
+    if cards > 1 and not machine.on_gpu:
+        raise ArgumentError("--tensor-parallel-size", "a GPU with it", machine.title)
 
 
 def with_cache(shape: ModelShape, cache: str, machine: Machine, kv_offload: bool) -> ModelShape:

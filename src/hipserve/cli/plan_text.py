@@ -42,7 +42,7 @@ def lines(made: Plan, model: str, command: list[str]) -> Iterator[str]:
         yield from _speed_lines(made)
         if command:
             yield _line("command", shlex.join(command))
-        if service.offload and made.machine.on_gpu:
+        if service.offload and made.machine.on_gpu and service.cards == 1:
             search = {key: getattr(service.config, key) for key in ("code_bits", "rerank")}
             sizes = f"host_memory={parts.pool}, device_memory={made.arena}"
             yield _line("in Python", f"HiPCache(model.config, offload=Offload({sizes}))")
@@ -135,6 +135,7 @@ def _memory_lines(made: Plan, parts: Parts) -> Iterator[str]:
     if parts.pool:
         name = "pool on the host" if machine.on_gpu else "file"
         of = f"  of {readable(room.host)}" if room.host < ANY_FILE else ""
+        of += ", of all cards together" if service.cards > 1 else ""
         yield f"  {name:<22}{readable(parts.pool):>12}{of}"
 
 

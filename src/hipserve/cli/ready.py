@@ -75,7 +75,18 @@ def card(server: Server, facts: Facts, seconds: float, shape: ModelShape | None 
         "metrics": f"{server.url}/metrics",
         "try": f"{curl} -d '{body}'",
     }
+    if server.offload is not None and server.offload.file is None:
+        lines["pool"] = describe_pool(server)
     return "".join(f"{name:<13}{value}\n" for name, value in lines.items())
+
+
+def describe_pool(server: Server) -> str:
+    """Keys and values on the host, which all GPUs divide, and the tiles that each of them has."""
+    assert server.offload is not None
+    cards = server.cards * server.stages
+    tiles = format_bytes(server.offload.of_card(cards).device_bytes)
+    each = f"each of {cards} GPUs" if cards > 1 else "the GPU"
+    return f"{format_bytes(server.offload.host_bytes)} in host memory, {tiles} of tiles on {each}"
 
 
 def describe_index(config: HiPConfig | None, facts: Facts, shape: ModelShape | None) -> str:

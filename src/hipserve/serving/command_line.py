@@ -25,7 +25,7 @@ class HostedBlocks(NamedTuple):
 
     Attributes:
         number: of blocks.
-        index_bytes: of all of them.
+        index_bytes: of all of them, in one worker.
     """
 
     number: int
@@ -85,11 +85,28 @@ class Server:
     @property
     def num_workers(self) -> int:
         """Worker processes on this host."""
-        ranks = self._number("--tensor-parallel-size", "-tp")
-        ranks *= self._number("--pipeline-parallel-size", "-pp")
-        replicas = self._number("--data-parallel-size", "-dp")
-        replicas = self._number("--data-parallel-size-local", "-dpl", otherwise=replicas)
-        return max(ranks // self._number("--nnodes", "-n"), 1) * replicas
+        copies = self._number("--data-parallel-size-local", "-dpl", otherwise=self.copies)
+        return max(self.cards * self.stages // self.machines, 1) * copies
+
+    @property
+    def cards(self) -> int:
+        """Workers that share each layer (tensor parallelism)."""
+        return self._number("--tensor-parallel-size", "-tp")
+
+    @property
+    def stages(self) -> int:
+        """Parts of the layers, each with workers of its own (pipeline parallelism)."""
+        return self._number("--pipeline-parallel-size", "-pp")
+
+    @property
+    def copies(self) -> int:
+        """Engines with all of the model (data parallelism)."""
+        return self._number("--data-parallel-size", "-dp")
+
+    @property
+    def machines(self) -> int:
+        """Hosts of each engine."""
+        return self._number("--nnodes", "-n")
 
     @property
     def url(self) -> str:

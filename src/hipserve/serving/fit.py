@@ -58,10 +58,20 @@ def check_fit(
 def host_blocks(server: Server, shape: ModelShape) -> HostedBlocks:
     """KV blocks whose keys and values the host memory of a server's `offload` holds."""
     assert server.offload is not None
-    size = number(server.option("--block-size")) or BLOCK
-    count = server.offload.host_bytes // (shape.full_layers * shape.row_bytes * size)
-    token = Service(shape, server.config, size).index_token_bytes
+    size, part = number(server.option("--block-size")) or BLOCK, part_of(server, shape)
+    count = server.offload.host_bytes // (size * _token_bytes(server, shape))
+    token = Service(part, server.config, size).index_token_bytes
     return HostedBlocks(count, math.ceil(count * size * token))
+
+
+def part_of(server: Server, shape: ModelShape) -> ModelShape:
+    """What one worker has of a model, the one with most of it."""
+    return shape.part(server.cards).stage(server.stages)
+
+
+def _token_bytes(server: Server, shape: ModelShape) -> int:
+    """Keys and values of a token, in all workers together: several may have the same head."""
+    return shape.full_layers * server.cards * shape.part(server.cards).row_bytes
 
 
 def check_pool(server: Server, shape: ModelShape) -> None:
@@ -75,7 +85,7 @@ def check_pool(server: Server, shape: ModelShape) -> None:
     needed = -(-service.context // size) + 1
     if blocks < needed:
         room = max(blocks - 1, 0) * size
-        memory = needed * size * service.kv_token_bytes
+        memory = needed * size * _token_bytes(server, shape)
         raise FitError(
             f"a sequence of {service.context:,} tokens needs {readable(memory)} for keys and "
             f"values, and {blocks} blocks fit --host-kv-memory",
@@ -103,13 +113,13 @@ def check_hosted(server: Server, shape: ModelShape, host: HostMemory) -> None:
 
 def check_card(server: Server, shape: ModelShape, gpu: InstalledGpu, host: HostMemory) -> None:
     """The same for the memory of a GPU, with tiles and the pages of a text that is read; and for
-    the pool on the host.
+    the pool on the host. Several GPUs share the model and the pool, and each has tiles.
 
     Raises:
         FitError: with the numbers.
     """
     assert server.offload is not None
-    (_, index), arena = host_blocks(server, shape), server.offload.device_bytes
+    (_, index), arena = host_blocks(server, shape), _tiles(server)
     parts, rest, room = _on_card(server, shape, gpu)
     if index + arena > room:
         total, pool = parts.weights + index + arena + rest, largest_pool(server, shape, gpu)
@@ -134,10 +144,17 @@ def _on_card(server: Server, shape: ModelShape, gpu: InstalledGpu) -> tuple[Part
     """What a server with offload keeps on a GPU; bytes of staging and steps; and those that are
     left for index and tiles of the share that vLLM may use."""
     chunk = chunk_of_card(gpu.name, gpu.memory)
-    parts = replace(wanted(server, shape, chunk), offload=True, on_gpu=True).parts()
+    part = part_of(server, shape)
+    parts = replace(wanted(server, part, chunk), offload=True, on_gpu=True).parts()
     rest = parts.activations + parts.reserve + parts.table + parts.staging
     share = float(server.option("--gpu-memory-utilization") or UTILIZATION)
     return parts, rest, int(gpu.memory * share) - parts.weights - rest
+
+
+def _tiles(server: Server) -> int:
+    """Bytes of tiles on each card."""
+    assert server.offload is not None
+    return server.offload.of_card(server.cards * server.stages).device_bytes
 
 
 def largest_pool(server: Server, shape: ModelShape, gpu: InstalledGpu) -> int:
@@ -145,7 +162,7 @@ def largest_pool(server: Server, shape: ModelShape, gpu: InstalledGpu) -> int:
     asked for; 0 or less where there is none."""
     assert server.offload is not None
     (_, index), (_, _, room) = host_blocks(server, shape), _on_card(server, shape, gpu)
-    pool, tiles = server.offload.host_bytes, server.offload.device_bytes
+    pool, tiles = server.offload.host_bytes, _tiles(server)
     if server.offload.device_memory is None:
         return int(pool * room / (index + tiles))
     return int(pool * (room - tiles) / index)

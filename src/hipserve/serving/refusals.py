@@ -126,7 +126,9 @@ def check_settings(server: Server, table: Mapping[str, Any] | None, dtype: str |
         dtype=dtype or cache,
         cache_dtype=cache,
         block_size=int(size) if size.isdigit() else BLOCK_SIZE,
-        workers=server.num_workers,
+        workers=server.cards * server.stages,
+        copies=server.copies,
+        machines=server.machines,
         connects=server.option("--kv-transfer-config") is not None,
         speculates=server.option("--speculative-config", "-sc") is not None,
     )

@@ -29,7 +29,9 @@ class Engine:
         dtype: of activations.
         cache_dtype: of keys and values, `auto` for that of the activations.
         block_size: tokens of a KV block.
-        workers: processes with a part of the model or a copy of it.
+        workers: processes with a part of the model.
+        copies: of the model, by data parallelism.
+        machines: that its workers are on.
         connects: a KV connector moves blocks between engines.
         speculates: it decodes speculatively.
     """
@@ -40,6 +42,8 @@ class Engine:
     cache_dtype: str = "auto"
     block_size: int = BLOCK_SIZE
     workers: int = 1
+    copies: int = 1
+    machines: int = 1
     connects: bool = False
     speculates: bool = False
 
@@ -69,14 +73,17 @@ def check_offload(offload: Offload, config: HiPConfig, engine: Engine) -> None:
         "a file beside a GPU": on_gpu and offload.file is not None,
         "code_bits 16, which reads the keys": config.code_bits == 16,
         "dense_layers, which read all keys in every step": on_gpu and bool(config.dense_layers),
-        f"{engine.workers} worker processes": engine.workers > 1,
+        f"{engine.workers} worker processes": engine.workers > 1 and not on_gpu,
+        f"{engine.copies} copies of the model": engine.copies > 1,
+        f"workers on {engine.machines} machines": engine.machines > 1,
         "a KV connector, which would move the index only": engine.connects,
         "speculative decoding": engine.speculates,
         f"keys and values in {engine.cache_dtype}": engine.cache_dtype in FP8_CACHES,
     }
-    place = "host memory beside a GPU" if on_gpu else "a file beside a CPU"
+    place = "workers of one machine, host memory beside a GPU"
+    place = place if on_gpu else "one worker, a file beside a CPU"
     for reason in (reason for reason, found in reasons.items() if found):
-        expected = f"one worker, {place}, code_bits 4 or 8, the model's dtype, and no connector"
+        expected = f"{place}, code_bits 4 or 8, the model's dtype, and no connector"
         raise ConfigError("offload", expected, reason)
 
 

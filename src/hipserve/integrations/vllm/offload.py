@@ -47,13 +47,19 @@ def index_only(spec: AttentionSpec, layout: BlockLayout) -> AttentionSpec:
 def check_blocks(
     vllm_config: VllmConfig, offload: Offload, layout: BlockLayout, layers: int
 ) -> int:
-    """How many blocks there are.
+    """How many blocks there are, for this worker and for all others: they divide the host memory.
+
+    Args:
+        vllm_config: of the engine.
+        offload: where keys and values go.
+        layout: of the blocks of this worker.
+        layers: of this worker.
 
     Raises:
         ConfigError: not said, or more than the host memory of `offload` holds; naming how many it
             does.
     """
-    most = offload.host_bytes // (layers * layout.content_bytes)
+    most = offload.host_bytes // (_of_all_workers(vllm_config, layers) * layout.content_bytes)
     given = vllm_config.cache_config.num_gpu_blocks_override
     if given is None or not 0 < given <= most:
         room = f"{format_bytes(offload.host_bytes)} of host_memory hold {most} blocks"
@@ -61,6 +67,15 @@ def check_blocks(
         hint = f"--num-gpu-blocks-override {most}" if most else "raise host_memory"
         raise ConfigError("num_gpu_blocks_override", expected, str(given), hint)
     return given
+
+
+def _of_all_workers(vllm_config: VllmConfig, layers: int) -> int:
+    """Layers with keys and values in all workers: every stage of a pipeline has its own, and under
+    tensor parallelism every worker has those of its stage, with its share of their heads."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return layers * parallel.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
+from hipserve.cache.host import check_memory
 from hipserve.config import HiPConfig
 from hipserve.errors import ConfigError
 from hipserve.integrations.vllm import OPTIONS_KEY
@@ -28,7 +29,7 @@ def hip_config(vllm_config: VllmConfig) -> HiPConfig:
 
 def offload_of(vllm_config: VllmConfig) -> Offload | None:
     """Where keys and values live, if not in KV blocks: under `offload`, with the fields of
-    `hipserve.Offload`.
+    `hipserve.Offload`. Its host_memory is that of all workers, its device_memory that of each.
 
     Raises:
         ConfigError: an unknown key, or a value out of range.
@@ -40,7 +41,7 @@ def offload_of(vllm_config: VllmConfig) -> Offload | None:
     if not isinstance(values, dict) or not {"host_memory"} <= values.keys() <= set(known):
         expected = 'a table such as {"host_memory": "8GiB", "file": "/nvme/kv"}'
         raise ConfigError("offload", expected, repr(values))
-    return Offload(**values)
+    return Offload(**values).of_card(vllm_config.parallel_config.world_size)
 
 
 def _table(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def check(vllm_config: VllmConfig) -> None:
 
     Raises:
         ConfigError: naming the option.
+        FitError: the machine has less memory than keys and values of all workers may take.
     """
     parallel = vllm_config.parallel_config
     engine = Engine(
@@ -70,8 +72,13 @@ def check(vllm_config: VllmConfig) -> None:
         str(vllm_config.model_config.dtype).removeprefix("torch."),
         vllm_config.cache_config.cache_dtype,
         vllm_config.cache_config.block_size,
-        parallel.world_size * parallel.data_parallel_size,
+        parallel.world_size,
+        copies=parallel.data_parallel_size,
+        machines=parallel.nnodes,
         connects=vllm_config.kv_transfer_config is not None,
         speculates=vllm_config.speculative_config is not None,
     )
-    check_engine(hip_config(vllm_config), offload_of(vllm_config), engine)
+    offload = offload_of(vllm_config)
+    check_engine(hip_config(vllm_config), offload, engine)
+    if offload is not None and offload.file is None:
+        check_memory(offload.host_bytes)
