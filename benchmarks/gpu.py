@@ -40,6 +40,7 @@ from hipserve.ops import (
 )
 from hipserve.ops.select_blocks.triton import tiling as selection
 from hipserve.plan import BatchLayout, pruning_rule
+from hipserve.testing.cases import make_rope
 from hipserve.types import BlockSelection, KeyIndex, KeyPool
 from options import launch, need_gpu
 
@@ -95,22 +96,22 @@ def fastest(
 def prefill(
     length: int, config: HiPConfig, page_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Any]:
-    """Milliseconds of a layer; with pages in fp8 `hip` is the sum of its parts."""
+    """Milliseconds of a layer; `hip` is the sum of parts with pages in fp8 and beyond the trained
+    length."""
     q, k, v = inputs(length)
     runs = 3 if length > 65536 else 5
     layers = min(max(2**18 // length, 4), 32)
     name, dense = fastest({name: dense_call(q, k, v, name) for name in DENSE}, runs, layers)
     pool, index, layout = paged(k, v, length, config, page_dtype)
     rows = q[0]
-    chosen = select_blocks(rows, index, layout, config=config, check=False)
+    options: dict[str, Any] = {"config": config, "rope": rope_of(config), "check": False}
+    chosen = select_blocks(rows, index, layout, **options)
     parts = {
         "index": lambda: build_index(pool.k_cache, **config.index_form._asdict()),
-        "select": lambda: select_blocks(rows, index, layout, config=config, check=False),
-        "attend": lambda: block_sparse_attention(
-            rows, pool, layout, chosen, config=config, check=False
-        ),
+        "select": lambda: select_blocks(rows, index, layout, **options),
+        "attend": lambda: block_sparse_attention(rows, pool, layout, chosen, **options),
     }
-    if page_dtype == torch.bfloat16:
+    if page_dtype == torch.bfloat16 and not config.streams:
         parts["hip"] = lambda: hip_attention(q, k, v, config=config)
     times = {part: milliseconds(call, runs, layers) for part, call in parts.items()}
     times.setdefault("hip", sum(times.values()))
@@ -129,6 +130,11 @@ def prefill(
         "ratio": dense / times["hip"],
         "attend_tflops": flops / times["attend"] / 1e9,
     }
+
+
+def rope_of(config: HiPConfig) -> Tensor | None:
+    """How keys are turned, of a config that streams (`docs/extend.md`)."""
+    return make_rope(DIM).cuda() if config.streams else None
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -167,6 +173,7 @@ def decode(
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     layout.window_starts(pruning_rule(config, "cuda"))  # kept: a graph cannot wait for the host
     refresh = torch.ones(batch, **ints)
+    shared: dict[str, Any] = {"config": config, "rope": rope_of(config)}
     chosen = [
         BlockSelection(
             torch.full((batch, KV_HEADS, config.max_selected), -1, **ints),
@@ -180,9 +187,9 @@ def decode(
         outs.clear()
         for i, (pool, index) in enumerate(zip(pools, indexes, strict=True)):
             if prunes:
-                refresh_blocks(q[i], index, layout, chosen[i], refresh, config=config)
+                refresh_blocks(q[i], index, layout, chosen[i], refresh, **shared)
             selection = chosen[i] if prunes else None
-            options: dict[str, Any] = {"config": config, "check": False}
+            options = {**shared, "check": False}
             outs.append(block_sparse_attention(q[i], pool, layout, selection, **options)[0])
 
     graph = capture(step)
@@ -193,7 +200,7 @@ def decode(
     reused = milliseconds(graph.replay, 20)
     assert all(torch.equal(a, b) for a, b in zip(first, outs, strict=True)), "replays differ"
     if prunes:
-        eager = select_blocks(q[0], indexes[0], layout, config=config, check=False)
+        eager = select_blocks(q[0], indexes[0], layout, **shared, check=False)
         assert torch.equal(eager.indices, chosen[0].indices), "graph and eager selections differ"
 
     table = layout.block_table[:, :columns]

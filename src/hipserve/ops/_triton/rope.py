@@ -29,6 +29,24 @@ def spread(x, SIZE: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def load_partners(rows, partner, keep, rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """`[n, DIM]`: of each row the channel that turns with each one.
+
+    Of a row whose pairs lie in halves eight partners lie together, too, and are read at once.
+    """
+    d = tl.arange(0, DIM)
+    inside = d < HEAD_DIM
+    first = tl.load(rope + d // 8 * 8, mask=inside, other=0)  # [DIM]
+    together = ((partner == first + d % 8) & (first % 8 == 0)) | ~inside
+    if tl.min(together.to(tl.int32), axis=0) == 1:
+        at = tl.max_contiguous(tl.multiple_of(first + d % 8, 8), 8)
+        others = tl.load(rows[:, None] + at[None, :], mask=keep, other=0.0)  # [n, DIM]
+    else:
+        others = tl.load(rows[:, None] + partner[None, :], mask=keep, other=0.0)  # [n, DIM]
+    return others
+
+
+@triton.jit
 def turn_tile(tile, rows, there, by, rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """x cos + x[partner] sin: a tile `[n, DIM]` as it would be `by` positions later.
 
@@ -43,7 +61,7 @@ def turn_tile(tile, rows, there, by, rope, HEAD_DIM: tl.constexpr, DIM: tl.const
     partner = tl.load(rope + d, mask=inside, other=0)  # [DIM]
     step = tl.load(rope + HEAD_DIM + d, mask=inside, other=0)  # [DIM]
     keep = there[:, None] & inside[None, :]
-    others = tl.load(rows[:, None] + partner[None, :], mask=keep, other=0.0)  # [N, DIM]
+    others = load_partners(rows, partner, keep, rope, HEAD_DIM, DIM)
     cos, sin = cos_sin(by[:, None] * step[None, :])  # [M, DIM]
     if M > 1:
         cos, sin = spread(cos, N // M, DIM), spread(sin, N // M, DIM)

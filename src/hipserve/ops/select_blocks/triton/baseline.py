@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.select_blocks.triton.codes import (
     key_code_scores,
     load_query_code,
@@ -13,7 +14,7 @@ from hipserve.ops.select_blocks.triton.codes import (
 )
 from hipserve.ops.select_blocks.triton.far import shifts_of
 from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys
-from hipserve.ops.select_blocks.triton.queries import load_rows, rows_at
+from hipserve.ops.select_blocks.triton.queries import exist, load_rows, pointers
 
 
 @triton.jit
@@ -39,7 +40,9 @@ def best_read(
         elif GEOMETRY.streams:
             shifts = shifts_of(queries.far, positions, there, GEOMETRY)
             for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
-                seeing, _ = load_rows(queries, tile, shift, GEOMETRY, TILING)
+                seeing = q
+                if shift != 0:
+                    seeing, _ = load_rows(queries, tile, shift, GEOMETRY, TILING)
                 codes = k_tile.codes.to(seeing.dtype)  # [KEYS, DIM]
                 s = tl.dot(seeing, tl.trans(codes), input_precision="ieee")
                 s = tl.where((shifts.each == shift)[None, :], s, -float("inf"))  # [ROWS, KEYS]
@@ -68,7 +71,9 @@ def store_baselines(queries, keys, begin, end, last, GEOMETRY: tl.constexpr, TIL
             matrix = rotation_matrix(GEOMETRY)
             for first in tl.range(0, ROWS, 16, num_stages=1):
                 r = tile * ROWS + first + tl.arange(0, 16)
-                rows, _ = rows_at(queries, r, 0, GEOMETRY)
+                few = pointers(queries, r, GEOMETRY)
+                there = exist(queries, r, GEOMETRY)
+                rows = load_tile(few, there, GEOMETRY.head_dim, GEOMETRY.dim)  # [16, DIM]
                 store_query_codes(queries.codes, r, rows, matrix, GEOMETRY)
             tl.debug_barrier()
             q = load_query_code(queries.codes, valid, tile, GEOMETRY, TILING)

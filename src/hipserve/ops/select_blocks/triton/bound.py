@@ -14,7 +14,7 @@ from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.rope import segment_length
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import grid_barrier
-from hipserve.ops.select_blocks.triton.far import shifts_of
+from hipserve.ops.select_blocks.triton.far import shift_of
 from hipserve.ops.select_blocks.triton.geometry import (
     Call,
     Geometry,
@@ -23,12 +23,11 @@ from hipserve.ops.select_blocks.triton.geometry import (
     shared_geometry,
 )
 from hipserve.ops.select_blocks.triton.item import selected_blocks
-from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_kept
+from hipserve.ops.select_blocks.triton.rerank import choose_in_runs, score_far_kept, score_kept
 from hipserve.ops.select_blocks.triton.run_score import (
     SummaryRows,
     load_run_queries,
     load_summaries,
-    score_far_runs,
     score_runs,
 )
 from hipserve.ops.select_blocks.triton.scratch import level_runs, level_scores
@@ -219,13 +218,38 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
         summaries = load_summaries(at, item.bounds, c < n, GEOMETRY)
         # What is next is looked up while these are on their way.
         at = summaries_of(c + STEP, item, candidates, LEVEL, GEOMETRY)
-        if GEOMETRY.streams:
-            keys = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
-            shifts = shifts_of(item.queries.far, keys, c < n, GEOMETRY)
-            best = score_far_runs(shifts, item.queries, summaries, GEOMETRY, TILING)
-        else:
-            best = score_runs(queries, item.queries, summaries, GEOMETRY, TILING)
+        best = score_runs(queries, item.queries, 0, summaries, GEOMETRY, TILING)
         tl.store(scores + c, best, mask=c < n)  # [RUNS]
+
+
+@triton.jit
+def score_far_level(
+    item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr
+):
+    """`score_level` where far runs are seen nearer: candidates ascend, so those of one segment
+    follow each other, and the query rows are turned once for all of them."""
+    scores = level_scores(item.scratch, LEVEL)
+    candidates = candidates_of(item, kept, LEVEL, GEOMETRY)
+    RUNS: tl.constexpr = TILING.runs[LEVEL]
+    share = tl.cdiv(candidates.count, TILING.search_programs)
+    start = tl.program_id(0) % TILING.search_programs * share
+    end = tl.minimum(start + share, candidates.count)
+    i = tl.arange(0, RUNS)
+    while start < end:
+        begin = candidate_keys(start, item, candidates, LEVEL, GEOMETRY)
+        shift = shift_of(item.queries.far, begin, GEOMETRY)
+        queries = load_run_queries(item.queries, 0, shift, GEOMETRY, TILING)
+        scored = RUNS
+        while (scored == RUNS) & (start < end):
+            c = start + i
+            keys = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
+            same = (c < end) & (shift_of(item.queries.far, keys, GEOMETRY) == shift)
+            at = summaries_of(c, item, candidates, LEVEL, GEOMETRY)
+            summaries = load_summaries(at, item.bounds, same, GEOMETRY)
+            best = score_runs(queries, item.queries, shift, summaries, GEOMETRY, TILING)
+            tl.store(scores + c, best, mask=same)  # [RUNS]
+            scored = tl.sum(same.to(tl.int32), axis=0)
+            start += scored
 
 
 @triton.jit
@@ -275,14 +299,20 @@ def search_bound(
     STEPS: tl.constexpr = GEOMETRY.steps
     for n in tl.static_range(LEVELS):
         if n >= FIRST and n < END:
-            score_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
+            if GEOMETRY.streams:
+                score_far_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
+            else:
+                score_level(item, kept, LEVELS - 1 - n, GEOMETRY, TILING)
             if n + 1 < END:
                 grid_barrier(item.scratch.arrivals, n + 1, TILING)
         if n + 1 >= FIRST and n + 1 < END:
             keep_level(item, kept, LEVELS - 1 - n, GEOMETRY)
         kept = count_kept(item, kept, LEVELS - 1 - n, GEOMETRY)
     if FIRST <= STEPS - 2 and STEPS - 2 < END and GEOMETRY.options.rerank:
-        score_kept(item, kept, GEOMETRY, TILING)
+        if GEOMETRY.streams:
+            score_far_kept(item, kept, GEOMETRY, TILING)
+        else:
+            score_kept(item, kept, GEOMETRY, TILING)
         if STEPS == END:
             grid_barrier(item.scratch.arrivals, LEVELS + 1, TILING)
     if STEPS == END:

@@ -46,10 +46,16 @@ def far_keys(rope, block, window_start, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
+def shift_of(far, position, GEOMETRY: tl.constexpr):
+    """How much nearer what begins at `position` is seen, like it: a multiple of a segment."""
+    SEGMENT: tl.constexpr = GEOMETRY.segment
+    return tl.maximum(far.nearest - position // SEGMENT * SEGMENT, 0)
+
+
+@triton.jit
 def shifts_of(far, positions, there, GEOMETRY: tl.constexpr):
     """The `Shifts` of what begins at `positions` `[n]`."""
-    SEGMENT: tl.constexpr = GEOMETRY.segment
-    shift = tl.maximum(far.nearest - positions // SEGMENT * SEGMENT, 0)
+    shift = shift_of(far, positions, GEOMETRY)
     first = tl.min(tl.where(there, shift, 2**30), axis=0)
     each = tl.where(there, shift, -1)
     return Shifts(each, first, tl.max(each, axis=0))

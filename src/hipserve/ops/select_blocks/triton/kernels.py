@@ -19,7 +19,7 @@ from hipserve.ops.select_blocks.triton.item import (
     wants_refresh,
 )
 from hipserve.ops.select_blocks.triton.queries import queries_of
-from hipserve.ops.select_blocks.triton.scratch import query_codes_of, scratch_of
+from hipserve.ops.select_blocks.triton.scratch import query_codes_of, scratch_of, turned_rows_of
 from hipserve.ops.select_blocks.triton.tree import search_tree
 
 
@@ -39,6 +39,7 @@ def baseline_kernel(
     indices,
     query_codes,
     rope,
+    turned,
     num_blocks,
     window_start,
     GEOMETRY: tl.constexpr,
@@ -66,7 +67,8 @@ def baseline_kernel(
     codes = query_codes_of(*query_codes, row, part, GEOMETRY, TILING)
     q_strides = rows.RowStrides(*q_strides)
     far = far_keys(rope, block, end, GEOMETRY)
-    queries = queries_of(q, q_strides, block, item.head, baselines, codes, far, GEOMETRY)
+    turned = turned_rows_of(turned, row, TILING.baseline_programs, GEOMETRY, TILING)
+    queries = queries_of(q, q_strides, block, item.head, baselines, codes, far, turned, GEOMETRY)
     rows_of_keys = coded_keys(*keys, kv_head, table, page_size)
     begin = GEOMETRY.spec.num_sink_tokens
     if part == 0:
@@ -96,6 +98,7 @@ def search_kernel(
     indices,
     query_codes,
     rope,
+    turned,
     num_blocks,
     bounds,
     scores,
@@ -120,8 +123,10 @@ def search_kernel(
     codes = query_codes_of(*query_codes, row, 0, GEOMETRY, TILING)
     q_strides = rows.RowStrides(*q_strides)
     far = far_keys(rope, block, end, GEOMETRY)
+    turned = turned_rows_of(turned, row, TILING.search_programs, GEOMETRY, TILING)
+    head = item_id.head
     item = Item(
-        queries=queries_of(q, q_strides, block, item_id.head, baselines, codes, far, GEOMETRY),
+        queries=queries_of(q, q_strides, block, head, baselines, codes, far, turned, GEOMETRY),
         keys=coded_keys(*keys, kv_head, table, page_size),
         bounds=coded_runs(*bounds, kv_head, table, page_size),
         scratch=scratch_of(scores, lists, arrivals, row, GEOMETRY),

@@ -65,10 +65,11 @@ def products(k_tile, q, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def score_keys(first, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+def score_keys(first, queries, shift, k_tile, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`[KEYS]`: the maximum over rows of q k - baseline.
 
-    first: the tile of rows number 0; mostly there is no other.
+    first: the tile of rows number 0, which see the keys `shift` positions nearer; mostly there is
+        no other.
     """
     KEYS: tl.constexpr = TILING.keys
     best = tl.full([KEYS], -float("inf"), tl.float32)
@@ -76,7 +77,7 @@ def score_keys(first, queries, k_tile, GEOMETRY: tl.constexpr, TILING: tl.conste
     for tile in tl.range(TILES, num_stages=1):
         q = first
         if TILES > 1:
-            q = load_queries(queries, tile, 0, GEOMETRY, TILING)
+            q = load_queries(queries, tile, shift, GEOMETRY, TILING)
         s = products(k_tile, q, GEOMETRY)
         best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
     return best
@@ -107,7 +108,13 @@ def score_blocks(
         shifts = shifts_of(queries.far, blocks, there, GEOMETRY)
         best = score_far_keys(shifts, queries, k_tile, GEOMETRY, TILING)
     else:
-        best = score_keys(first, queries, k_tile, GEOMETRY, TILING)
+        best = score_keys(first, queries, 0, k_tile, GEOMETRY, TILING)
+    return best_of_blocks(best, there, GEOMETRY, TILING)
+
+
+@triton.jit
+def best_of_blocks(best, there, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """`[KEYS // key_block_size]`: the maximum over each block of the scores `best` `[KEYS]`."""
     best = tl.where(there, best, -float("inf"))
     WIDTH: tl.constexpr = GEOMETRY.spec.key_block_size
     BLOCKS: tl.constexpr = TILING.keys // WIDTH

@@ -56,14 +56,14 @@ def refresh_blocks(
     )
     geometry, tiling, sizes = plan(call, spec)
     chunk = min(max(SCRATCH_BYTES // (4 * sum(sizes) * heads), 1), blocks)
-    scratch = allocate(sizes, chunk * heads, q.device)
-    scores, lists, baselines, arrivals, query_codes, query_scales = scratch
+    scratch = allocate(sizes, chunk * heads, q)
+    scores, lists, baselines, arrivals, query_codes, query_scales, turned = scratch
     inputs = (  # in the order of both kernels; by name they would cost half a microsecond each
         *(q, q.stride()[:2], (codes, codes.stride()[:3], *or_nothing(code_scales, q, 3))),
         *(block_table, block_table.stride(0), codes.shape[1], query_blocks, window_starts),
         *(baselines, arrivals, refresh, indices),
         (query_codes, query_scales),
-        q if rope is None else rope,
+        *(q if rope is None else rope, turned),
     )
     bounds = (*or_nothing(summaries, q, 4), *or_nothing(summary_scales, q, 4))
     options = {"GEOMETRY": geometry, "TILING": tiling, "launch_pdl": tiling.chained}
@@ -97,13 +97,13 @@ def check_block_size(size: int) -> None:
         )
 
 
-def allocate(sizes: ScratchSizes, items: int, device: torch.device) -> list[Tensor]:
-    """Memory of so many query blocks and heads, as `ScratchSizes` lists it."""
-    dtypes = [torch.float32, torch.int32, torch.float32, torch.int32]
-    if sizes.query_codes:
-        dtypes += [torch.int8, torch.float32]
-    made = [
-        torch.empty(items * size * 4 // dtype.itemsize, dtype=dtype, device=device)
-        for size, dtype in zip(sizes, dtypes, strict=False)
-    ]
-    return made + made[:1] * (len(sizes) - len(made))  # what is not needed is not allocated
+def allocate(sizes: ScratchSizes, items: int, q: Tensor) -> list[Tensor]:
+    """Memory of so many query blocks and heads, as `ScratchSizes` lists it, beside q
+    `[num_tokens, num_q_heads, head_dim]`; the first again for what is not needed."""
+    f32, i32 = torch.float32, torch.int32
+    dtypes = [f32, i32, f32, i32, torch.int8, f32, q.dtype]
+    made: list[Tensor] = []
+    for size, dtype in zip(sizes, dtypes, strict=True):
+        count = items * size * 4 // dtype.itemsize
+        made.append(torch.empty(count, dtype=dtype, device=q.device) if size else made[0])
+    return made

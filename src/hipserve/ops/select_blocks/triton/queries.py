@@ -26,6 +26,8 @@ class Queries(NamedTuple):
     """`QueryCodes`; None where codes of keys are the keys themselves."""
     far: Any
     """`FarKeys`."""
+    turned: Any
+    """Pointer to room for a tile of turned rows, of this program alone."""
 
 
 class QueryTile(NamedTuple):
@@ -38,11 +40,11 @@ class QueryTile(NamedTuple):
 
 
 @triton.jit
-def queries_of(q, strides, block, head, baselines, codes, far, GEOMETRY: tl.constexpr):
+def queries_of(q, strides, block, head, baselines, codes, far, turned, GEOMETRY: tl.constexpr):
     """The `Queries` of the `QueryBlock` and group of heads."""
     first_head = (head * GEOMETRY.group_size).to(tl.int64)
     start = q + block.first_row * strides.token + first_head * strides.head
-    return Queries(start, strides, block.num_rows, baselines, codes, far)
+    return Queries(start, strides, block.num_rows, baselines, codes, far, turned)
 
 
 @triton.jit
@@ -51,20 +53,47 @@ def load_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr
 
     They see keys `shift` positions nearer.
     """
-    return rows_at(queries, tile * TILING.rows + tl.arange(0, TILING.rows), shift, GEOMETRY)
+    r = tile * TILING.rows + tl.arange(0, TILING.rows)
+    valid = exist(queries, r, GEOMETRY)
+    if GEOMETRY.streams and shift != 0:
+        turn_rows(queries, tile, shift, GEOMETRY, TILING)
+        d = tl.arange(0, GEOMETRY.dim)
+        i = tl.arange(0, TILING.rows)
+        rows = tl.load(queries.turned + i[:, None] * GEOMETRY.dim + d[None, :])  # [ROWS, DIM]
+    else:
+        rows = load_tile(pointers(queries, r, GEOMETRY), valid, GEOMETRY.head_dim, GEOMETRY.dim)
+    return rows, valid
 
 
 @triton.jit
-def rows_at(queries, r, shift, GEOMETRY: tl.constexpr):
-    """The r-th sampled rows, `[n, DIM]`, and `[n]`: which of them exist; `shift` as above."""
+def exist(queries, r, GEOMETRY: tl.constexpr):
+    """`[n]`: which of the r-th sampled rows exist."""
+    return queries.num_rows - 1 - r // GEOMETRY.group_size * GEOMETRY.spec.query_stride >= 0
+
+
+@triton.jit
+def pointers(queries, r, GEOMETRY: tl.constexpr):
+    """Pointers `[n]` to the r-th sampled rows."""
     row = queries.num_rows - 1 - r // GEOMETRY.group_size * GEOMETRY.spec.query_stride
-    valid = row >= 0
     offset = row.to(tl.int64) * queries.strides.token
-    rows = queries.start + offset + r % GEOMETRY.group_size * queries.strides.head
-    tile = load_tile(rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)
-    if GEOMETRY.streams:
-        tile = see_from(tile, rows, valid, shift, queries.far, GEOMETRY)
-    return tile, valid
+    return queries.start + offset + r % GEOMETRY.group_size * queries.strides.head
+
+
+@triton.jit
+def turn_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """Writes the rows of tile number `tile` as they see keys `shift` positions nearer to
+    `queries.turned`, a few at a time: all together would take too many registers."""
+    FEW: tl.constexpr = 16
+    i, d = tl.arange(0, FEW), tl.arange(0, GEOMETRY.dim)
+    tl.debug_barrier()  # all warps have read what was there
+    for first in tl.range(0, TILING.rows, FEW, num_stages=1):
+        r = tile * TILING.rows + first + i
+        rows, valid = pointers(queries, r, GEOMETRY), exist(queries, r, GEOMETRY)
+        few = load_tile(rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)  # [FEW, DIM]
+        few = see_from(few, rows, valid, shift, queries.far, GEOMETRY)
+        to = queries.turned + (first + i)[:, None] * GEOMETRY.dim + d[None, :]
+        tl.store(to, few)  # [FEW, DIM]
+    tl.debug_barrier()
 
 
 @triton.jit

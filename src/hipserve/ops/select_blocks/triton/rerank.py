@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hipserve.ops.select_blocks.triton.key_score import key_rows, load_keys, score_blocks
+from hipserve.ops.select_blocks.triton.far import shift_of
+from hipserve.ops.select_blocks.triton.key_score import (
+    best_of_blocks,
+    key_rows,
+    load_keys,
+    score_keys,
+)
 from hipserve.ops.select_blocks.triton.queries import load_queries
 from hipserve.ops.select_blocks.triton.scratch import level_runs
 from hipserve.ops.select_blocks.triton.threshold import keep_best
@@ -36,12 +42,43 @@ def score_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
         there = start + i < total
         k_tile = load_keys(rows, there, GEOMETRY)
         # What is next is looked up while these are on their way.
-        own, c = positions, start + STEP + i
+        c = start + STEP + i
         positions = run_positions(c, total, item, SIZE)
         rows = key_rows(item.keys, positions, c < total, GEOMETRY)
-        best = score_blocks(queries, item.queries, k_tile, own, there, GEOMETRY, TILING)
+        best = score_keys(queries, item.queries, 0, k_tile, GEOMETRY, TILING)
+        best = best_of_blocks(best, there, GEOMETRY, TILING)
         block = start // WIDTH + tl.arange(0, BLOCKS)
         tl.store(item.scratch.block_scores + block, best, mask=block < total // WIDTH)  # [BLOCKS]
+
+
+@triton.jit
+def score_far_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """`score_kept` where far keys are seen nearer: kept runs ascend, so those of one segment follow
+    each other, and the query rows are turned once for all of them."""
+    SIZE: tl.constexpr = GEOMETRY.spec.run_size
+    WIDTH: tl.constexpr = GEOMETRY.spec.key_block_size
+    KEYS: tl.constexpr = TILING.keys
+    share = tl.cdiv(kept, TILING.search_programs) * SIZE
+    start = tl.program_id(0) % TILING.search_programs * share
+    end = tl.minimum(start + share, kept * SIZE)
+    i = tl.arange(0, KEYS)
+    while start < end:
+        shift = shift_of(item.queries.far, run_positions(start, end, item, SIZE), GEOMETRY)
+        queries = load_queries(item.queries, 0, shift, GEOMETRY, TILING)
+        scored = KEYS
+        while (scored == KEYS) & (start < end):
+            c = start + i
+            positions = run_positions(c, end, item, SIZE)
+            begin = positions // WIDTH * WIDTH
+            same = (c < end) & (shift_of(item.queries.far, begin, GEOMETRY) == shift)
+            k_tile = load_keys(key_rows(item.keys, positions, same, GEOMETRY), same, GEOMETRY)
+            best = score_keys(queries, item.queries, shift, k_tile, GEOMETRY, TILING)
+            best = best_of_blocks(best, same, GEOMETRY, TILING)
+            scored = tl.sum(same.to(tl.int32), axis=0)
+            block = tl.arange(0, KEYS // WIDTH)
+            to = item.scratch.block_scores + start // WIDTH + block
+            tl.store(to, best, mask=block < scored // WIDTH)  # [KEYS // WIDTH]
+            start += scored
 
 
 @triton.jit

@@ -93,31 +93,18 @@ def products(summaries, q, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def score_runs(first, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+def score_runs(first, queries, shift, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`[RUNS]`: the maximum over rows of q.center + reach |q|.radius - baseline.
 
-    first: the rows of tile 0, ready for summaries; mostly there is no other.
+    first: the rows of tile 0, ready for summaries that are seen `shift` positions nearer; mostly
+        there is no other.
     """
     best = tl.full([summaries.center.shape[0]], -float("inf"), tl.float32)
     TILES: tl.constexpr = TILING.row_tiles
     for tile in tl.range(TILES, num_stages=1):
         q = first
         if TILES > 1:
-            q = load_run_queries(queries, tile, 0, GEOMETRY, TILING)
+            q = load_run_queries(queries, tile, shift, GEOMETRY, TILING)
         s = products(summaries, q, GEOMETRY)
         best = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
-    return best
-
-
-@triton.jit
-def score_far_runs(shifts, queries, summaries, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`score_runs` of runs that are seen nearer, segment by segment, by their `Shifts`."""
-    best = tl.full([summaries.center.shape[0]], -float("inf"), tl.float32)
-    TILES: tl.constexpr = TILING.row_tiles
-    for shift in tl.range(shifts.first, shifts.last + 1, GEOMETRY.segment, num_stages=1):
-        for tile in tl.range(TILES, num_stages=1):
-            q = load_run_queries(queries, tile, shift, GEOMETRY, TILING)
-            s = products(summaries, q, GEOMETRY)
-            found = tl.maximum(best, tl.max(s - q.baseline[None, :], axis=1))
-            best = tl.where(shifts.each == shift, found, best)
     return best

@@ -40,11 +40,15 @@ class ScratchSizes(NamedTuple):
     arrivals: int
     query_codes: int
     query_scales: int
+    turned: int
 
 
-def scratch_sizes(geometry: Geometry, tiling: Tiling) -> ScratchSizes:
-    """What a query block and head needs; every program that looks for baselines codes rows."""
+def scratch_sizes(geometry: Geometry, tiling: Tiling, element_size: int) -> ScratchSizes:
+    """What a query block and head needs. Every program that looks for baselines codes rows, and
+    every program turns rows for itself."""
     coded = geometry.spec.code_bits < 16
+    turning = max(tiling.baseline_programs, tiling.search_programs)
+    turned = turning * tiling.rows * geometry.dim * element_size // 4
     coded_rows = tiling.baseline_programs * tiling.rows * tiling.row_tiles if coded else 0
     return ScratchSizes(
         scores=NUM_SCORES.value * geometry.score_size,
@@ -53,6 +57,7 @@ def scratch_sizes(geometry: Geometry, tiling: Tiling) -> ScratchSizes:
         arrivals=1,
         query_codes=coded_rows * SIDES.value * geometry.query_width // 4,
         query_scales=coded_rows * SIDES.value,
+        turned=turned if geometry.streams else 0,
     )
 
 
@@ -109,3 +114,11 @@ def query_codes_of(numbers, scales, row, part, GEOMETRY: tl.constexpr, TILING: t
     ROWS: tl.constexpr = TILING.rows * TILING.row_tiles * SIDES
     first = row * TILING.baseline_programs + part
     return QueryCodes(numbers + first * ROWS * GEOMETRY.query_width, scales + first * ROWS)
+
+
+@triton.jit
+def turned_rows_of(turned, row, PROGRAMS: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+    """Pointer to the room for turned rows of this program, one of PROGRAMS that share a row of
+    scratch memory."""
+    number = row * PROGRAMS + tl.program_id(0) % PROGRAMS
+    return turned + number * TILING.rows * GEOMETRY.dim

@@ -73,7 +73,7 @@ def plan(call: Call, spec: SearchSpec) -> Plan:
     geometry = SEARCHES[spec.selector.name].of(call, spec)
     announce_long_compilation(geometry, call.k_shape[1])
     tiling = make_tiling(call, geometry)
-    return Plan(geometry, tiling, scratch_sizes(geometry, tiling))
+    return Plan(geometry, tiling, scratch_sizes(geometry, tiling, call.element_size))
 
 
 def make_tiling(call: Call, geometry: Geometry) -> Tiling:
@@ -84,12 +84,12 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     rows = max(min(most_rows(geometry.dim, call.element_size), power_of_2(stacked)), 16)
     row_tiles = -(-stacked // rows)
     tile = tile_keys(geometry.dim, rows, row_tiles)
-    if geometry.streams and rows > 16:  # query rows are turned in float32, beside their summaries
-        tile = TileSizes(keys=min(tile.keys, 64), runs=16, read_keys=32, stages=1)
+    if geometry.streams:  # a tile is of one segment
+        tile = tile._replace(keys=min(tile.keys, 64), stages=1)
     tile = tile._replace(keys=max(tile.keys, spec.key_block_size))
     few = sharers_of(call, max_rows)
     sharing = geometry.share(call, tile, most=few, few_rows=rows == 16)
-    wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1 or geometry.streams)
+    wide = rows > 16 and (geometry.dim > 128 or row_tiles > 1)
     return Tiling(
         rows=rows,
         row_tiles=row_tiles,
