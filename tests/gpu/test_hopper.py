@@ -48,7 +48,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "float32": {"element_size": 4},
     "a model's own window": {"windowed": True},
     "softcap": {"capped": True},
-    "turned rows": {"streams": True},
     "pages in fp8": {"converted": True},
     "tiles of keys in host memory": {"tiled": True},
     "small key blocks": {"key_block_size": 8},

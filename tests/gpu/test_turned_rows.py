@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hipserve import BackendError, HiPConfig
 from hipserve.ops import block_sparse_attention, select_blocks
+from hipserve.ops.block_sparse_attention.triton import turned
 from hipserve.platform import interpreting
 from hipserve.testing.cases import Case, Shape, make_case, make_rope
 from hipserve.types import BlockSelection
@@ -104,6 +105,46 @@ def test_attention_sees_its_keys_as_defined(shape: str, neighbours: bool) -> Non
     rounding = 2e-6 if DEVICE == "cuda" else 0
     torch.testing.assert_close(got[~beyond], plain[~beyond], rtol=0, atol=rounding)
     assert not torch.allclose(got[beyond], plain[beyond], atol=1e-3)
+
+
+def test_whole_query_blocks_see_their_keys_as_defined() -> None:
+    """In float16 and with 64 rows a block, as the kernel for Hopper takes them, a few of them at a
+    time: chosen blocks, sinks and window, within the trained length and beyond."""
+    config = STREAM.replace(query_block_size=64, num_sink_tokens=64, budget=128, trained_length=600)
+    shape = Shape((900, 70), (700, 70), 2, group_size=4, head_dim=64, dtype=torch.float16)
+    case, rope = make_case(shape, config.index_form), make_rope(64)
+    options: dict[str, Any] = {"config": config, "rope": rope}
+    chosen = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    expected, lse = block_sparse_attention(
+        case.q, case.pool, case.layout, chosen, backend="reference", **options
+    )
+    there = case.on(DEVICE)
+    selection = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
+    options["rope"] = rope.to(DEVICE)
+    got, got_lse = block_sparse_attention(
+        there.q, there.pool, there.layout, selection, backend="triton", **options
+    )
+    torch.testing.assert_close(got.cpu(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(got_lse.cpu(), lse, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_turned_keys_of_some_query_blocks_at_a_time(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept at a time changes nothing, nor which rows are split."""
+    case, rope = case_of(shape, STREAM), partial_rope(SHAPES[shape].head_dim)
+    options: dict[str, Any] = {"config": STREAM, "rope": rope}
+    chosen = select_blocks(case.q, case.index, case.layout, backend="reference", **options)
+    chosen = BlockSelection(chosen.indices.to(DEVICE), chosen.window_start.to(DEVICE))
+    there = case.on(DEVICE)
+    options = {"config": STREAM, "rope": rope.to(DEVICE), "backend": "triton"}
+    results: list[Tensor] = []
+    for size in (turned.ROOM_BYTES, 1):
+        monkeypatch.setattr(turned, "ROOM_BYTES", size)
+        results += block_sparse_attention(there.q, there.pool, there.layout, chosen, **options)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 def test_codes_are_refused() -> None:

@@ -29,39 +29,39 @@ def spread(x, SIZE: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_partners(rows, partner, keep, rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """`[n, DIM]`: of each row the channel that turns with each one.
-
-    Of a row whose pairs lie in halves eight partners lie together, too, and are read at once.
-    """
+def in_eights(rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """The partners of eight channels lie together: those of a row that turns in halves do."""
     d = tl.arange(0, DIM)
     inside = d < HEAD_DIM
+    partner = tl.load(rope + d, mask=inside, other=0)  # [DIM]
     first = tl.load(rope + d // 8 * 8, mask=inside, other=0)  # [DIM]
     together = ((partner == first + d % 8) & (first % 8 == 0)) | ~inside
-    if tl.min(together.to(tl.int32), axis=0) == 1:
-        at = tl.max_contiguous(tl.multiple_of(first + d % 8, 8), 8)
-        others = tl.load(rows[:, None] + at[None, :], mask=keep, other=0.0)  # [n, DIM]
-    else:
-        others = tl.load(rows[:, None] + partner[None, :], mask=keep, other=0.0)  # [n, DIM]
-    return others
+    return tl.min(together.to(tl.int32), axis=0) == 1
 
 
 @triton.jit
-def turn_tile(tile, rows, there, by, rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+def turn_tile(
+    tile, rows, there, by, rope, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, EIGHTS: tl.constexpr
+):
     """x cos + x[partner] sin: a tile `[n, DIM]` as it would be `by` positions later.
 
     rows: pointers `[n]` to what the tile was loaded from, where `there` `[n]`.
     by: `[m]` int32, of n / m rows each.
     rope: pointer to int32 `[2, HEAD_DIM]`, partners and turns of a position.
+    EIGHTS: `in_eights`, so that eight partners are read at once.
     """
     N: tl.constexpr = tile.shape[0]
     M: tl.constexpr = by.shape[0]
     d = tl.arange(0, DIM)
     inside = d < HEAD_DIM
-    partner = tl.load(rope + d, mask=inside, other=0)  # [DIM]
     step = tl.load(rope + HEAD_DIM + d, mask=inside, other=0)  # [DIM]
+    if EIGHTS:
+        partner = tl.load(rope + d // 8 * 8, mask=inside, other=0) + d % 8  # [DIM]
+        partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
+    else:
+        partner = tl.load(rope + d, mask=inside, other=0)  # [DIM]
     keep = there[:, None] & inside[None, :]
-    others = load_partners(rows, partner, keep, rope, HEAD_DIM, DIM)
+    others = tl.load(rows[:, None] + partner[None, :], mask=keep, other=0.0)  # [N, DIM]
     cos, sin = cos_sin(by[:, None] * step[None, :])  # [M, DIM]
     if M > 1:
         cos, sin = spread(cos, N // M, DIM), spread(sin, N // M, DIM)

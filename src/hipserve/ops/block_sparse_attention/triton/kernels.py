@@ -14,7 +14,7 @@ from hipserve.ops.block_sparse_attention.triton.key_list import list_keys, tile_
 from hipserve.ops.block_sparse_attention.triton.softmax import attend_tile
 
 
-@triton.jit(do_not_specialize=["lse_stride", "num_query_blocks", "list_stride"])
+@triton.jit(do_not_specialize=["lse_stride", "num_query_blocks", "list_stride", "turned_stride"])
 def attention_kernel(
     q,
     q_strides,
@@ -38,7 +38,8 @@ def attention_kernel(
     sliding_window,
     scales,
     softcap,
-    trained,
+    turned,
+    turned_stride,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
@@ -48,11 +49,12 @@ def attention_kernel(
     of their key list; with more than one split, `out` and `lse` are the parts that `merge_kernel`
     joins. The last query blocks, which see the most keys, come first. With `lists`, the keys are in
     tiles, and the table of a query block and head lists those of its keys in the order of the list.
+    With `turned`, sinks and chosen keys are read there (`turn_kernel`).
     """
     dependent_launch_wait(TILING.chained)
     q_strides, out_strides = rows.RowStrides(*q_strides), rows.RowStrides(*out_strides)
     k_strides, v_strides = pages.CacheStrides(*k_strides), pages.CacheStrides(*v_strides)
-    trained, scales = softmax.Trained(*trained), softmax.Scales(*scales)
+    scales = softmax.Scales(*scales)
     split = tl.program_id(0) % TILING.splits
     row_tile = tl.program_id(0) // TILING.splits % TILING.row_tiles
     block = num_query_blocks - 1 - tl.program_id(0) // (TILING.splits * TILING.row_tiles)
@@ -70,10 +72,13 @@ def attention_kernel(
     q_tile = load_tile(q_rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)  # [ROWS, DIM]
     kv_head = kv_head_of(head, GEOMETRY)
     table = block_table + query_block.seq.to(tl.int64) * table_stride
+    item = block.to(tl.int64) * GEOMETRY.heads + head
     if GEOMETRY.tiled:
-        table = lists + (block.to(tl.int64) * GEOMETRY.heads + head) * list_stride
+        table = lists + item * list_stride
+    if GEOMETRY.streams:
+        turned += item * turned_stride
 
-    blocks = indices + (block.to(tl.int64) * GEOMETRY.heads + head) * GEOMETRY.max_selected
+    blocks = indices + item * GEOMETRY.max_selected
     key_list = list_keys(blocks, window_start, block, query_block, sliding_window, GEOMETRY, TILING)
     part = tile_range(key_list, row_tile, split, query_block.num_rows, GEOMETRY, TILING)
 
@@ -95,8 +100,7 @@ def attention_kernel(
         sm_scale=scales.scores,
         softcap=softcap,
         sliding_window=sliding_window,
-        rope=trained.rope,
-        moves=query_block.position >= trained.length,
+        turned=turned,
     )
     for start in range(part.begin, part.whole, TILING.keys):
         state = attend_tile(state, reading, start, False, GEOMETRY, TILING)

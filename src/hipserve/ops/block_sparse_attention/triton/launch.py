@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.block_sparse_attention.triton.hopper.shape import can_copy, make_shape
+from hipserve.ops.block_sparse_attention.triton.inputs import Inputs
 from hipserve.ops.block_sparse_attention.triton.kernels import attention_kernel, merge_kernel
-from hipserve.ops.block_sparse_attention.triton.tiling import Call, Geometry, Tiling, plan
+from hipserve.ops.block_sparse_attention.triton.tiling import (
+    Call,
+    Geometry,
+    Plan,
+    Tiling,
+    plan,
+)
+from hipserve.ops.block_sparse_attention.triton.turned import turned_parts
 from hipserve.platform import specialises_warps
 
 
@@ -48,7 +56,6 @@ def block_sparse_attention(
     lse = torch.empty((tokens, num_q_heads), dtype=torch.float32, device=q.device)
     if not blocks:
         return out, lse
-    k_strides, v_strides = k_cache.stride(), v_cache.stride()
     call = Call(
         q_shape=q.shape,
         k_shape=k_cache.shape,
@@ -60,40 +67,70 @@ def block_sparse_attention(
         key_block_size=key_block_size,
         windowed=sliding_window > 0,
         capped=softcap > 0,
-        same_strides=k_strides == v_strides,
+        same_strides=k_cache.stride() == v_cache.stride(),
         tiled=lists is not None,
         streams=rope is not None and indices is not None,
         converted=k_cache.dtype != q.dtype,
         element_size=q.element_size(),
         device=q.device,
     )
-    if specialises_warps(q.device) and (shape := make_shape(call)):
-        if can_copy(q, k_cache, v_cache) and sm_scale > 0:
-            inputs = q, k_cache, v_cache, block_table, query_blocks, indices, window_start
-            hopper_attention()(*inputs, out, lse, sm_scale=sm_scale, shape=shape)
-            return out, lse
-    geometry, tiling = plan(call)
-    parts, part_lse = (out, lse) if tiling.splits == 1 else make_parts(q, tiling.splits)
-    inputs = (  # in the kernel's order; by name they would cost half a microsecond each
-        *(q, q.stride()[:2], k_cache, k_strides[:3], v_cache, v_strides[:3]),
-        *(parts, parts.stride()[:2], part_lse, tokens, block_table, block_table.stride(0)),
+    inputs = Inputs(block_table, query_blocks, indices, window_start, lists)
+    planned = plan(call)
+    parts: Iterable[tuple[Inputs, Tensor | None]] = [(inputs, None)]
+    if rope is not None and call.streams:
+        parts = turned_parts(q, k_cache, inputs, rope, trained_length, planned)
+    shape = make_shape(call) if specialises_warps(q.device) and sm_scale > 0 else None
+    if shape is not None and can_copy(q, k_cache, v_cache):
+        attend = hopper_attention()
+        for some, turned in parts:
+            attend(q, k_cache, v_cache, some, turned, out, lse, sm_scale=sm_scale, shape=shape)
+        return out, lse
+    splits = planned.tiling.splits
+    found = (out, lse) if splits == 1 else make_parts(q, splits)
+    scores = (sliding_window, (sm_scale, v_scale), softcap)
+    for some, turned in parts:
+        launch(q, k_cache, v_cache, some, turned, found, scores=scores, plan=planned)
+    if splits > 1:
+        merge(*found, out, lse, planned.geometry, planned.tiling)
+    return out, lse
+
+
+def launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    inputs: Inputs,
+    turned: Tensor | None,
+    found: tuple[Tensor, Tensor],
+    *,
+    scores: tuple[int, tuple[float, float], float],
+    plan: Plan,
+) -> None:
+    """The kernel for every card, for some query blocks.
+
+    turned: their moved keys, as `turn_keys` returns them, or None.
+    found: `out` and `lse`, or the parts that `make_parts` made room for.
+    scores: sliding_window, the scales of scores and of values, and softcap.
+    """
+    table, query_blocks, indices, window_start, lists = inputs
+    geometry, tiling = plan
+    blocks, (out, lse) = query_blocks.shape[0], found
+    arguments = (  # in the kernel's order; by name they would cost half a microsecond each
+        *(q, q.stride()[:2], k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
+        *(out, out.stride()[:2], lse, q.shape[0], table, table.stride(0)),
         *(query_blocks, blocks, query_blocks if indices is None else indices),
         query_blocks if window_start is None else window_start,
-        *(lists, 0 if lists is None else lists.shape[2]),
-        *(k_cache.shape[1], sliding_window, (sm_scale, v_scale), softcap),
-        (query_blocks if rope is None else rope, trained_length),
+        *(lists, 0 if lists is None else lists.shape[2], k_cache.shape[1], *scores),
+        *(turned, 0 if turned is None else turned.stride(0)),
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](
-        *inputs,
+        *arguments,
         GEOMETRY=geometry,
         TILING=tiling,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         launch_pdl=tiling.chained,
     )
-    if tiling.splits > 1:
-        merge(parts, part_lse, out, lse, geometry, tiling)
-    return out, lse
 
 
 def hopper_attention() -> Callable[..., None]:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from hipserve.ops._triton.pages import key_offsets
-from hipserve.ops._triton.rope import turn_tile
 from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.block_sparse_attention.triton.key_list import list_positions
 
@@ -36,14 +35,6 @@ class Scales(NamedTuple):
     """Of sums of values: that of values."""
 
 
-class Trained(NamedTuple):
-    """What a block beyond the trained length needs to know of the model."""
-
-    rope: Any
-    """Pointer to int32 `[2, head_dim]`, as in `hipserve.ops.rope`; read where lists stream."""
-    length: Any
-
-
 class Reading(NamedTuple):
     """What all tiles of a program share."""
 
@@ -62,10 +53,9 @@ class Reading(NamedTuple):
     sm_scale: Any
     softcap: Any
     sliding_window: Any
-    rope: Any
-    """How the model turns its keys, as `Trained` has it."""
-    moves: Any
-    """The block lies beyond the trained length."""
+    turned: Any
+    """Pointer to the sinks and chosen keys as blocks beyond the trained length see them, in the
+    order of the list; None where nothing is moved."""
 
 
 @triton.jit
@@ -91,20 +81,22 @@ def visible_keys(reading, n, there, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def turn_keys(k_tile, rows, there, start, reading, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
-    """`[KEYS, DIM]`: the keys from `start` on as a block beyond the trained length sees them.
-
-    Its list lies at consecutive positions that end where the window, which is not moved, starts.
-    Keys of a block move together.
-    """
-    SIZE: tl.constexpr = min(GEOMETRY.key_block_size, TILING.keys)
-    key_list = reading.key_list
-    n = start + tl.arange(0, TILING.keys // SIZE) * SIZE
-    before = key_list.sinks + key_list.chosen
-    seen = key_list.window - before + n
-    by = seen - list_positions(key_list, n, GEOMETRY.key_block_size)  # [KEYS / SIZE]
-    by = tl.where(reading.moves & (n < before), by, 0)
-    return turn_tile(k_tile, rows, there, by, reading.rope, GEOMETRY.head_dim, GEOMETRY.dim)
+def load_key_tile(reading, k_rows, n, there, MASKED: tl.constexpr, GEOMETRY: tl.constexpr):
+    """`[KEYS, DIM]`: the n-th keys of the list, turned ones or those of the rows `k_rows`."""
+    HEAD_DIM: tl.constexpr = GEOMETRY.head_dim
+    DIM: tl.constexpr = GEOMETRY.dim
+    DTYPE: tl.constexpr = reading.q_tile.dtype
+    if GEOMETRY.streams:
+        moved = n < reading.key_list.sinks + reading.key_list.chosen
+        turned = reading.turned + n * HEAD_DIM
+        if k_rows.dtype == turned.dtype:
+            k_tile = load_tile(tl.where(moved, turned, k_rows), there, HEAD_DIM, DIM, MASKED)
+        else:
+            k_tile = load_tile(k_rows, there & ~moved, HEAD_DIM, DIM).to(DTYPE)
+            k_tile += load_tile(turned, there & moved, HEAD_DIM, DIM)
+    else:
+        k_tile = load_tile(k_rows, there, HEAD_DIM, DIM, MASKED).to(DTYPE)
+    return k_tile
 
 
 @triton.jit
@@ -125,11 +117,9 @@ def attend_tile(
     k_rows, v_rows = reading.k_pages.start + offsets, reading.v_pages.start + offsets
     if not GEOMETRY.same_strides:
         v_rows = reading.v_pages.start + key_offsets(reading.v_pages, positions, there, MASKED)
-    k_tile = load_tile(k_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
+    k_tile = load_key_tile(reading, k_rows, n, there, MASKED, GEOMETRY)  # [KEYS, DIM]
     v_tile = load_tile(v_rows, there, GEOMETRY.head_dim, GEOMETRY.dim, MASKED)  # [KEYS, DIM]
-    k_tile, v_tile = k_tile.to(reading.q_tile.dtype), v_tile.to(reading.q_tile.dtype)
-    if GEOMETRY.streams:
-        k_tile = turn_keys(k_tile, k_rows, there, start, reading, GEOMETRY, TILING)
+    v_tile = v_tile.to(reading.q_tile.dtype)
     s = score_tile(reading, k_tile, GEOMETRY.capped)  # [ROWS, KEYS]
     if MASKED:
         s = tl.where(visible_keys(reading, n, there, GEOMETRY.windowed), s, -float("inf"))

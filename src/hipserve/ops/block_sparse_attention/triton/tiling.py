@@ -14,8 +14,8 @@ from hipserve.ops._triton.tiles import power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
 
 MAX_ROWS = 256
-CONVERTED_ROWS = 128
-"""More rows beside keys in fp8 would spill the registers that these are converted in."""
+FEWER_ROWS = 128
+"""More rows beside keys in fp8, or keys of two origins, would spill registers."""
 WIDE_BYTES = 200_000
 """Shared memory of a Hopper GPU: room for 256 rows and two stages of 64 keys, or 128 and 128."""
 PROGRAMS = 384
@@ -67,7 +67,7 @@ class Geometry(Heads):
         capped: scores are capped by `softcap`.
         same_strides: keys and values lie at the same offsets.
         tiled: keys and values are in tiles that lists name.
-        streams: blocks beyond the trained length see their list at consecutive positions.
+        streams: sinks and chosen keys are turned before, as `turned.py` says.
     """
 
     __hash__ = HashedOnce.__hash__
@@ -155,11 +155,8 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
     stacked = call.max_rows * geometry.group_size
     half = call.element_size == 2
     most, keys = largest_tile(geometry.dim, half, gpu_shared_memory(call.device))
-    if call.streams:  # keys pass through registers, in float32, to be turned
-        wide = gpu_shared_memory(call.device) >= WIDE_BYTES
-        most, keys = min(most, 128 if wide else 32), min(keys, 32 if wide else 16)
     rows = max(min(most, power_of_2(stacked)), 16)
-    rows = min(rows, CONVERTED_ROWS) if call.converted else rows
+    rows = min(rows, FEWER_ROWS) if call.converted or call.streams else rows
     if most == MAX_ROWS and rows == 128:
         keys = 128
     splits, small = 1, False
@@ -170,8 +167,6 @@ def make_tiling(call: Call, geometry: Geometry) -> Tiling:
         most_splits = SMALL_PROGRAMS // few if small else large_splits(call, geometry)
         splits = max(min(most_splits, call.longest // keys, MAX_SPLITS), 1)
     num_warps, num_stages = launch_options(TileSize(rows, keys), geometry.dim, splits, small)
-    if call.streams:
-        num_warps, num_stages = 4 if rows <= 32 else 8, 2
     return Tiling(
         rows=rows,
         keys=keys,
@@ -193,7 +188,7 @@ def large_splits(call: Call, geometry: Geometry) -> int:
 
 def has_small_programs(call: Call, geometry: Geometry) -> bool:
     """Selected keys of a few single rows: programs of one warp are the fastest."""
-    narrow = call.element_size == 2 and geometry.dim <= 128 and not call.streams
+    narrow = call.element_size == 2 and geometry.dim <= 128
     return narrow and geometry.selected and 1 < large_splits(call, geometry) <= FEW_SPLITS
 
 

@@ -14,7 +14,7 @@ from hipserve.ops._triton.tiles import power_of_2
 from hipserve.ops.rope import segment_length
 from hipserve.ops.select_blocks.spec import SearchSpec
 from hipserve.ops.select_blocks.triton.barrier import grid_barrier
-from hipserve.ops.select_blocks.triton.far import shift_of
+from hipserve.ops.select_blocks.triton.far import greatest_shift, shift_of
 from hipserve.ops.select_blocks.triton.geometry import (
     Call,
     Geometry,
@@ -223,9 +223,7 @@ def score_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING:
 
 
 @triton.jit
-def score_far_level(
-    item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr
-):
+def score_far_level(item, kept, LEVEL: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """`score_level` where far runs are seen nearer: candidates ascend, so those of one segment
     follow each other, and the query rows are turned once for all of them."""
     scores = level_scores(item.scratch, LEVEL)
@@ -235,21 +233,23 @@ def score_far_level(
     start = tl.program_id(0) % TILING.search_programs * share
     end = tl.minimum(start + share, candidates.count)
     i = tl.arange(0, RUNS)
+    keys = candidate_keys(start + i, item, candidates, LEVEL, GEOMETRY)
+    at = summaries_of(start + i, item, candidates, LEVEL, GEOMETRY)
     while start < end:
-        begin = candidate_keys(start, item, candidates, LEVEL, GEOMETRY)
-        shift = shift_of(item.queries.far, begin, GEOMETRY)
+        shift = greatest_shift(item.queries.far, keys, start + i < end, GEOMETRY)
         queries = load_run_queries(item.queries, 0, shift, GEOMETRY, TILING)
-        scored = RUNS
-        while (scored == RUNS) & (start < end):
+        seen = shift
+        while seen == shift:
             c = start + i
-            keys = candidate_keys(c, item, candidates, LEVEL, GEOMETRY)
             same = (c < end) & (shift_of(item.queries.far, keys, GEOMETRY) == shift)
-            at = summaries_of(c, item, candidates, LEVEL, GEOMETRY)
             summaries = load_summaries(at, item.bounds, same, GEOMETRY)
+            # What is next is looked up while these are on their way.
+            start += tl.sum(same.to(tl.int32), axis=0)
+            keys = candidate_keys(start + i, item, candidates, LEVEL, GEOMETRY)
+            at = summaries_of(start + i, item, candidates, LEVEL, GEOMETRY)
+            seen = greatest_shift(item.queries.far, keys, start + i < end, GEOMETRY)
             best = score_runs(queries, item.queries, shift, summaries, GEOMETRY, TILING)
             tl.store(scores + c, best, mask=same)  # [RUNS]
-            scored = tl.sum(same.to(tl.int32), axis=0)
-            start += scored
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hipserve.ops._triton.rope import turn_tile
+from hipserve.ops._triton.rope import in_eights, turn_tile
 
 
 class FarKeys(NamedTuple):
@@ -22,6 +22,8 @@ class FarKeys(NamedTuple):
     """Pointer to int32 `[2, head_dim]`."""
     nearest: Any
     """Where the nearest segment begins; 0 where nothing is moved."""
+    eights: Any
+    """The partners of eight channels lie together (`in_eights`)."""
 
 
 class Shifts(NamedTuple):
@@ -37,12 +39,13 @@ class Shifts(NamedTuple):
 @triton.jit
 def far_keys(rope, block, window_start, GEOMETRY: tl.constexpr):
     """The `FarKeys` of a `QueryBlock` whose window starts there."""
-    nearest = window_start * 0
+    nearest, eights = window_start * 0, False
     if GEOMETRY.streams:
         SEGMENT: tl.constexpr = GEOMETRY.segment
         begin = tl.maximum(window_start // SEGMENT - 1, 0) * SEGMENT
         nearest = tl.where(block.position >= GEOMETRY.spec.trained_length, begin, 0)
-    return FarKeys(rope, nearest)
+        eights = in_eights(rope, GEOMETRY.head_dim, GEOMETRY.dim)
+    return FarKeys(rope, nearest, eights)
 
 
 @triton.jit
@@ -50,6 +53,12 @@ def shift_of(far, position, GEOMETRY: tl.constexpr):
     """How much nearer what begins at `position` is seen, like it: a multiple of a segment."""
     SEGMENT: tl.constexpr = GEOMETRY.segment
     return tl.maximum(far.nearest - position // SEGMENT * SEGMENT, 0)
+
+
+@triton.jit
+def greatest_shift(far, positions, there, GEOMETRY: tl.constexpr):
+    """That of the first of what begins at ascending `positions` `[n]`; -1 if nothing is there."""
+    return tl.max(tl.where(there, shift_of(far, positions, GEOMETRY), -1), axis=0)
 
 
 @triton.jit
@@ -62,7 +71,7 @@ def shifts_of(far, positions, there, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def see_from(tile, rows, there, shift, far, GEOMETRY: tl.constexpr):
+def see_from(tile, rows, there, shift, far, GEOMETRY: tl.constexpr, EIGHTS: tl.constexpr):
     """`[n, DIM]`: query rows, turned back to see keys `shift` positions nearer."""
     by = tl.zeros([1], tl.int32) - shift
-    return turn_tile(tile, rows, there, by, far.rope, GEOMETRY.head_dim, GEOMETRY.dim)
+    return turn_tile(tile, rows, there, by, far.rope, GEOMETRY.head_dim, GEOMETRY.dim, EIGHTS)

@@ -54,14 +54,16 @@ def load_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr
     They see keys `shift` positions nearer.
     """
     r = tile * TILING.rows + tl.arange(0, TILING.rows)
-    valid = exist(queries, r, GEOMETRY)
-    if GEOMETRY.streams and shift != 0:
-        turn_rows(queries, tile, shift, GEOMETRY, TILING)
-        d = tl.arange(0, GEOMETRY.dim)
-        i = tl.arange(0, TILING.rows)
-        rows = tl.load(queries.turned + i[:, None] * GEOMETRY.dim + d[None, :])  # [ROWS, DIM]
-    else:
-        rows = load_tile(pointers(queries, r, GEOMETRY), valid, GEOMETRY.head_dim, GEOMETRY.dim)
+    at, valid = pointers(queries, r, GEOMETRY), exist(queries, r, GEOMETRY)
+    rows = load_tile(at, valid, GEOMETRY.head_dim, GEOMETRY.dim)
+    if GEOMETRY.streams:
+        if shift != 0:
+            if queries.far.eights:
+                rows = see_from(rows, at, valid, shift, queries.far, GEOMETRY, True)
+            else:
+                turn_few_rows(queries, tile, shift, GEOMETRY, TILING)
+                i, d = tl.arange(0, TILING.rows), tl.arange(0, GEOMETRY.dim)
+                rows = tl.load(queries.turned + i[:, None] * GEOMETRY.dim + d[None, :])
     return rows, valid
 
 
@@ -80,9 +82,9 @@ def pointers(queries, r, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def turn_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+def turn_few_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     """Writes the rows of tile number `tile` as they see keys `shift` positions nearer to
-    `queries.turned`, a few at a time: all together would take too many registers."""
+    `queries.turned`, a few at a time: partners that are read one by one take registers."""
     FEW: tl.constexpr = 16
     i, d = tl.arange(0, FEW), tl.arange(0, GEOMETRY.dim)
     tl.debug_barrier()  # all warps have read what was there
@@ -90,7 +92,7 @@ def turn_rows(queries, tile, shift, GEOMETRY: tl.constexpr, TILING: tl.constexpr
         r = tile * TILING.rows + first + i
         rows, valid = pointers(queries, r, GEOMETRY), exist(queries, r, GEOMETRY)
         few = load_tile(rows, valid, GEOMETRY.head_dim, GEOMETRY.dim)  # [FEW, DIM]
-        few = see_from(few, rows, valid, shift, queries.far, GEOMETRY)
+        few = see_from(few, rows, valid, shift, queries.far, GEOMETRY, False)
         to = queries.turned + (first + i)[:, None] * GEOMETRY.dim + d[None, :]
         tl.store(to, few)  # [FEW, DIM]
     tl.debug_barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hipserve.ops.select_blocks.triton.far import shift_of
+from hipserve.ops.select_blocks.triton.far import greatest_shift, shift_of
 from hipserve.ops.select_blocks.triton.key_score import (
     best_of_blocks,
     key_rows,
@@ -62,23 +62,27 @@ def score_far_kept(item, kept, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
     start = tl.program_id(0) % TILING.search_programs * share
     end = tl.minimum(start + share, kept * SIZE)
     i = tl.arange(0, KEYS)
+    positions = run_positions(start + i, end, item, SIZE)
+    rows = key_rows(item.keys, positions, start + i < end, GEOMETRY)
     while start < end:
-        shift = shift_of(item.queries.far, run_positions(start, end, item, SIZE), GEOMETRY)
+        far = item.queries.far
+        shift = greatest_shift(far, positions // WIDTH * WIDTH, start + i < end, GEOMETRY)
         queries = load_queries(item.queries, 0, shift, GEOMETRY, TILING)
-        scored = KEYS
-        while (scored == KEYS) & (start < end):
-            c = start + i
-            positions = run_positions(c, end, item, SIZE)
-            begin = positions // WIDTH * WIDTH
-            same = (c < end) & (shift_of(item.queries.far, begin, GEOMETRY) == shift)
-            k_tile = load_keys(key_rows(item.keys, positions, same, GEOMETRY), same, GEOMETRY)
+        seen = shift
+        while seen == shift:
+            to = item.scratch.block_scores + start // WIDTH + tl.arange(0, KEYS // WIDTH)
+            same = shift_of(far, positions // WIDTH * WIDTH, GEOMETRY) == shift
+            same &= start + i < end
+            k_tile = load_keys(rows, same, GEOMETRY)
+            # What is next is looked up while these are on their way.
+            count = tl.sum(same.to(tl.int32), axis=0)
+            start += count
+            positions = run_positions(start + i, end, item, SIZE)
+            rows = key_rows(item.keys, positions, start + i < end, GEOMETRY)
+            seen = greatest_shift(far, positions // WIDTH * WIDTH, start + i < end, GEOMETRY)
             best = score_keys(queries, item.queries, shift, k_tile, GEOMETRY, TILING)
             best = best_of_blocks(best, same, GEOMETRY, TILING)
-            scored = tl.sum(same.to(tl.int32), axis=0)
-            block = tl.arange(0, KEYS // WIDTH)
-            to = item.scratch.block_scores + start // WIDTH + block
-            tl.store(to, best, mask=block < scored // WIDTH)  # [KEYS // WIDTH]
-            start += scored
+            tl.store(to, best, mask=tl.arange(0, KEYS // WIDTH) < count // WIDTH)
 
 
 @triton.jit

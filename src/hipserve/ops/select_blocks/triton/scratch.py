@@ -117,7 +117,9 @@ def query_codes_of(numbers, scales, row, part, GEOMETRY: tl.constexpr, TILING: t
 
 
 @triton.jit
-def turned_rows_of(turned, row, PROGRAMS: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr):
+def turned_rows_of(
+    turned, row, PROGRAMS: tl.constexpr, GEOMETRY: tl.constexpr, TILING: tl.constexpr
+):
     """Pointer to the room for turned rows of this program, one of PROGRAMS that share a row of
     scratch memory."""
     number = row * PROGRAMS + tl.program_id(0) % PROGRAMS

@@ -16,6 +16,7 @@ from hipserve.ops.block_sparse_attention.triton.hopper.work import Inputs
 def hopper_kernel(
     q_desc,
     k_desc,
+    turned_desc,
     v_desc,
     out,
     lse,
@@ -41,8 +42,8 @@ def hopper_kernel(
         [
             (consume, (memory, inputs, out, lse, scale, 0, SHAPE)),
             (consume, (memory, inputs, out, lse, scale, 1, SHAPE)),
-            (produce, (q_desc, k_desc, memory, inputs, False, SHAPE)),
-            (produce, (q_desc, v_desc, memory, inputs, True, SHAPE)),
+            (produce, (q_desc, k_desc, turned_desc, memory, inputs, False, SHAPE)),
+            (produce, (q_desc, v_desc, v_desc, memory, inputs, True, SHAPE)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hipserve.ops.block_sparse_attention.triton.hopper.kernel import hopper_kernel
 from hipserve.ops.block_sparse_attention.triton.hopper.shape import RUN, Shape
+from hipserve.ops.block_sparse_attention.triton.inputs import Inputs
 from hipserve.platform import gpu_processors
 
 HALF = 64
@@ -25,10 +26,8 @@ def attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    query_blocks: Tensor,
-    indices: Tensor | None,
-    window_start: Tensor | None,
+    inputs: Inputs,
+    turned: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
@@ -37,22 +36,26 @@ def attend(
 ) -> None:
     """Writes what `hipserve.ops.block_sparse_attention` returns; `shape` is that of the call.
 
+    turned: `[num_query_blocks * heads, room, 1, head_dim]`, as `turn_keys` returns it, or None.
     out: `[num_tokens, num_q_heads, head_dim]`, contiguous, as `q`.
     lse: `[num_tokens, num_q_heads]` float32, contiguous.
     """
+    block_table, query_blocks, indices, window_start, _ = inputs
     blocks = query_blocks.shape[0]
     items = blocks * shape.heads * shape.head_tiles
     programs = min(items, gpu_processors(q.device))
-    inputs = (
+    listed = (
         *(block_table, block_table.stride(0), query_blocks),
         query_blocks if indices is None else indices,
         query_blocks if window_start is None else window_start,
     )
+    keys = describe(k_cache, [1, RUN, 1, HALF])
     hopper_kernel[(programs,)](
         describe(q, [shape.rows, 1, HALF]),
-        describe(k_cache, [1, RUN, 1, HALF]),
+        keys,
+        keys if turned is None else describe(turned, [1, RUN, 1, HALF]),
         describe(v_cache, [1, RUN, 1, HALF]),
-        *(out, lse, inputs, blocks, blocks - 1, items, programs, sm_scale * math.log2(math.e)),
+        *(out, lse, listed, blocks, blocks - 1, items, programs, sm_scale * math.log2(math.e)),
         SHAPE=shape,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,

@@ -6,6 +6,8 @@ lie outside the page become zeros.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -41,20 +43,40 @@ def places_of(work, blocks, table, first, SHAPE: gl.constexpr):
     return gl.where(there, page * (2 * PER_PAGE) + position % PER_PAGE, PER_PAGE)
 
 
+class Moved(NamedTuple):
+    """The runs at the start of a list that were turned before, `turned.py`."""
+
+    desc: Any
+    row: Any
+    """Where those of this item lie."""
+    runs: Any
+    """How many there are; 0 for values, which nothing turns."""
+
+
 @gluon.jit
-def copy_tile(desc, bar, pieces, stage, places, first, head, SHAPE: gl.constexpr):
-    """Copies the runs in the lanes from `first` on into a tile; `bar` becomes full."""
+def copy_tile(desc, moved, bar, pieces, stage, places, tile, head, SHAPE: gl.constexpr):
+    """Copies tile number `tile` of the list, whose runs are in the lanes; `bar` becomes full."""
     RUNS: gl.constexpr = SHAPE.keys // RUN
     HALVES: gl.constexpr = SHAPE.head_dim // HALF
     PER_PAGE: gl.constexpr = SHAPE.page_size // RUN
     lane = gl.arange(0, 32, places.type.layout)
+    first = tile * RUNS
     mbarrier.expect(bar, SHAPE.keys * SHAPE.head_dim * 2)
     for j in gl.static_range(RUNS):
-        place = gl.sum(gl.where(lane == first + j, places, 0), axis=0)
+        place = gl.sum(gl.where(lane == (first + j) % 32, places, 0), axis=0)
         page, slot = place // (2 * PER_PAGE), place % (2 * PER_PAGE) * RUN
         for half in gl.static_range(HALVES):
             piece = pieces.index(stage * (HALVES * RUNS) + half * RUNS + j)
-            tma.async_copy_global_to_shared(desc, [page, slot, head, half * HALF], bar, piece)
+            if SHAPE.streams:
+                if first + j < moved.runs:
+                    at = [moved.row, (first + j) * RUN, 0, half * HALF]
+                    tma.async_copy_global_to_shared(moved.desc, at, bar, piece)
+                else:
+                    at = [page, slot, head, half * HALF]
+                    tma.async_copy_global_to_shared(desc, at, bar, piece)
+            else:
+                at = [page, slot, head, half * HALF]
+                tma.async_copy_global_to_shared(desc, at, bar, piece)
 
 
 @gluon.jit
@@ -86,7 +108,7 @@ def clear_behind(pieces, stage, end, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def produce(q_desc, desc, memory, inputs, VALUES: gl.constexpr, SHAPE: gl.constexpr):
+def produce(q_desc, desc, turned, memory, inputs, VALUES: gl.constexpr, SHAPE: gl.constexpr):
     """Fills the tiles of keys, and those of query rows, or the tiles of values."""
     TILES: gl.constexpr = 32 * RUN // SHAPE.keys
     STAGES: gl.constexpr = SHAPE.stages
@@ -102,10 +124,11 @@ def produce(q_desc, desc, memory, inputs, VALUES: gl.constexpr, SHAPE: gl.conste
         table = inputs.block_table + loaded.seq * inputs.table_stride
         kv_head = item.head * SHAPE.kv_heads // SHAPE.heads
         tiles = gl.cdiv(work.end, SHAPE.keys)
+        moved = 0 if VALUES else gl.cdiv(work.sinks + work.chosen, RUN)
+        moved = Moved(turned, item.block * SHAPE.heads + item.head, moved)
         places = gl.full([32], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
         for i in range(tiles):
             t = tiles - 1 - i
-            lane = t % TILES * (SHAPE.keys // RUN)
             if (i == 0) | (t % TILES == TILES - 1):
                 places = places_of(work, blocks, table, t // TILES * 32, SHAPE)
             stage = count % STAGES
@@ -113,7 +136,7 @@ def produce(q_desc, desc, memory, inputs, VALUES: gl.constexpr, SHAPE: gl.conste
             if VALUES:
                 cut = (i == 0) & (work.end % RUN != 0)
                 bar = target.full.index(gl.where(cut, STAGES, stage))
-                copy_tile(desc, bar, target.pieces, stage, places, lane, kv_head, SHAPE)
+                copy_tile(desc, moved, bar, target.pieces, stage, places, t, kv_head, SHAPE)
                 if cut:
                     mbarrier.wait(bar, repaired & 1)
                     repaired += 1
@@ -121,7 +144,7 @@ def produce(q_desc, desc, memory, inputs, VALUES: gl.constexpr, SHAPE: gl.conste
                     mbarrier.arrive(target.full.index(stage), count=1)
             else:
                 bar = target.full.index(stage)
-                copy_tile(desc, bar, target.pieces, stage, places, lane, kv_head, SHAPE)
+                copy_tile(desc, moved, bar, target.pieces, stage, places, t, kv_head, SHAPE)
                 if i == 0:
                     head = item.head * SHAPE.group_size + 2 * item.pair
                     for w in gl.static_range(2):

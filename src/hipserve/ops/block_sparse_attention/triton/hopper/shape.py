@@ -30,6 +30,7 @@ class Shape(HashedOnce):
         key_block_size: keys of a chosen block.
         max_selected: entries of a list of chosen blocks.
         selected: blocks are chosen; otherwise everything is read.
+        streams: sinks and chosen keys are read from those that were turned before.
         page_size: keys of a page.
         rows: query rows of a block; a group of warps computes them for one head.
         keys: keys of a tile.
@@ -46,6 +47,7 @@ class Shape(HashedOnce):
     key_block_size: int
     max_selected: int
     selected: bool
+    streams: bool
     page_size: int
     rows: int
     keys: int
@@ -61,7 +63,7 @@ def make_shape(call: Call) -> Shape | None:
     heads = max(call.selected[1] if call.selected else 0, kv_heads)
     group_size = num_q_heads // heads
     large = FEW_ROWS < call.max_rows <= BLOCK_ROWS and group_size > 1
-    other = call.windowed or call.capped or call.tiled or call.streams or call.converted
+    other = call.windowed or call.capped or call.tiled or call.converted
     plain = call.element_size == 2 and head_dim in (64, 128) and not other
     in_runs = page_size % RUN == 0 and page_size & (page_size - 1) == 0
     if call.selected:
@@ -77,6 +79,7 @@ def make_shape(call: Call) -> Shape | None:
         key_block_size=call.key_block_size,
         max_selected=call.selected[2] if call.selected else 0,
         selected=call.selected is not None,
+        streams=call.streams,
         page_size=page_size,
         rows=BLOCK_ROWS,
         keys=128,
