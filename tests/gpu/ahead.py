@@ -26,6 +26,7 @@ from hipserve import HiPConfig
 from hipserve.config import IndexForm
 from hipserve.ops.block_sparse_attention.triton import launch as attention
 from hipserve.ops.block_sparse_attention.triton import tiling as attention_tiling
+from hipserve.ops.block_sparse_attention.triton import turned as turning
 from hipserve.ops.block_sparse_attention.triton.hopper import launch as hopper
 from hipserve.ops.load_tiles.reading import Reading
 from hipserve.ops.load_tiles.triton import launch as loading
@@ -109,7 +110,7 @@ def attend(
     streams: bool = False,
     page_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    for name in ("attention", "merge", "hopper"):
+    for name in ("attention", "merge", "hopper", "turn"):
         recorders[f"{name}_kernel"].case = case
     q = torch.empty(batch * query_len, 32, head_dim, dtype=torch.bfloat16)
     pages = torch.empty(64, 16 if tiled else 256, 8, head_dim, dtype=page_dtype)
@@ -239,7 +240,7 @@ def main() -> None:
     recorders: dict[str, Recorder] = {}
     attention.specialises_warps = lambda device: False
     hopper.gpu_processors = lambda device: 132
-    for module in (attention, hopper, selection, writing, loading):
+    for module in (attention, turning, hopper, selection, writing, loading):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             recorders[name] = Recorder(name, getattr(module, name), found)
             setattr(module, name, recorders[name])
@@ -286,9 +287,12 @@ def main() -> None:
         attend(recorders, "prefill", 4096, True, 128)
         attend(recorders, "prefill, dense", 4096, False, 128)
         attend(recorders, "prefill, head_dim 64", 4096, True, 64)
+        attend(recorders, "prefill, stream", 4096, True, 128, streams=True)
         for rows in (4000, 3137):
             attend(recorders, "prefill, other counts", rows, True, 128)
             select(recorders, "prefill, other counts", rows, HiPConfig())
+            attend(recorders, "prefill, stream, other counts", rows, True, 128, streams=True)
+            select(recorders, "prefill, stream, other counts", rows, STREAM)
     sys.stdout.write(json.dumps(found))
 
 

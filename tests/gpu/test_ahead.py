@@ -24,6 +24,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}
 KERNELS = {
     "attention_kernel",
     "merge_kernel",
+    "turn_kernel",
     "hopper_kernel",
     "baseline_kernel",
     "search_kernel",

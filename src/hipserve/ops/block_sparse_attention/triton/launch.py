@@ -89,7 +89,7 @@ def block_sparse_attention(
     found = (out, lse) if splits == 1 else make_parts(q, splits)
     scores = (sliding_window, (sm_scale, v_scale), softcap)
     for some, turned in parts:
-        launch(q, k_cache, v_cache, some, turned, found, scores=scores, plan=planned)
+        launch(q, k_cache, v_cache, some, turned, found, scores=scores, planned=planned)
     if splits > 1:
         merge(*found, out, lse, planned.geometry, planned.tiling)
     return out, lse
@@ -104,7 +104,7 @@ def launch(
     found: tuple[Tensor, Tensor],
     *,
     scores: tuple[int, tuple[float, float], float],
-    plan: Plan,
+    planned: Plan,
 ) -> None:
     """The kernel for every card, for some query blocks.
 
@@ -113,7 +113,7 @@ def launch(
     scores: sliding_window, the scales of scores and of values, and softcap.
     """
     table, query_blocks, indices, window_start, lists = inputs
-    geometry, tiling = plan
+    geometry, tiling = planned
     blocks, (out, lse) = query_blocks.shape[0], found
     arguments = (  # in the kernel's order; by name they would cost half a microsecond each
         *(q, q.stride()[:2], k_cache, k_cache.stride()[:3], v_cache, v_cache.stride()[:3]),
