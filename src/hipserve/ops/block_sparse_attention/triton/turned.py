@@ -38,9 +38,10 @@ def room_of(geometry: Geometry) -> int:
 
 
 def blocks_at_a_time(geometry: Geometry, element_size: int) -> int:
-    """Query blocks whose turned keys have room."""
+    """Query blocks whose turned keys have room; a multiple of 16 where it can be, as kernels are
+    compiled for how pointers are aligned."""
     block = geometry.heads * room_of(geometry) * geometry.head_dim * element_size
-    return max(ROOM_BYTES // block, 1)
+    return max(ROOM_BYTES // block // 16 * 16, 1)
 
 
 def turned_parts(
