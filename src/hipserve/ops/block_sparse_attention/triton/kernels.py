@@ -14,7 +14,7 @@ from hipserve.ops.block_sparse_attention.triton.key_list import list_keys, tile_
 from hipserve.ops.block_sparse_attention.triton.softmax import attend_tile
 
 
-@triton.jit(do_not_specialize=["lse_stride", "num_query_blocks", "list_stride", "turned_stride"])
+@triton.jit(do_not_specialize=["lse_stride", "num_query_blocks", "list_stride"])
 def attention_kernel(
     q,
     q_strides,
@@ -39,7 +39,6 @@ def attention_kernel(
     scales,
     softcap,
     turned,
-    turned_stride,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
 ):
@@ -76,7 +75,7 @@ def attention_kernel(
     if GEOMETRY.tiled:
         table = lists + item * list_stride
     if GEOMETRY.streams:
-        turned += item * turned_stride
+        turned += item * (GEOMETRY.room * GEOMETRY.head_dim)
 
     blocks = indices + item * GEOMETRY.max_selected
     key_list = list_keys(blocks, window_start, block, query_block, sliding_window, GEOMETRY, TILING)

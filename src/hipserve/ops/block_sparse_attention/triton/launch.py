@@ -81,10 +81,10 @@ def block_sparse_attention(
         parts = turned_parts(q, k_cache, inputs, rope, trained_length, planned)
     shape = make_shape(call) if specialises_warps(q.device) and sm_scale > 0 else None
     if shape is not None and can_copy(q, k_cache, v_cache):
-        attend = hopper_attention()
+        attend, found = hopper_attention(), (out, lse)
         for some, turned in parts:
-            attend(q, k_cache, v_cache, some, turned, out, lse, sm_scale=sm_scale, shape=shape)
-        return out, lse
+            attend(q, k_cache, v_cache, some, turned, found, sm_scale=sm_scale, shape=shape)
+        return found
     splits = planned.tiling.splits
     found = (out, lse) if splits == 1 else make_parts(q, splits)
     scores = (sliding_window, (sm_scale, v_scale), softcap)
@@ -106,7 +106,7 @@ def launch(
     scores: tuple[int, tuple[float, float], float],
     planned: Plan,
 ) -> None:
-    """The kernel for every card, for some query blocks.
+    """The kernel for every card, for some query blocks of q `[num_tokens, num_q_heads, head_dim]`.
 
     turned: their moved keys, as `turn_keys` returns them, or None.
     found: `out` and `lse`, or the parts that `make_parts` made room for.
@@ -121,7 +121,7 @@ def launch(
         *(query_blocks, blocks, query_blocks if indices is None else indices),
         query_blocks if window_start is None else window_start,
         *(lists, 0 if lists is None else lists.shape[2], k_cache.shape[1], *scores),
-        *(turned, 0 if turned is None else turned.stride(0)),
+        turned,
     )
     attention_kernel[(blocks * tiling.row_tiles * tiling.splits, geometry.heads)](
         *arguments,

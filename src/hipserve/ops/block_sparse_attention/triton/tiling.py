@@ -13,6 +13,8 @@ from hipserve.ops._triton.rows import Heads
 from hipserve.ops._triton.tiles import power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
 
+RUN = 16
+"""Keys that are turned at a time."""
 MAX_ROWS = 256
 FEWER_ROWS = 128
 """More rows beside keys in fp8, or keys of two origins, would spill registers."""
@@ -80,6 +82,12 @@ class Geometry(Heads):
     same_strides: bool
     tiled: bool = False
     streams: bool = False
+
+    @property
+    def room(self) -> int:
+        """Sinks and chosen keys of a list, at most, in whole runs of RUN keys."""
+        keys = self.num_sink_tokens + self.max_selected * self.key_block_size
+        return -(-keys // RUN) * RUN
 
 
 @dataclass(frozen=True, kw_only=True)

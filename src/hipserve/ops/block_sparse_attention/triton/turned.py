@@ -21,26 +21,18 @@ from hipserve.ops._triton.rows import kv_head_of, load_query_block
 from hipserve.ops._triton.tiles import load_tile
 from hipserve.ops.block_sparse_attention.triton.inputs import Inputs
 from hipserve.ops.block_sparse_attention.triton.key_list import list_keys, list_positions
-from hipserve.ops.block_sparse_attention.triton.tiling import Geometry, Plan
+from hipserve.ops.block_sparse_attention.triton.tiling import RUN, Geometry, Plan
 
 ROOM_BYTES = 256 << 20
 """Turned keys that are kept at a time; more query blocks take turns."""
-RUN = 16
-"""Keys that a program turns at a time; room is kept in whole runs."""
 PROGRAMS = 4096
 """A launch of fewer would leave a large GPU idle; more than fit it take their turn."""
-
-
-def room_of(geometry: Geometry) -> int:
-    """Moved keys of a list, at most, in whole runs."""
-    keys = geometry.num_sink_tokens + geometry.max_selected * geometry.key_block_size
-    return -(-keys // RUN) * RUN
 
 
 def blocks_at_a_time(geometry: Geometry, element_size: int) -> int:
     """Query blocks whose turned keys have room; a multiple of 16 where it can be, as kernels are
     compiled for how pointers are aligned."""
-    block = geometry.heads * room_of(geometry) * geometry.head_dim * element_size
+    block = geometry.heads * geometry.room * geometry.head_dim * element_size
     return max(ROOM_BYTES // block // 16 * 16, 1)
 
 
@@ -48,7 +40,10 @@ def turned_parts(
     q: Tensor, k_cache: Tensor, inputs: Inputs, rope: Tensor, trained_length: int, plan: Plan
 ) -> Iterator[tuple[Inputs, Tensor]]:
     """Some query blocks at a time, and the keys that were turned for them, which are read before
-    the next ones are."""
+    the next ones are.
+
+    The arguments are those of `turn_keys`, q `[num_tokens, num_q_heads, head_dim]` as well.
+    """
     for some in inputs.parts(blocks_at_a_time(plan.geometry, q.element_size())):
         yield some, turn_keys(q, k_cache, some, rope, trained_length, plan)
 
@@ -58,12 +53,20 @@ def turn_keys(
 ) -> Tensor:
     """The moved keys of each query block and head, in the order of its list.
 
+    Args:
+        q: `[num_tokens, num_q_heads, head_dim]`; only its dtype counts.
+        k_cache: `[num_pages, page_size, num_kv_heads, head_dim]`.
+        inputs: what the query blocks read.
+        rope: `[2, head_dim]` int32, as in `hipserve.ops.rope`.
+        trained_length: blocks that begin before it see their keys where they are.
+        plan: of the call.
+
     Returns:
         `[num_query_blocks * heads, room, 1, head_dim]`, as q; anything behind the last key.
     """
     table, query_blocks, indices, window_start, lists = inputs
     geometry, tiling = plan
-    items, room = query_blocks.shape[0] * geometry.heads, room_of(geometry)
+    items, room = query_blocks.shape[0] * geometry.heads, geometry.room
     shape = (items, room, 1, geometry.head_dim)
     turned = torch.empty(shape, dtype=q.dtype, device=q.device)
     programs = min(max(PROGRAMS // items, 1), room // RUN)
@@ -71,7 +74,6 @@ def turn_keys(
         *(turned, k_cache, k_cache.stride()[:3], table, table.stride(0)),
         *(query_blocks, indices, window_start, lists, 0 if lists is None else lists.shape[2]),
         *(k_cache.shape[1], rope, trained_length),
-        ROOM=room,
         RUN=RUN,
         GEOMETRY=geometry,
         TILING=tiling,
@@ -96,7 +98,6 @@ def turn_kernel(
     page_size,
     rope,
     trained_length,
-    ROOM: tl.constexpr,
     RUN: tl.constexpr,
     GEOMETRY: tl.constexpr,
     TILING: tl.constexpr,
@@ -122,7 +123,7 @@ def turn_kernel(
     eights = in_eights(rope, GEOMETRY.head_dim, GEOMETRY.dim)
     SIZE: tl.constexpr = min(GEOMETRY.key_block_size, RUN)
     i, d = tl.arange(0, RUN), tl.arange(0, GEOMETRY.dim)
-    out = turned + item.to(tl.int64) * ROOM * GEOMETRY.head_dim
+    out = turned + item.to(tl.int64) * (GEOMETRY.room * GEOMETRY.head_dim)
     for start in range(tl.program_id(1) * RUN, moved, tl.num_programs(1) * RUN):
         n = start + i
         there = n < moved
@@ -143,4 +144,4 @@ def turn_kernel(
             else:
                 tile = turn_tile(tile, k_rows, there, by, rope, HEAD_DIM, GEOMETRY.dim, False)
         to = out + n[:, None] * GEOMETRY.head_dim + d[None, :]
-        tl.store(to, tile, mask=(n < ROOM)[:, None] & (d < GEOMETRY.head_dim)[None, :])
+        tl.store(to, tile, mask=(n < GEOMETRY.room)[:, None] & (d < GEOMETRY.head_dim)[None, :])

@@ -28,8 +28,7 @@ def attend(
     v_cache: Tensor,
     inputs: Inputs,
     turned: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    found: tuple[Tensor, Tensor],
     *,
     sm_scale: float,
     shape: Shape,
@@ -37,8 +36,8 @@ def attend(
     """Writes what `hipserve.ops.block_sparse_attention` returns; `shape` is that of the call.
 
     turned: `[num_query_blocks * heads, room, 1, head_dim]`, as `turn_keys` returns it, or None.
-    out: `[num_tokens, num_q_heads, head_dim]`, contiguous, as `q`.
-    lse: `[num_tokens, num_q_heads]` float32, contiguous.
+    found: out `[num_tokens, num_q_heads, head_dim]`, as `q`, and lse `[num_tokens, num_q_heads]`
+        float32, both contiguous.
     """
     block_table, query_blocks, indices, window_start, _ = inputs
     blocks = query_blocks.shape[0]
@@ -55,7 +54,7 @@ def attend(
         keys,
         keys if turned is None else describe(turned, [1, RUN, 1, HALF]),
         describe(v_cache, [1, RUN, 1, HALF]),
-        *(out, lse, listed, blocks, blocks - 1, items, programs, sm_scale * math.log2(math.e)),
+        *(*found, listed, blocks, blocks - 1, items, programs, sm_scale * math.log2(math.e)),
         SHAPE=shape,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
