@@ -66,6 +66,7 @@ def engine(device_memory: int, longest: int = 131072, **settings: Any) -> Any:
     )
     return SimpleNamespace(
         additional_config={"hip": {"code_bits": 4, "rerank": 8, "offload": offload, **settings}},
+        parallel_config=SimpleNamespace(world_size=1),
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=longest),
         compilation_config=compilation,
         device_config=SimpleNamespace(device_type="cuda"),
