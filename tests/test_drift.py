@@ -236,6 +236,7 @@ def test_the_command_prints_a_table(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hipserve.cli.options.load_model", lambda *_: loaded)
+    monkeypatch.delenv("COLUMNS", raising=False)  # as in a file: a narrow terminal folds labels
     prompts = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": "Hello", "contrast": [["Yes"], ["No"]], "label": "greeting"},
