@@ -15,18 +15,16 @@ from hipserve.cli.lab_shared import (
     check_svg,
     read_samples,
     show_report,
+    text_option,
 )
 from hipserve.cli.numbers import at_least
 from hipserve.cli.steps import Steps
 
 Text = Annotated[
     list[Path] | None,
-    typer.Option(
-        parser=options.parse_path,
-        metavar="FILE",
-        help="Text or .jsonl file, or @licenses or @sources; if left out, code, documentation, "
-        "licences, tables, identifiers, prose, mathematics and a mixture of them, of every "
-        "machine. Repeatable.",
+    text_option(
+        "code, documentation, licences, tables, identifiers, prose, mathematics and a mixture of "
+        "them, of every machine"
     ),
 ]
 

@@ -30,14 +30,18 @@ Samples = Annotated[
         parser=at_least(1), metavar="N", help="Stretches of each text, or of each domain."
     ),
 ]
+
+
+def text_option(otherwise: str) -> Any:
+    """Texts to read; `otherwise` says which ones are read if it is left out."""
+    texts = "Text or .jsonl file, or @licenses or @sources"
+    shown = f"{texts}; if left out, {otherwise}. Repeatable."
+    return typer.Option(parser=options.parse_path, metavar="FILE", help=shown)
+
+
 Text = Annotated[
     list[Path] | None,
-    typer.Option(
-        parser=options.parse_path,
-        metavar="FILE",
-        help="Text or .jsonl file, or @licenses or @sources; if left out, code, documentation, "
-        "licences, tables and identifiers that every machine has. Repeatable.",
-    ),
+    text_option("code, documentation, licences, tables and identifiers that every machine has"),
 ]
 Svg = Annotated[
     Path | None,

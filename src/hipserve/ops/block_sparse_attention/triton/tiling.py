@@ -14,7 +14,7 @@ from hipserve.ops._triton.tiles import power_of_2
 from hipserve.platform import chains_launches, gpu_shared_memory
 
 RUN = 16
-"""Keys that are turned at a time."""
+"""Keys that are turned, or copied by the copy engine, at a time."""
 MAX_ROWS = 256
 FEWER_ROWS = 128
 """More rows beside keys in fp8, or keys of two origins, would spill registers."""

@@ -10,8 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hipserve.ops.block_sparse_attention.triton.hopper.kernel import hopper_kernel
-from hipserve.ops.block_sparse_attention.triton.hopper.shape import RUN, Shape
+from hipserve.ops.block_sparse_attention.triton.hopper.shape import Shape
 from hipserve.ops.block_sparse_attention.triton.inputs import Inputs
+from hipserve.ops.block_sparse_attention.triton.tiling import RUN
 from hipserve.platform import gpu_processors
 
 HALF = 64

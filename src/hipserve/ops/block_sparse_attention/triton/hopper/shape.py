@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from hipserve.ops._triton.constants import HashedOnce
-from hipserve.ops.block_sparse_attention.triton.tiling import Call
+from hipserve.ops.block_sparse_attention.triton.tiling import RUN, Call
 
 BLOCK_ROWS = 64
-RUN = 16
 FEW_ROWS = 16
 """Query blocks of up to so many rows would leave most of a tile empty."""
 
